@@ -1,0 +1,151 @@
+"""From the chunks of a streamed reply to the whole reply, as the Chat Completions API would have sent it.
+
+State is kept per choice and per tool call *index* (OpenAI's streaming reference); unknown fields of a delta survive:
+strings are concatenated, lists extended, anything else is taken from the last chunk that had it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import JsonValue
+
+from klatch_schemas.events import Usage
+
+Json = dict[str, JsonValue]
+
+# A delta repeats these whole; concatenating them would double them.
+_REPEATED = frozenset({"role", "id", "type", "index"})
+
+
+class Reply:
+    """A reply being put together, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.model = ""
+        self._top: Json = {}
+        self._choices: dict[int, Json] = {}
+        self._usage: Json | None = None
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Take one `chat.completion.chunk`; events without choices only add their top-level fields."""
+        # An Azure prompt-filter event has an empty id and model: the first that says something counts.
+        self.id = self.id or str(chunk.get("id") or "")
+        self.model = self.model or str(chunk.get("model") or "")
+        for name, value in chunk.items():
+            if name == "usage":
+                self._usage = value or self._usage
+            elif name not in {"id", "model", "object", "choices"} and value not in (None, ""):
+                self._top[name] = value
+        for choice in chunk.get("choices") or ():
+            self._choice(choice)
+
+    def _choice(self, said: Mapping[str, Any]) -> None:
+        choice = self._choices.setdefault(int(said.get("index") or 0), {"message": {}, "finish_reason": None})
+        message = choice["message"]
+        assert isinstance(message, dict)  # noqa: S101 - made two lines above
+        delta: Json = said.get("delta") or {}
+        _merge(message, delta)
+        if said.get("finish_reason"):
+            choice["finish_reason"] = said["finish_reason"]
+        for name, value in said.items():
+            if name == "logprobs":
+                _merge(choice, {name: value})
+            elif name not in {"index", "delta", "finish_reason"}:
+                choice[name] = value
+
+    @property
+    def finish_reasons(self) -> dict[int, str | None]:
+        """The finish reason of each choice that was heard of; None while it goes on."""
+        return {index: _text(choice["finish_reason"]) for index, choice in self._choices.items()}
+
+    @property
+    def usage(self) -> Usage | None:
+        """The last usage that a chunk carried: cumulative usage is never summed."""
+        return usage_of(self._usage) if self._usage else None
+
+    def messages(self) -> list[Json]:
+        """The assistant's message of each choice, by index."""
+        return [_message(self._choices[index]) for index in sorted(self._choices)]
+
+    def completion(self) -> Json:
+        """The whole reply as a `chat.completion` object."""
+        choices: list[JsonValue] = [
+            {**self._choices[index], "index": index, "message": _message(self._choices[index])}
+            for index in sorted(self._choices)
+        ]
+        whole: Json = {"id": self.id, "object": "chat.completion", "model": self.model, **self._top}
+        whole["choices"] = choices
+        whole["usage"] = self._usage
+        return whole
+
+
+def usage_of(said: Mapping[str, Any]) -> Usage:
+    """Read a usage object; details that are missing or null count as 0."""
+    prompt: Mapping[str, Any] = said.get("prompt_tokens_details") or {}
+    completion: Mapping[str, Any] = said.get("completion_tokens_details") or {}
+    return Usage(
+        prompt_tokens=said.get("prompt_tokens") or 0,
+        completion_tokens=said.get("completion_tokens") or 0,
+        cached_tokens=prompt.get("cached_tokens") or 0,
+        reasoning_tokens=completion.get("reasoning_tokens") or 0,
+    )
+
+
+def _text(value: JsonValue) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _message(choice: Json) -> Json:
+    message = choice["message"]
+    assert isinstance(message, dict)  # noqa: S101 - made in `_choice`
+    whole: Json = {"role": "assistant", "content": None, **message}
+    calls = whole.get("tool_calls")
+    if isinstance(calls, list):
+        whole["tool_calls"] = [_without_index(call) for call in calls]
+    return whole
+
+
+def _without_index(call: JsonValue) -> JsonValue:
+    return {name: value for name, value in call.items() if name != "index"} if isinstance(call, dict) else call
+
+
+def _merge(into: Json, said: Mapping[str, JsonValue]) -> None:
+    for name, value in said.items():
+        old = into.get(name)
+        if name == "tool_calls" and isinstance(value, list):
+            _merge_calls(into, value)
+        elif old is None or name in _REPEATED:
+            into[name] = value if value is not None else old
+        elif isinstance(old, str) and isinstance(value, str):
+            into[name] = old + value
+        elif isinstance(old, list) and isinstance(value, list):
+            into[name] = [*old, *value]
+        elif isinstance(old, dict) and isinstance(value, dict):
+            merged = dict(old)
+            _merge(merged, value)
+            into[name] = merged
+        elif value is not None:
+            into[name] = value
+
+
+def _merge_calls(message: Json, fragments: list[JsonValue]) -> None:
+    # Fragments belong together by `index`, never by position; a server that leaves it out, or numbers whole
+    # calls all 0, tells them apart by id.
+    calls = message.setdefault("tool_calls", [])
+    assert isinstance(calls, list)  # noqa: S101 - only ever set above
+    for fragment in fragments:
+        if isinstance(fragment, dict):
+            call = _call_for(calls, fragment)
+            if call is None:
+                call = {"index": fragment.get("index", len(calls))}
+                calls.append(call)
+            _merge(call, fragment)
+
+
+def _call_for(calls: list[JsonValue], fragment: Json) -> Json | None:
+    name, index = fragment.get("id"), fragment.get("index", 0)
+    for call in reversed(calls):
+        if isinstance(call, dict) and call.get("index") == index:
+            return call if not name or call.get("id") in (None, name) else None
+    return None

@@ -1,0 +1,226 @@
+"""Between events and the bytes in the log: JSON values that an operator can read with kcat.
+
+Reading never crashes a reader: what cannot be read raises `Unreadable` with a reason for the dead letter. A newer
+version of a known kind is read as the newest version known here, if it still fits. Deltas take a short cut: their
+chunk passes through as the bytes the model server sent.
+"""
+
+import json
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+from pydantic import ValidationError
+
+from klatch_schemas.events import EVENTS, Event, StreamDelta
+from klatch_schemas.ids import derived_id
+from klatch_schemas.records import Cause, Draft
+
+E = TypeVar("E", bound=Event)
+
+EVENT_ID: Final = "event-id"
+KIND: Final = "kind"
+TENANT: Final = "tenant"
+CAUSE: Final = "cause"
+TRACEPARENT: Final = "traceparent"
+CONTENT_TYPE: Final = "content-type"
+SEALED: Final = "sealed"
+"""Names the key under which message text in the value is encrypted; no writer seals yet."""
+
+_JSON: Final = (CONTENT_TYPE, b"application/json")
+_DELTA_START: Final = b'{"kind":"stream.delta.v1"'
+_DELTA_HEADERS: Final = ((KIND, StreamDelta.KIND.encode()),)
+_KNOWN: Final = {event.KIND: event for event in EVENTS}
+_KIND_PATTERN: Final = re.compile(r"^(?P<name>[a-z_.]+)\.v(?P<version>[0-9]{1,6})$")
+
+
+class Unreadable(ValueError):
+    """A value that is no event this reader can use; the message says why."""
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False):
+    """`StreamDelta` as the hot path knows it: `chunk` is the raw JSON of one `chat.completion.chunk`."""
+
+    request: str
+    attempt: int
+    writer: str
+    seq: int
+    chunk: msgspec.Raw
+
+
+class _Kind(msgspec.Struct):
+    kind: str
+
+
+_read_delta: Final = msgspec.json.Decoder(Delta).decode
+_read_kind: Final = msgspec.json.Decoder(_Kind).decode
+
+
+def dumps(value: Any) -> bytes:
+    """JSON bytes of plain Python data; lone surrogates stay escapes, as a model server may split a pair."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def loads(value: bytes) -> Any:
+    """Plain Python data of JSON bytes; raises Unreadable."""
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # msgspec refuses lone surrogates, which are legal in JSON text; whatever else is wrong, json refuses too.
+        try:
+            return json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"the value is not JSON: {error}") from error
+    except RecursionError as error:
+        raise Unreadable("the value is nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def encode(event: Event) -> bytes:
+    """The record value of an event."""
+    return dumps(event.model_dump(mode="python"))
+
+
+def encode_delta(prefix: bytes, seq: int, chunk: bytes) -> bytes:
+    """The record value of a delta; `prefix` comes from `delta_prefix`, `chunk` is one JSON object."""
+    return b'%b%d,"chunk":%b}' % (prefix, seq, chunk)
+
+
+def delta_prefix(request: str, attempt: int, writer: str) -> bytes:
+    """What all deltas of an opening begin with."""
+    return b'%b,"request":%b,"attempt":%d,"writer":%b,"seq":' % (
+        _DELTA_START,
+        msgspec.json.encode(request),
+        attempt,
+        msgspec.json.encode(writer),
+    )
+
+
+def decode(value: bytes | None) -> Event | Delta:
+    """Read one event; raises Unreadable. Deltas come as `Delta`, everything else as its model."""
+    if value is None:
+        raise Unreadable("the record has no value: a tombstone means nothing here")
+    if value.startswith(_DELTA_START):
+        return _decode_delta(value)
+    kind = _kind_of(value)
+    model = _model_of(kind)
+    if model is StreamDelta:
+        return _decode_delta(value)
+    return _validate(model, kind, loads(value))
+
+
+def decode_as(model: type[E], value: bytes | None) -> E:
+    """Read an event that must be of one kind; raises Unreadable."""
+    event = decode(value)
+    if not isinstance(event, model):
+        raise Unreadable(f"expected {model.KIND}, got {event.KIND if isinstance(event, Event) else StreamDelta.KIND}")
+    return event
+
+
+def _decode_delta(value: bytes) -> Delta:
+    try:
+        return _read_delta(value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        fields = loads(value)
+    try:
+        delta = msgspec.convert({**fields, "chunk": None}, _DeltaFields)
+        return Delta(
+            delta.request,
+            delta.attempt,
+            delta.writer,
+            delta.seq,
+            msgspec.Raw(dumps(fields["chunk"])),
+        )
+    except (msgspec.ValidationError, KeyError, TypeError) as error:
+        raise Unreadable(f"not a {StreamDelta.KIND}: {error}") from error
+
+
+class _DeltaFields(msgspec.Struct):
+    request: str
+    attempt: int
+    writer: str
+    seq: int
+
+
+def _kind_of(value: bytes) -> str:
+    try:
+        return _read_kind(value).kind
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        fields = loads(value)
+    try:
+        return msgspec.convert(fields, _Kind).kind
+    except msgspec.ValidationError as error:
+        raise Unreadable('the value has no "kind": add one, such as "chat.requested.v1"') from error
+
+
+def _model_of(kind: str) -> type[Event]:
+    if known := _KNOWN.get(kind):
+        return known
+    match = _KIND_PATTERN.match(kind)
+    older = [
+        model
+        for known, model in _KNOWN.items()
+        if match and known.rsplit(".v", 1)[0] == match["name"] and _version(known) < int(match["version"])
+    ]
+    if not older:
+        raise Unreadable(f"unknown kind {kind[:80]!r}")
+    return max(older, key=lambda model: _version(model.KIND))
+
+
+def _version(kind: str) -> int:
+    return int(kind.rsplit(".v", 1)[1])
+
+
+def _validate(model: type[E], kind: str, fields: Any) -> E:
+    try:
+        return model.model_validate({**fields, "kind": model.KIND}, extra="ignore")
+    except ValidationError as error:
+        raise Unreadable(f"not a {kind}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error as one line that names fields, and never repeats their values."""
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
+        for problem in error.errors(include_input=False, include_url=False, include_context=False)
+    )
+
+
+def draft(
+    topic: str,
+    key: str,
+    event: Event,
+    *,
+    cause: Cause | None = None,
+    traceparent: str | None = None,
+    partition: int | None = None,
+) -> Draft:
+    """An event ready to be written, with its headers.
+
+    Its event id is derived from its cause; an event that enters from outside has none, and is its own.
+    """
+    value = encode(event)
+    origin = str(cause) if cause else value.decode(errors="replace")
+    headers = [
+        (EVENT_ID, str(derived_id("event", event.KIND, origin)).encode()),
+        (KIND, event.KIND.encode()),
+        _JSON,
+    ]
+    if tenant := getattr(event, TENANT, None):
+        headers.append((TENANT, str(tenant).encode()))
+    if cause:
+        headers.append((CAUSE, str(cause).encode()))
+    if traceparent:
+        headers.append((TRACEPARENT, traceparent.encode()))
+    return Draft(topic, key.encode(), value, headers, partition)
+
+
+def delta_draft(topic: str, key: bytes, partition: int, value: bytes) -> Draft:
+    """A delta ready to be written. Its only header is its kind: its opening carries the rest."""
+    return Draft(topic, key, value, _DELTA_HEADERS, partition)

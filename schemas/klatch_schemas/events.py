@@ -1,0 +1,479 @@
+"""Every event that klatch writes or reads, frozen and versioned in its own kind.
+
+An event's `kind` (`stream.delta.v1`) is part of its JSON value, so that a value alone, from kcat or from any
+language, can be read. Models are closed where we write; the codec reads them tolerantly, so that a field added by
+a newer version does not stop an older reader. Times are milliseconds since the Unix epoch, UTC.
+
+Over 400 lines on purpose: the contract is read from top to bottom, topic by topic.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from klatch_schemas.ids import (
+    ConversationField,
+    NameField,
+    PersonField,
+    RequestIdField,
+    TenantField,
+    WriterField,
+)
+
+Count = Annotated[int, Field(ge=0)]
+Milliseconds = Annotated[int, Field(ge=0)]
+ChatBody = dict[str, JsonValue]
+"""A Chat Completions request body, as the producer wrote it; unknown fields survive to the model."""
+
+
+class Part(BaseModel):
+    """A frozen, closed value inside an event."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Event(Part):
+    """A frozen, closed event; subclasses fix `kind`."""
+
+    KIND: ClassVar[str]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.KIND = cls.model_fields["kind"].default
+
+
+# --- chat.requests -----------------------------------------------------------------------------------------------
+
+
+class PromptReference(Part):
+    """Which prompt of the ledger to render as the system message, and with what."""
+
+    name: NameField
+    version: Annotated[int, Field(ge=1)] | None = None
+    """None: the version in force."""
+    variables: Mapping[str, JsonValue] = {}
+
+
+class MemoryPolicy(Part):
+    """What a request may recall, and whether it may be remembered."""
+
+    recent: Annotated[int, Field(ge=0, le=200)] = 0
+    """How many finished turns of the conversation, newest first, precede the request's own messages."""
+    recall: Annotated[int, Field(ge=0, le=50)] = 0
+    """How many memories of the person are looked up by similarity."""
+    store: bool = False
+    """Whether the finished turn is embedded into the vector index."""
+
+
+class RequestContext(Part):
+    """What is known about the asking side; all of it optional."""
+
+    locale: str | None = None
+    consent: Mapping[str, bool] = {}
+    experiments: Mapping[str, str] = {}
+    """Arms forced for this request, by experiment."""
+    traceparent: str | None = None
+
+
+class ChatRequested(Event):
+    """A producer asks for a chat completion."""
+
+    kind: Literal["chat.requested.v1"] = "chat.requested.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    person: PersonField | None = None
+    use_case: NameField = "default"
+    body: ChatBody
+    prompt: PromptReference | None = None
+    memory: MemoryPolicy = MemoryPolicy()
+    skills: tuple[NameField, ...] = ()
+    priority: Annotated[int, Field(ge=0, le=9)] = 5
+    """0 is served first."""
+    deadline_ms: Milliseconds | None = None
+    if_busy: Literal["enqueue", "reject", "interrupt", "rollback"] = "enqueue"
+    """What to do while the conversation's previous request is running. Only `enqueue` is carried out yet."""
+    on_crash: Literal["restart", "continue"] = "restart"
+    """How a later attempt treats the text of an earlier one. Only `restart` is carried out yet."""
+    context: RequestContext = RequestContext()
+
+
+class Usage(Part):
+    """Tokens as the model server counted them; `cached` is part of `prompt`, `reasoning` of `completion`."""
+
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    cached_tokens: Count = 0
+    reasoning_tokens: Count = 0
+    estimated: bool = False
+    """True when the server sent no count and klatch counted itself."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+Status = Literal["completed", "cancelled", "blocked", "rejected", "expired", "failed"]
+
+
+class UsageSettled(Event):
+    """What a request really used, however it ended: settles its reservation."""
+
+    kind: Literal["usage.settled.v1"] = "usage.settled.v1"
+    request: RequestIdField
+    tenant: TenantField
+    person: PersonField | None = None
+    use_case: NameField = "default"
+    model: str = ""
+    status: Status
+    usage: Usage
+    first_token_ms: Milliseconds | None = None
+    """From the request's timestamp in the log to its first delta."""
+    total_ms: Milliseconds = 0
+
+
+class Limits(Part):
+    """What a tenant may use; None is no limit."""
+
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    tokens_per_day: Count | None = None
+    concurrent_requests: Count | None = None
+
+
+class QuotaLimitSet(Event):
+    """An operator sets a tenant's limits, in the tenant's own log, so that every decision has one order."""
+
+    kind: Literal["quota.limit_set.v1"] = "quota.limit_set.v1"
+    tenant: TenantField
+    limits: Limits
+    by: str = ""
+
+
+# --- chat.admitted -----------------------------------------------------------------------------------------------
+
+
+class Reservation(Part):
+    """What admission set aside for a request until its usage is settled."""
+
+    tokens: Count
+    expires_ms: Milliseconds
+
+
+class ChatAdmitted(Event):
+    """Admission let a request through."""
+
+    kind: Literal["chat.admitted.v1"] = "chat.admitted.v1"
+    request: ChatRequested
+    requested_ms: Milliseconds
+    """The request's timestamp in the log: latencies count from here."""
+    reservation: Reservation
+
+
+class Refusal(Part):
+    """Why admission refused, and when to try again."""
+
+    code: Literal["rate_limit_exceeded", "deadline_exceeded"]
+    limit: str | None = None
+    """The name of the limit that refused, as in `Limits`."""
+    message: str
+    retry_after_ms: Milliseconds | None = None
+
+
+class ChatRefused(Event):
+    """Admission refused a request; its stream has ended with the same words."""
+
+    kind: Literal["chat.refused.v1"] = "chat.refused.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    use_case: NameField = "default"
+    model: str = ""
+    refusal: Refusal
+
+
+# --- trust.verdicts ----------------------------------------------------------------------------------------------
+
+
+class Finding(Part):
+    """Something a judge found in a passage of the body."""
+
+    category: NameField
+    path: tuple[str | int, ...]
+    """Where the passage stands in the body: `("messages", 2, "content")`."""
+    start: Count
+    end: Count
+    """Half-open range in Unicode code points of the passage."""
+    replacement: str | None = None
+    """What a redaction puts in its place."""
+
+
+Decision = Literal["allow", "redact", "block", "escalate"]
+
+
+class TrustVerdict(Event):
+    """What screening decided about a request's text. Never holds the text itself."""
+
+    kind: Literal["trust.verdict.v1"] = "trust.verdict.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    stage: Literal["input", "stream", "tool_result", "output"]
+    decision: Decision
+    categories: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    policy: str
+    """The version of the policy that decided."""
+    degraded: bool = False
+    """True when a judge failed and the policy's `on_judge_failure` decided."""
+
+
+# --- chat.stream -------------------------------------------------------------------------------------------------
+
+
+class StreamAttempt(Event):
+    """Opens attempt `attempt`: supersedes all lower ones from its own log position on."""
+
+    kind: Literal["stream.attempt.v1"] = "stream.attempt.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    attempt: Annotated[int, Field(ge=1)]
+    writer: WriterField
+    mode: Literal["restart", "continue"] = "restart"
+
+
+class StreamDelta(Event):
+    """One chunk of a reply, as the model server sent it."""
+
+    kind: Literal["stream.delta.v1"] = "stream.delta.v1"
+    request: RequestIdField
+    attempt: Annotated[int, Field(ge=1)]
+    writer: WriterField
+    seq: Count
+    """Contiguous from 0 within an attempt."""
+    chunk: dict[str, JsonValue]
+    """A `chat.completion.chunk` object, its bytes untouched in the log."""
+
+
+class StreamCancel(Event):
+    """Anyone who may write may cancel, at any time; the first of cancel and end in the log wins."""
+
+    kind: Literal["stream.cancel.v1"] = "stream.cancel.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    by: str
+    reason: str = ""
+
+
+class StreamError(Part):
+    """Why a stream ended other than by completion; `code` is one of `klatch_schemas.errors`."""
+
+    code: str
+    message: str
+    retry_after_ms: Milliseconds | None = None
+    limit: str | None = None
+    upstream: Mapping[str, JsonValue] | None = None
+    """The model server's own error object, passed through."""
+
+
+class StreamEnd(Event):
+    """Closes a stream. Exactly one counts: the first of the current attempt, or of no attempt (0)."""
+
+    kind: Literal["stream.end.v1"] = "stream.end.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    attempt: Count = 0
+    writer: WriterField
+    seq: Count = 0
+    """How many deltas the attempt wrote: a reader that has fewer has lost some."""
+    status: Status
+    finish_reason: str | None = None
+    """Of choice 0; each choice's own stands in its last delta."""
+    model: str = ""
+    usage: Usage | None = None
+    trailer: tuple[dict[str, JsonValue], ...] = ()
+    """Chunks without choices that followed the last one, such as the usage chunk."""
+    error: StreamError | None = None
+
+
+class StreamRetract(Event):
+    """Takes back the deltas of the current attempt from `from_seq` on (a late trust verdict)."""
+
+    kind: Literal["stream.retract.v1"] = "stream.retract.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    from_seq: Count
+    reason: str = ""
+
+
+# --- chat.turns, memory ------------------------------------------------------------------------------------------
+
+
+class TurnFinished(Event):
+    """One finished turn: what was new in it, and what it was made with."""
+
+    kind: Literal["chat.turn.v1"] = "chat.turn.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    person: PersonField | None = None
+    use_case: NameField = "default"
+    status: Status
+    messages: tuple[dict[str, JsonValue], ...]
+    """The request's own messages as the model saw them (redacted), without history and recalled text."""
+    reply: tuple[dict[str, JsonValue], ...]
+    """The assistant's message of each choice, as far as it got."""
+    model: str = ""
+    prompt: PromptReference | None = None
+    usage: Usage
+    arms: Mapping[str, str] = {}
+    recalled: tuple[str, ...] = ()
+    """Ids of the memories the prompt held."""
+    store: bool = False
+    attempt: Count
+    started_ms: Milliseconds
+    finished_ms: Milliseconds
+    previous: int | None = None
+    """Offset, in this partition, of the conversation's previous turn."""
+
+
+class ExperienceLearned(Event):
+    """A preference or fact about a person, with where it came from."""
+
+    kind: Literal["memory.experience.v1"] = "memory.experience.v1"
+    tenant: TenantField
+    person: PersonField
+    name: NameField
+    text: str
+    requests: tuple[RequestIdField, ...] = ()
+
+
+# --- ledgers -----------------------------------------------------------------------------------------------------
+
+
+class PromptPublished(Event):
+    """A version of a prompt; the highest version in the ledger is in force. Versions are immutable."""
+
+    kind: Literal["prompt.published.v1"] = "prompt.published.v1"
+    tenant: TenantField | None = None
+    """None: for all tenants."""
+    name: NameField
+    version: Annotated[int, Field(ge=1)]
+    template: str
+    by: str = ""
+
+
+class SkillRegistered(Event):
+    """A skill that a downstream service offers."""
+
+    kind: Literal["skill.registered.v1"] = "skill.registered.v1"
+    name: NameField
+    version: Annotated[int, Field(ge=1)]
+    description: str
+    parameters: dict[str, JsonValue]
+    """JSON Schema of the arguments."""
+
+
+class ModelRouted(Event):
+    """Where requests for a model name go."""
+
+    kind: Literal["model.routed.v1"] = "model.routed.v1"
+    alias: str
+    model: str
+    url: str
+
+
+class ExperimentSet(Event):
+    """An experiment's arms and their weights; buckets are hashes of the person."""
+
+    kind: Literal["experiment.set.v1"] = "experiment.set.v1"
+    name: NameField
+    arms: Mapping[str, Annotated[float, Field(ge=0)]]
+
+
+class ApiKey(Part):
+    """An API key, known only by its hash."""
+
+    id: NameField
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TenantConfigured(Event):
+    """A tenant, who may speak for it, and what it may use."""
+
+    kind: Literal["tenant.configured.v1"] = "tenant.configured.v1"
+    tenant: TenantField
+    keys: tuple[ApiKey, ...] = ()
+    limits: Limits = Limits()
+
+
+class SkillCalled(Event):
+    """A model asked for a skill."""
+
+    kind: Literal["skill.called.v1"] = "skill.called.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    call: str
+    """Idempotency key of the call."""
+    skill: NameField
+    arguments: str
+
+
+class SkillReturned(Event):
+    """What a skill answered."""
+
+    kind: Literal["skill.returned.v1"] = "skill.returned.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    call: str
+    content: str
+    failed: bool = False
+
+
+# --- state -------------------------------------------------------------------------------------------------------
+
+
+class Snapshot(Event):
+    """A decider's state for one key, with the input offset that it has applied.
+
+    Restoring takes the record with the highest `applied` of a key, not the last: a zombie may write late.
+    """
+
+    kind: Literal["state.snapshot.v1"] = "state.snapshot.v1"
+    key: str
+    applied: int
+    state: JsonValue
+
+
+EVENTS: tuple[type[Event], ...] = (
+    ChatRequested,
+    UsageSettled,
+    QuotaLimitSet,
+    ChatAdmitted,
+    ChatRefused,
+    TrustVerdict,
+    StreamAttempt,
+    StreamDelta,
+    StreamCancel,
+    StreamEnd,
+    StreamRetract,
+    TurnFinished,
+    ExperienceLearned,
+    PromptPublished,
+    SkillRegistered,
+    ModelRouted,
+    ExperimentSet,
+    TenantConfigured,
+    SkillCalled,
+    SkillReturned,
+    Snapshot,
+)
