@@ -1,0 +1,117 @@
+"""Self-clocked batches: many small records become few appends, without a timer a record.
+
+Records are collected per partition. A batch leaves when the one before it is acknowledged and at least `interval_s`
+has passed since that one left; an urgent record (a reply's first delta, an end) does not wait for the interval. The
+cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so they are spent on purpose.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from klatch_schemas.records import Draft, Partition
+from klatch_streams.log import Log
+
+Place = tuple[Partition, int]
+
+
+class Batches:
+    """Appends to the partitions of one topic, in the order of `write`, each draft naming its partition."""
+
+    def __init__(self, log: Log, interval_s: float = 0.010, most: int = 500) -> None:
+        self._log = log
+        self._interval_s = interval_s
+        self._most = most
+        self._lanes: dict[int, _Lane] = {}
+
+    def write(self, draft: Draft, *, urgent: bool = False) -> "_Batch":
+        """Put a record in line; raises what made an earlier append to its partition fail.
+
+        Await `.done` of the answer to know that the record is durable.
+        """
+        assert draft.partition is not None  # noqa: S101 - a caller's mistake, seen in the first test
+        lane = self._lanes.get(draft.partition)
+        if lane is None or lane.finished:
+            lane = self._lanes[draft.partition] = _Lane(self._log, self._interval_s, self._most)
+        return lane.write(draft, urgent)
+
+    async def close(self) -> None:
+        """Append what is in line, then stop."""
+        await asyncio.gather(*(lane.drain() for lane in self._lanes.values()), return_exceptions=True)
+
+
+class _Batch:
+    """Records that leave together."""
+
+    __slots__ = ("done", "drafts")
+
+    def __init__(self) -> None:
+        self.drafts: list[Draft] = []
+        self.done: asyncio.Future[Sequence[Place]] = asyncio.get_running_loop().create_future()
+
+
+class _Lane:
+    """The records of one partition, and the task that appends them while there are any."""
+
+    def __init__(self, log: Log, interval_s: float, most: int) -> None:
+        self._log, self._interval_s, self._most = log, interval_s, most
+        self._waiting: list[_Batch] = []
+        self._urgent = asyncio.Event()
+        self._left_at = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._failure is None and self._task is None and not self._waiting
+
+    def write(self, draft: Draft, urgent: bool) -> _Batch:
+        if self._failure:
+            raise self._failure
+        if not self._waiting or len(self._waiting[-1].drafts) >= self._most:
+            self._waiting.append(_Batch())
+        batch = self._waiting[-1]
+        batch.drafts.append(draft)
+        if urgent or len(self._waiting) > 1:
+            self._urgent.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="batches")
+        return batch
+
+    async def drain(self) -> None:
+        self._urgent.set()
+        if self._task:
+            await self._task
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await self._interval()
+                await self._leave(self._waiting.pop(0))
+        finally:
+            self._task = None
+
+    async def _interval(self) -> None:
+        wait = self._left_at + self._interval_s - asyncio.get_running_loop().time()
+        if wait > 0 and not self._urgent.is_set():
+            try:
+                await asyncio.wait_for(self._urgent.wait(), wait)
+            except TimeoutError:
+                pass
+        self._urgent.clear()
+        self._left_at = asyncio.get_running_loop().time()
+
+    async def _leave(self, batch: _Batch) -> None:
+        try:
+            places = await self._log.append(batch.drafts)
+        except Exception as error:
+            self._fail(batch, error)
+            raise
+        batch.done.set_result(places)
+
+    def _fail(self, batch: _Batch, error: Exception) -> None:
+        # Whoever wrote to this partition may no longer write: what stands in the log is unknown until read back.
+        self._failure = error
+        for failed in (batch, *self._waiting):
+            failed.done.set_exception(error)
+            failed.done.exception()
+        self._waiting.clear()
