@@ -18,7 +18,7 @@ Writer = NewType("Writer", str)
 # Tenants and requests end up in headers, paths and file names; people and conversations are only ever values.
 _NAME = StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _TOKEN = StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
-_LABEL = StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")
+_LABEL = StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")
 
 TenantField = Annotated[Tenant, _NAME]
 PersonField = Annotated[Person, _LABEL]

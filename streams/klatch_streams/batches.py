@@ -7,6 +7,7 @@ cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so 
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.log import Log
@@ -93,10 +94,8 @@ class _Lane:
     async def _interval(self) -> None:
         wait = self._left_at + self._interval_s - asyncio.get_running_loop().time()
         if wait > 0 and not self._urgent.is_set():
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._urgent.wait(), wait)
-            except TimeoutError:
-                pass
         self._urgent.clear()
         self._left_at = asyncio.get_running_loop().time()
 

@@ -80,11 +80,14 @@ class Broken:
     error: StreamError
 
 
+Interruption = Literal["cancelled", "expired", "superseded", "ended"]
+
+
 @dataclass(frozen=True, slots=True)
 class Interrupted:
     """The command was left, because of what the log or the clock said meanwhile."""
 
-    by: Literal["cancelled", "expired", "superseded", "ended"]
+    by: Interruption
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +128,21 @@ def _next(report: Report) -> Command | None:
             return End("completed")
         case Broken(error):
             return End("failed", error)
-        case Interrupted("cancelled"):
+        case Interrupted(by):
+            return _after(by)
+        case Ended():
+            return None
+
+
+def _after(interruption: Interruption) -> Command | None:
+    match interruption:
+        case "cancelled":
             return End("cancelled")
-        case Interrupted("expired"):
+        case "expired":
             return End("expired", _EXPIRED)
-        case Interrupted("superseded"):
+        case "superseded":
             return Watch()
-        case Interrupted("ended") | Ended():
+        case "ended":
             return None
 
 
