@@ -15,6 +15,7 @@ class LogError(Exception):
 
     LogError
     ├── AppendFailed     records may or may not stand in the log; their writer must stop and start over
+    │   └── RecordTooLarge   a record is larger than the log takes; nothing of this append stands
     ├── OffsetGone       the log no longer holds (or never held) the offset asked for
     ├── UnknownTopic     no such topic: `klatch topics create` makes it
     └── MembershipLost   the group went on without this member; its partitions belong to others now
@@ -23,6 +24,14 @@ class LogError(Exception):
 
 class AppendFailed(LogError):
     """Records may or may not stand in the log."""
+
+
+class RecordTooLarge(AppendFailed):
+    """A record is larger than the log takes; found before anything was sent."""
+
+    def __init__(self, topic: str, size: int, limit: int) -> None:
+        super().__init__(f"a record of {size} bytes is too large for {topic}, which takes up to {limit} bytes")
+        self.topic, self.size, self.limit = topic, size, limit
 
 
 class OffsetGone(LogError):
@@ -62,7 +71,10 @@ class Tail(Protocol):
 
 
 class Listener(Protocol):
-    """Is told of partitions coming and going; neither call may raise."""
+    """Is told of partitions coming and going; neither call may raise, and none comes before `join` has returned.
+
+    A member that the group expelled is not told `revoked`: its partitions are somebody else's already.
+    """
 
     async def assigned(self, partitions: Sequence[Partition]) -> None:
         """These are this member's from now on. Records of them are read only after this returns."""
@@ -109,7 +121,7 @@ class Log(Protocol):
     """An append-only log of partitioned topics."""
 
     async def append(self, drafts: Sequence[Draft]) -> Sequence[tuple[Partition, int]]:
-        """Append in order per partition; returns where each stands, once durable. Raises AppendFailed.
+        """Append in order per partition; returns where each stands, once durable. Raises AppendFailed, UnknownTopic.
 
         Concurrent appends by one process to one partition keep the order of their calls.
         """
