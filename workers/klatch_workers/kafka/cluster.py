@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from klatch_workers.kafka.errors import DataFolderError
+from klatch_workers.kafka.errors import BrokerFailedError, DataFolderError
 from klatch_workers.kafka.filelock import locked
-from klatch_workers.kafka.folder import LOCK, read_layout, settle_layout
+from klatch_workers.kafka.folder import LOCK, read_layout, settle_layout, wipe
 from klatch_workers.kafka.jars import Progress, ensure_jars
 from klatch_workers.kafka.java import find_java
 from klatch_workers.kafka.node import Node
@@ -90,18 +90,40 @@ class Cluster:
         """Stop every node, at once; what has not ended after `grace` seconds is killed."""
         await asyncio.gather(*(node.stop(grace) for node in self.nodes))
 
+    async def failed(self) -> BrokerFailedError:
+        """Return when a node has ended that should not have, with what it said last."""
+        ends = {asyncio.create_task(node.wait()): node for node in self.nodes}
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in ends:
+                task.cancel()
+        return ends[done.pop()].failure("ended while it was needed")
+
+    async def wipe(self) -> None:
+        """Remove what klatch made in the data folder. Raises `DataFolderError` while a node runs."""
+        await asyncio.to_thread(self._wipe)
+
     async def _abandon(self) -> None:
         await asyncio.gather(*(node.kill() for node in self.nodes))
 
+    def _wipe(self) -> None:
+        with locked(self.data / LOCK):
+            self._refuse_running()
+            wipe(self.data)
+
+    def _refuse_running(self) -> None:
+        found = Cluster.find(self.data)
+        if found is not None and found.running:
+            pids = ", ".join(str(node.pid) for node in found.nodes if node.pid is not None)
+            raise DataFolderError(
+                f"{self.data} is in use by a broker (pid {pids}) at {found.bootstrap}: use that "
+                f"one, stop it (klatch kafka stop --data {self.data}), or name another folder."
+            )
+
     def _settle(self) -> tuple[Node, ...]:
         with locked(self.data / LOCK):
-            found = Cluster.find(self.data)
-            if found is not None and found.running:
-                pids = ", ".join(str(node.pid) for node in found.nodes if node.pid is not None)
-                raise DataFolderError(
-                    f"{self.data} is in use by a broker (pid {pids}) at {found.bootstrap}: use that "
-                    f"one, stop it (klatch kafka stop --data {self.data}), or name another folder."
-                )
+            self._refuse_running()
             layout = settle_layout(self.data, self.options)
         ids = range(1, len(layout.ports) + 1)
         return tuple(Node(i, self.data, layout.cluster_id, layout.ports) for i in ids)

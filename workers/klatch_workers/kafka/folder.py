@@ -10,6 +10,7 @@ DATA/node-N/kafka.pid         the broker's process, valid only if its command li
 import base64
 import json
 import random
+import shutil
 import socket
 import uuid
 from collections.abc import Collection
@@ -66,6 +67,17 @@ def settle_layout(data: Path, options: Options) -> Layout:
     fresh.write_text(json.dumps(record, indent=1))
     fresh.replace(data / _RECORD)
     return layout
+
+
+def wipe(data: Path) -> None:
+    """Remove what klatch made in `data`, nothing else; the folder too, if that leaves it empty."""
+    for node in data.glob("node-[0-9]*"):
+        shutil.rmtree(node)
+    # Last: without this record the rest would be taken for somebody else's.
+    for name in (f"{_RECORD}.new", _RECORD, LOCK):
+        (data / name).unlink(missing_ok=True)
+    if not any(data.iterdir()):
+        data.rmdir()
 
 
 def _new_id() -> str:

@@ -68,7 +68,7 @@ class Node:
         except TimeoutError:
             await self.kill()
             waited = self._program.options.start_timeout
-            raise self._failure(f"did not answer within {waited:.0f} s") from None
+            raise self.failure(f"did not answer within {waited:.0f} s") from None
 
     async def stop(self, grace: float = 10.0) -> None:
         """Ask it to end; after `grace` seconds make it. Acknowledged records survive both."""
@@ -113,7 +113,7 @@ class Node:
         with self._console.open("wb") as console:
             tool = await leash.spawn(argv, stdout=console, stderr=STDOUT)
         if await tool.wait() != 0:
-            raise self._failure("could not be formatted")
+            raise self.failure("could not be formatted")
 
     async def _launch(self, program: Program) -> Leashed | Recorded:
         argv = program.broker(self._config, self.log)
@@ -126,12 +126,12 @@ class Node:
     async def _answers(self, members: int, running: Running) -> None:
         while not await self._listens():
             if running.ended():
-                raise self._failure("ended while it started")
+                raise self.failure("ended while it started")
             await asyncio.sleep(_LOOK_EVERY)
         # It accepts connections now, and answers them when it has joined its cluster.
         while not await self._sees(members):
             if running.ended():
-                raise self._failure("ended while it started")
+                raise self.failure("ended while it started")
             await asyncio.sleep(_LOOK_EVERY)
 
     async def _listens(self) -> bool:
@@ -146,7 +146,8 @@ class Node:
         seen = await live_members(self.bootstrap)
         return self.id in seen and len(seen) >= members
 
-    def _failure(self, what: str) -> BrokerFailedError:
+    def failure(self, what: str) -> BrokerFailedError:
+        """An error that shows what this node said last, and what to do about it."""
         self._pid_file.unlink(missing_ok=True)
         said = _last_lines(self._console) + _last_lines(self.log)
         hint = next((do for sign, do in _HINTS if re.search(sign, said)), _NO_HINT)
