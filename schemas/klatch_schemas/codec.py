@@ -221,6 +221,6 @@ def draft(
     return Draft(topic, key.encode(), value, headers, partition)
 
 
-def delta_draft(topic: str, key: bytes, partition: int, value: bytes) -> Draft:
+def delta_draft(topic: str, key: bytes | None, partition: int | None, value: bytes) -> Draft:
     """A delta ready to be written. Its only header is its kind: its opening carries the rest."""
     return Draft(topic, key, value, _DELTA_HEADERS, partition)

@@ -8,6 +8,7 @@ cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so 
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.log import Log
@@ -24,11 +25,8 @@ class Batches:
         self._most = most
         self._lanes: dict[int, _Lane] = {}
 
-    def write(self, draft: Draft, *, urgent: bool = False) -> "_Batch":
-        """Put a record in line; raises what made an earlier append to its partition fail.
-
-        Await `.done` of the answer to know that the record is durable.
-        """
+    def write(self, draft: Draft, *, urgent: bool = False) -> "Written":
+        """Put a record in line; raises what made an earlier append to its partition fail."""
         assert draft.partition is not None  # noqa: S101 - a caller's mistake, seen in the first test
         lane = self._lanes.get(draft.partition)
         if lane is None or lane.finished:
@@ -38,6 +36,17 @@ class Batches:
     async def close(self) -> None:
         """Append what is in line, then stop."""
         await asyncio.gather(*(lane.drain() for lane in self._lanes.values()), return_exceptions=True)
+
+
+class Written(NamedTuple):
+    """A record in line."""
+
+    batch: "_Batch"
+    number: int
+
+    async def durable(self) -> int:
+        """Its offset, once it is durable. Raises AppendFailed."""
+        return (await asyncio.shield(self.batch.done))[self.number][1]
 
 
 class _Batch:
@@ -65,7 +74,7 @@ class _Lane:
     def finished(self) -> bool:
         return self._failure is None and self._task is None and not self._waiting
 
-    def write(self, draft: Draft, urgent: bool) -> _Batch:
+    def write(self, draft: Draft, urgent: bool) -> Written:
         if self._failure:
             raise self._failure
         if not self._waiting or len(self._waiting[-1].drafts) >= self._most:
@@ -76,7 +85,7 @@ class _Lane:
             self._urgent.set()
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="batches")
-        return batch
+        return Written(batch, len(batch.drafts) - 1)
 
     async def drain(self) -> None:
         self._urgent.set()

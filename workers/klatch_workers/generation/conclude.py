@@ -1,0 +1,119 @@
+"""What is left of a request once its stream has ended: its usage, and its turn.
+
+Both are made from the log's own account of the stream, so they agree with what every reader saw, and making them
+again after a crash makes the same records under the same ids. The billing rule: what the model server counted;
+where it sent no count (cancelled, cut, superseded), the chunks that stand and a bound on the prompt.
+"""
+
+from dataclasses import dataclass
+
+from klatch_schemas import codec
+from klatch_schemas.assembly import Assembly
+from klatch_schemas.chunks import Json, Reply
+from klatch_schemas.events import (
+    ChatAdmitted,
+    Status,
+    TurnFinished,
+    Usage,
+    UsageSettled,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the model was asked with, as far as preparing got."""
+
+    messages: tuple[Json, ...] = ()
+    """The request's own messages, redacted."""
+    prompt_version: int | None = None
+    recalled: tuple[str, ...] = ()
+    spoke: bool = False
+    """Whether a model was called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When, in milliseconds since the epoch."""
+
+    finished_ms: int
+    first_token_ms: int | None = None
+
+
+def reply_of(assembly: Assembly) -> Reply:
+    """The text that stands, put together."""
+    reply = Reply()
+    for said in assembly.standing:
+        reply.add(codec.loads(bytes(said.chunk)))
+    return reply
+
+
+def usage_of(admitted: ChatAdmitted, assembly: Assembly, spoke: bool) -> Usage:
+    """What the request is billed for."""
+    if assembly.end and assembly.end.usage:
+        return assembly.end.usage
+    return usage_without_count(admitted, len(assembly.standing), spoke)
+
+
+def usage_without_count(admitted: ChatAdmitted, chunks: int, spoke: bool) -> Usage:
+    """Klatch's own count: a token a chunk, and four bytes of JSON a token of the prompt."""
+    if not spoke and not chunks:
+        return Usage()
+    prompt = len(codec.dumps(admitted.request.body.get("messages"))) // 4
+    return Usage(prompt_tokens=prompt, completion_tokens=chunks, estimated=True)
+
+
+def settlement(admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing) -> UsageSettled:
+    """The record that settles the request's reservation."""
+    request = admitted.request
+    first = timing.first_token_ms
+    return UsageSettled(
+        request=request.request,
+        tenant=request.tenant,
+        person=request.person,
+        use_case=request.use_case,
+        model=_model(admitted, assembly),
+        status=_status(assembly),
+        usage=usage_of(admitted, assembly, asked.spoke),
+        first_token_ms=None if first is None else max(0, first - admitted.requested_ms),
+        total_ms=max(0, timing.finished_ms - admitted.requested_ms),
+    )
+
+
+def turn(
+    admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing, previous: int | None
+) -> TurnFinished | None:
+    """The finished turn, if any text of a reply stands."""
+    if not assembly.standing:
+        return None
+    request, reply = admitted.request, reply_of(assembly)
+    prompt = request.prompt and request.prompt.model_copy(update={"version": asked.prompt_version})
+    return TurnFinished(
+        request=request.request,
+        tenant=request.tenant,
+        conversation=request.conversation,
+        person=request.person,
+        use_case=request.use_case,
+        status=_status(assembly),
+        messages=asked.messages,
+        reply=tuple(reply.messages()),
+        model=_model(admitted, assembly),
+        prompt=prompt,
+        usage=usage_of(admitted, assembly, asked.spoke),
+        arms=request.context.experiments,
+        recalled=asked.recalled,
+        store=request.memory.store,
+        attempt=assembly.state.attempt,
+        started_ms=admitted.requested_ms,
+        finished_ms=timing.finished_ms,
+        previous=previous,
+    )
+
+
+def _status(assembly: Assembly) -> Status:
+    return assembly.state.status or "failed"
+
+
+def _model(admitted: ChatAdmitted, assembly: Assembly) -> str:
+    if assembly.end and assembly.end.model:
+        return assembly.end.model
+    return str(admitted.request.body.get("model") or "")

@@ -1,0 +1,219 @@
+"""From an admitted request to the call of a model: verdict, redaction, prompt, recent turns, recalled memories.
+
+Recalling and reading recent turns start on admission, beside screening; nothing of it reaches a model before the
+verdict. Recall that fails or is too slow is left out, and said so in the log: a reply without a memory is better
+than none. A prompt that does not exist or does not render fails the request, with the words that mend it.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, cast
+
+import structlog
+
+from klatch_agents.gateway.port import ModelCall, Timeouts
+from klatch_agents.prompts import PromptFailed, Prompts, compose_messages
+from klatch_agents.trust.redact import redact
+from klatch_schemas.chunks import Json
+from klatch_schemas.codec import Unreadable
+from klatch_schemas.events import ChatAdmitted, ChatRequested, PromptPublished, StreamError, TrustVerdict, TurnFinished
+from klatch_streams.generation import Ready
+from klatch_streams.log import LogError
+from klatch_workers.generation.conclude import Asked
+from klatch_workers.generation.table import Tracked
+from klatch_workers.generation.turns import Conversations
+
+log = structlog.get_logger(__name__)
+
+
+class Memory(NamedTuple):
+    """Something remembered of a person."""
+
+    id: str
+    text: str
+
+
+class Recaller(Protocol):
+    """Looks up what a person said before."""
+
+    async def recall(self, tenant: str, person: str, text: str, most: int) -> Sequence[Memory]:
+        """The memories nearest to `text`, of this tenant's person only. Raises RecallFailed."""
+        ...
+
+
+class RecallFailed(Exception):
+    """Nothing could be recalled just now."""
+
+
+class PromptBook(Protocol):
+    """The prompts in force."""
+
+    def find(self, tenant: str, name: str, version: int | None) -> PromptPublished | None:
+        """A tenant's prompt, or everybody's; without a version, the one in force."""
+        ...
+
+
+class PreparingFailed(Exception):
+    """The request cannot be sent to a model, for the reason said."""
+
+    def __init__(self, said: StreamError) -> None:
+        super().__init__(said.message)
+        self.said = said
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a model is to be asked."""
+
+    ready: Ready
+    call: ModelCall
+    model: str = ""
+    messages: tuple[Json, ...] = ()
+    prompt_version: int | None = None
+    recalled: tuple[str, ...] = ()
+
+    def asked(self, spoke: bool) -> Asked:
+        """What concluding needs to know of it."""
+        return Asked(self.messages, self.prompt_version, self.recalled, spoke)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparer:
+    """Prepares requests; one a process."""
+
+    prompts: PromptBook
+    recaller: Recaller | None = None
+    model: str | None = None
+    """Asked for instead of the request's own model, if set."""
+    timeouts: Timeouts = Timeouts()
+    recall_patience_s: float = 1.0
+    renderer: Prompts = field(default_factory=Prompts)
+
+    async def prepare(self, admitted: ChatAdmitted, tracked: Tracked, conversations: Conversations) -> Prepared:
+        """Wait for the verdict and make the call. Raises PreparingFailed."""
+        request = admitted.request
+        gathering = asyncio.ensure_future(self._gather(request, conversations))
+        try:
+            await tracked.until(lambda: tracked.verdict is not None)
+            assert tracked.verdict  # noqa: S101 - awaited just now
+            ready = Ready(tracked.verdict.decision, tracked.verdict.categories)
+            body = redacted(request, tracked.verdict)
+            if ready.decision in {"block", "escalate"}:
+                return Prepared(ready, ModelCall(body))
+            return self._compose(request, ready, body, *await gathering)
+        finally:
+            gathering.cancel()
+
+    async def _gather(
+        self, request: ChatRequested, conversations: Conversations
+    ) -> tuple[Sequence[Memory], Sequence[TurnFinished]]:
+        return await asyncio.gather(self._recall(request), _recent(request, conversations))
+
+    async def _recall(self, request: ChatRequested) -> Sequence[Memory]:
+        text = last_user_text(request.body)
+        if not (request.memory.recall and request.person and text):
+            return ()
+        try:
+            if self.recaller is None:
+                raise RecallFailed("no memory worker is configured: set KLATCH_MEMORY_URL")
+            async with asyncio.timeout(self.recall_patience_s):
+                return await self.recaller.recall(request.tenant, request.person, text, request.memory.recall)
+        except (RecallFailed, TimeoutError) as error:
+            log.warning("recall.skipped", request=request.request, reason=str(error) or "too slow")
+            return ()
+
+    def _compose(
+        self,
+        request: ChatRequested,
+        ready: Ready,
+        body: Mapping[str, object],
+        recalled: Sequence[Memory],
+        recent: Sequence[TurnFinished],
+    ) -> Prepared:
+        own = _messages(body)
+        prompt, system = self._system(request)
+        if system or recalled or recent:
+            past = [message for turn in recent for message in (*turn.messages, *turn.reply[:1])]
+            composed = compose_messages(own, system, [memory.text for memory in recalled], past)
+            body = {**body, "messages": composed}
+        return Prepared(
+            ready=ready,
+            call=ModelCall(body, model=self.model, timeouts=self.timeouts, headers=_headers(request)),
+            model=self.model or str(body.get("model") or ""),
+            messages=tuple(own),
+            prompt_version=prompt.version if prompt else None,
+            recalled=tuple(memory.id for memory in recalled),
+        )
+
+    def _system(self, request: ChatRequested) -> tuple[PromptPublished | None, str]:
+        wanted = request.prompt
+        if wanted is None:
+            return None, ""
+        prompt = self.prompts.find(request.tenant, wanted.name, wanted.version)
+        if prompt is None:
+            version = "" if wanted.version is None else f" version {wanted.version}"
+            raise PreparingFailed(
+                StreamError(
+                    code="invalid_request",
+                    message=f"prompt {wanted.name!r}{version} is not in the ledger: publish it, or name another",
+                )
+            )
+        try:
+            return prompt, self.renderer.render(prompt, wanted.variables)
+        except PromptFailed as error:
+            raise PreparingFailed(StreamError(code=error.code, message=error.message)) from error
+
+
+async def _recent(request: ChatRequested, conversations: Conversations) -> Sequence[TurnFinished]:
+    if not request.memory.recent:
+        return ()
+    try:
+        return await conversations.recent(request.tenant, request.conversation, request.memory.recent)
+    except (LogError, Unreadable) as error:
+        log.warning("turns.skipped", request=request.request, reason=str(error))
+        return ()
+
+
+def redacted(request: ChatRequested, verdict: TrustVerdict) -> Mapping[str, object]:
+    """The request's body as trust lets it through."""
+    if verdict.decision != "redact":
+        return request.body
+    return redact(request.body, verdict.findings)
+
+
+def asked_before(request: ChatRequested, verdict: TrustVerdict | None) -> Asked:
+    """What an earlier owner asked with, as far as its turn needs it; without a verdict nothing is repeated."""
+    messages = _messages(redacted(request, verdict)) if verdict else []
+    return Asked(tuple(messages), spoke=True)
+
+
+def last_user_text(body: Mapping[str, object]) -> str:
+    """The text of the last user message: what memories are looked up by."""
+    for message in reversed(_messages(body)):
+        if message.get("role") == "user":
+            return _text_of(message.get("content"))
+    return ""
+
+
+def _text_of(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") for part in _objects(content)]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _messages(body: Mapping[str, object]) -> list[Json]:
+    return _objects(body.get("messages"))
+
+
+def _objects(listed: object) -> list[Json]:
+    items = cast("list[object]", listed) if isinstance(listed, list) else []
+    return [cast("Json", item) for item in items if isinstance(item, dict)]
+
+
+def _headers(request: ChatRequested) -> dict[str, str]:
+    headers = {"x-request-id": str(request.request)}
+    if request.context.traceparent:
+        headers["traceparent"] = request.context.traceparent
+    return headers

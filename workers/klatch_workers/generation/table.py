@@ -1,0 +1,190 @@
+"""What the log says of every request of one partition that is not concluded yet.
+
+Fed by the follower with the partition's `chat.stream` and `trust.verdicts`; requests under way look things up here
+and wait here for what they need to hear. It also knows from where a successor must read the two topics again: the
+floors that the stage's snapshot keeps.
+"""
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import structlog
+
+from klatch_schemas import codec
+from klatch_schemas.assembly import Assembly, Opened, Said, Spoke
+from klatch_schemas.codec import Delta, Unreadable
+from klatch_schemas.events import (
+    StreamAttempt,
+    StreamCancel,
+    StreamEnd,
+    StreamRetract,
+    TrustVerdict,
+)
+from klatch_schemas.records import Record
+
+log = structlog.get_logger(__name__)
+
+ORPHAN_MS = 3_600_000
+"""How long a cancel or a verdict waits for its request to be admitted."""
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """One request, as its partition tells of it."""
+
+    tenant: str
+    request: str
+    assembly: Assembly = field(default_factory=Assembly)
+    verdict: TrustVerdict | None = None
+    stream_floor: int | None = None
+    """Where its stream begins."""
+    verdict_floor: int | None = None
+    last_ms: int = 0
+    """Timestamp of the last record that told of it."""
+    records: int = 0
+    """How many records of its stream were heard; grows while somebody speaks."""
+    taken: bool = False
+    """Whether this owner has met the request itself, on chat.admitted."""
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        """Something happened that somebody may wait for."""
+        self._news.set()
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        """Wait until `true()`, which is asked again whenever the log told something other than a delta."""
+        while not true():
+            self._news.clear()
+            await self._news.wait()
+
+
+class Table:
+    """The requests of one partition."""
+
+    def __init__(self) -> None:
+        self._tracked: dict[tuple[str, str], Tracked] = {}
+        self._by_writer: dict[str, Tracked] = {}
+        self.stream_position = 0
+        self.verdict_position = 0
+        self.unreadable: list[tuple[Record, str]] = []
+        """Records that no reader can use: for the dead letters, at the next checkpoint."""
+        self._passed: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._order = count()
+
+    # --- fed by the follower
+
+    def hear_stream(self, record: Record) -> None:
+        """Fold a record of `chat.stream`."""
+        self.stream_position = record.offset + 1
+        try:
+            said = codec.decode(record.value)
+        except Unreadable as error:
+            self.unreadable.append((record, str(error)))
+        else:
+            self._hear(record, said)
+        while self._passed and self._passed[0][0] < self.stream_position:
+            waiting = heapq.heappop(self._passed)[2]
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def hear_verdict(self, record: Record) -> None:
+        """Keep a verdict on input: the first of a request counts."""
+        self.verdict_position = record.offset + 1
+        try:
+            verdict = codec.decode_as(TrustVerdict, record.value)
+        except Unreadable as error:
+            self.unreadable.append((record, str(error)))
+            return
+        if verdict.stage != "input":
+            return
+        tracked = self.of(verdict.tenant, verdict.request)
+        tracked.last_ms = record.timestamp_ms
+        if tracked.verdict is None:
+            tracked.verdict, tracked.verdict_floor = verdict, record.offset
+            tracked.tell()
+
+    def _hear(self, record: Record, said: Said) -> None:
+        match said:
+            case Delta():
+                tracked = self._by_writer.get(said.writer)
+                if tracked is None or tracked.request != said.request:
+                    return
+            case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract():
+                tracked = self.of(said.tenant, said.request)
+            case _:
+                self.unreadable.append((record, f"{said.KIND} does not belong into this topic"))
+                return
+        tracked.records += 1
+        tracked.last_ms = record.timestamp_ms
+        if tracked.stream_floor is None:
+            tracked.stream_floor = record.offset
+        before = tracked.assembly.state.writer
+        heard = tracked.assembly.hear(record.offset, said)
+        if isinstance(heard, Spoke):
+            return
+        if isinstance(heard, Opened):
+            self._by_writer.pop(before, None)
+            self._by_writer[heard.writer] = tracked
+        tracked.tell()
+
+    # --- asked by requests under way
+
+    def of(self, tenant: str, request: str) -> Tracked:
+        """What is known of a request, from now on kept."""
+        tracked = self._tracked.get((tenant, request))
+        if tracked is None:
+            tracked = self._tracked[tenant, request] = Tracked(tenant, request)
+        return tracked
+
+    def take(self, tenant: str, request: str) -> Tracked:
+        """The request itself was met: its records are needed until `forget`."""
+        tracked = self.of(tenant, request)
+        tracked.taken = True
+        # What it will say comes from here on, if nothing has been heard yet.
+        if tracked.stream_floor is None:
+            tracked.stream_floor = self.stream_position
+        if tracked.verdict_floor is None:
+            tracked.verdict_floor = self.verdict_position
+        return tracked
+
+    def forget(self, tenant: str, request: str) -> None:
+        """The request is concluded, or was refused: nothing of it is needed any more."""
+        if tracked := self._tracked.pop((tenant, request), None):
+            self._by_writer.pop(tracked.assembly.state.writer, None)
+
+    async def passed(self, offset: int) -> None:
+        """Wait until the record of `chat.stream` at `offset` has been read back."""
+        if self.stream_position <= offset:
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._passed, (offset, next(self._order), waiting))
+            await waiting
+
+    # --- asked by checkpoints
+
+    def floors(self) -> tuple[int, int]:
+        """The first offsets of chat.stream and trust.verdicts that a successor needs."""
+        stream = min(
+            (t.stream_floor for t in self._tracked.values() if t.stream_floor is not None),
+            default=self.stream_position,
+        )
+        verdict = min(
+            (t.verdict_floor for t in self._tracked.values() if t.verdict_floor is not None),
+            default=self.verdict_position,
+        )
+        return min(stream, self.stream_position), min(verdict, self.verdict_position)
+
+    def forget_concluded(self) -> None:
+        """Drop what an earlier owner concluded: once all it may have left open was taken."""
+        self._forget(lambda tracked: tracked.assembly.state.attempt > 0 or tracked.assembly.state.settled)
+
+    def forget_orphans(self, now_ms: int) -> None:
+        """Drop cancels and verdicts whose request was not admitted within `ORPHAN_MS`."""
+        self._forget(lambda tracked: tracked.last_ms < now_ms - ORPHAN_MS)
+
+    def _forget(self, unneeded: Callable[[Tracked], bool]) -> None:
+        for tracked in list(self._tracked.values()):
+            if not tracked.taken and unneeded(tracked):
+                self.forget(tracked.tenant, tracked.request)

@@ -1,0 +1,105 @@
+"""A conversation's past, read from the log: every finished turn names the offset of the one before it.
+
+Only the last turn's offset is kept in memory and in snapshots, a few dozen bytes a conversation; the turns
+themselves are read when they are needed, and the latest read stay cached. So a conversation goes on after every
+process was restarted, and costs next to nothing while nobody speaks.
+"""
+
+import asyncio
+from collections import OrderedDict
+from typing import NamedTuple
+
+from klatch_schemas import codec
+from klatch_schemas.events import TurnFinished
+from klatch_schemas.records import Partition
+from klatch_streams.log import Log, Tail
+
+CACHED = 2_000
+
+
+class Head(NamedTuple):
+    """A conversation's last turn."""
+
+    offset: int
+    request: str
+
+
+class TurnReader:
+    """Reads single turns at known offsets; one reader a process."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._tail: Tail | None = None
+        self._turn = asyncio.Lock()
+        self._cache: OrderedDict[tuple[Partition, int], TurnFinished] = OrderedDict()
+
+    def keep(self, partition: Partition, offset: int, turn: TurnFinished) -> None:
+        """Have a turn at hand."""
+        self._cache[partition, offset] = turn
+        self._cache.move_to_end((partition, offset))
+        if len(self._cache) > CACHED:
+            self._cache.popitem(last=False)
+
+    async def read(self, partition: Partition, offset: int) -> TurnFinished:
+        """The turn at `offset`. Raises OffsetGone once retention has taken it, Unreadable."""
+        if cached := self._cache.get((partition, offset)):
+            self._cache.move_to_end((partition, offset))
+            return cached
+        async with self._turn:
+            return self._cache.get((partition, offset)) or await self._fetch(partition, offset)
+
+    async def _fetch(self, partition: Partition, offset: int) -> TurnFinished:
+        tail = self._tail = self._tail or await self._log.tail()
+        tail.follow(partition, offset)
+        try:
+            while not (records := await tail.read(1000)):
+                pass
+        finally:
+            tail.unfollow(partition)
+        turn = codec.decode_as(TurnFinished, records[0].value)
+        self.keep(partition, offset, turn)
+        return turn
+
+    async def close(self) -> None:
+        """Give back the connection."""
+        if self._tail:
+            await self._tail.close()
+
+
+class Conversations:
+    """The conversations of one partition of `chat.turns`."""
+
+    def __init__(self, partition: Partition, reader: TurnReader) -> None:
+        self._partition = partition
+        self._reader = reader
+        self.heads: dict[str, Head] = {}
+        self.changed: set[str] = set()
+        """Keys of heads that no snapshot holds yet."""
+
+    def head(self, tenant: str, conversation: str) -> Head | None:
+        """The conversation's last turn."""
+        return self.heads.get(conversation_key(tenant, conversation))
+
+    async def recent(self, tenant: str, conversation: str, most: int) -> list[TurnFinished]:
+        """The conversation's last turns, oldest first, at most `most`. Raises LogError, Unreadable."""
+        head = self.head(tenant, conversation)
+        offset = head.offset if head else None
+        turns: dict[str, TurnFinished] = {}
+        while offset is not None and len(turns) < most:
+            turn = await self._reader.read(self._partition, offset)
+            # A crash may have written one turn twice, the second following the first.
+            turns.setdefault(turn.request, turn)
+            offset = turn.previous
+        return list(reversed(turns.values()))
+
+    def append(self, offset: int, turn: TurnFinished) -> None:
+        """`turn` now stands at `offset`, and is the conversation's last."""
+        key = conversation_key(turn.tenant, turn.conversation)
+        self.heads[key] = Head(offset, turn.request)
+        self.changed.add(key)
+        self._reader.keep(self._partition, offset, turn)
+
+
+def conversation_key(tenant: str, conversation: str) -> str:
+    """One string for a tenant's conversation; a tenant's name holds no slash."""
+    return f"{tenant}/{conversation}"
