@@ -1,0 +1,91 @@
+"""How many tokens a request may cost, estimated before any model has seen it.
+
+An estimate, not a promise: admission counts it until the real usage is known. It is meant to be a little too high
+for text in any script and cheap to compute (one walk over the body), and it is total: a body may hold anything.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+_MOST_TOKENS = 1_000_000_000
+_MOST_CHOICES = 128
+_READ = ("messages", "prediction", "tools", "functions", "response_format")
+"""What a model reads of a body."""
+_NUMBER = "12345678"
+"""Stands for any number: writing out a huge one may raise."""
+_MEDIA = frozenset({"image_url", "input_audio", "audio", "video_url", "audio_url", "file"})
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """`prompt + n x completion`, where
+
+    - prompt = bytes of all text in UTF-8 / `bytes_per_token` + `per_message` for each message + `per_media` for each
+      image, recording or file + `overhead`;
+    - completion = `max_completion_tokens`, else `max_tokens`, else `completion`.
+
+    Byte-pair tokens of the usual models average 4 bytes in English prose and code, 2.5 to 3.5 in other scripts.
+    """
+
+    bytes_per_token: int = 3
+    per_message: int = 8
+    per_media: int = 1_200
+    overhead: int = 16
+    completion: int = 1_024
+
+    def tokens(self, body: Mapping[str, JsonValue]) -> int:
+        """What to reserve for a request with this body; never more than 10**9."""
+        return min(self._prompt(body) + _choices(body) * self._completion(body), _MOST_TOKENS)
+
+    def _prompt(self, body: Mapping[str, JsonValue]) -> int:
+        text = media = 0
+        for found in _walk(body):
+            if found is None:
+                media += 1
+            else:
+                text += _utf8_length(found)
+        messages = body.get("messages")
+        count = len(messages) if isinstance(messages, list) else 0
+        return self.overhead + count * self.per_message + media * self.per_media - (-text // self.bytes_per_token)
+
+    def _completion(self, body: Mapping[str, JsonValue]) -> int:
+        for name in ("max_completion_tokens", "max_tokens"):
+            said = _whole(body.get(name))
+            if said is not None:
+                return said
+        return self.completion
+
+
+def _walk(body: Mapping[str, JsonValue]) -> Iterator[str | None]:
+    """Every text in what a model reads, with object keys (they count in tools), and None for each medium."""
+    # An explicit stack: a body nested deeper than Python's recursion limit must not stop admission.
+    stack: list[JsonValue] = [body[name] for name in _READ if name in body]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            stack.extend(value)
+        elif isinstance(value, dict):
+            for name, member in value.items():
+                if name in _MEDIA:
+                    yield None
+                else:
+                    yield name
+                    stack.append(member)
+        elif value is not None:
+            yield _NUMBER
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def _choices(body: Mapping[str, JsonValue]) -> int:
+    return min(max(_whole(body.get("n")) or 1, 1), _MOST_CHOICES)
+
+
+def _whole(value: JsonValue) -> int | None:
+    return min(value, _MOST_TOKENS) if type(value) is int and value >= 0 else None

@@ -1,0 +1,63 @@
+"""The ids that a decider has seen in the last 24 hours, or a little longer, of record time.
+
+Ids are kept in buckets of at most `BUCKET` in order of arrival. Only the newest bucket changes, so a snapshot
+rewrites only that one; a bucket is forgotten whole, when its newest id is old enough. All operations are O(1) in
+the number of ids.
+"""
+
+from __future__ import annotations  # rpds classes take type arguments in annotations only
+
+import msgspec
+from rpds import HashTrieMap, HashTrieSet
+
+MEMORY_MS = 24 * 3_600_000
+BUCKET = 256
+"""Keeps a bucket's snapshot under 40 kB, whatever the ids."""
+
+
+class Bucket(msgspec.Struct, frozen=True):
+    """Ids that came one after another."""
+
+    newest_ms: int
+    ids: tuple[str, ...]
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A set of ids that forgets."""
+
+    ids: HashTrieSet[str] = HashTrieSet()
+    buckets: HashTrieMap[int, Bucket] = HashTrieMap()
+    """By number; numbers are never used again."""
+    oldest: int = 0
+    newest: int = 0
+
+    @classmethod
+    def of(cls, buckets: dict[int, Bucket]) -> Seen:
+        """The set whose buckets these are."""
+        if not buckets:
+            return cls()
+        ids = HashTrieSet([one for bucket in buckets.values() for one in bucket.ids])
+        return cls(ids, HashTrieMap(buckets), min(buckets), max(buckets))
+
+    def __contains__(self, one: str) -> bool:
+        return one in self.ids
+
+    def insert(self, now_ms: int, one: str) -> Seen:
+        """Remember `one`, which is not remembered yet."""
+        newest = self.newest
+        bucket = self.buckets.get(newest)
+        if bucket and len(bucket.ids) >= BUCKET:
+            newest, bucket = newest + 1, None
+        grown = Bucket(now_ms, (*bucket.ids, one) if bucket else (one,))
+        return Seen(self.ids.insert(one), self.buckets.insert(newest, grown), self.oldest, newest)
+
+    def forget(self, now_ms: int) -> Seen:
+        """Forget the oldest bucket if it is old enough: one at a time, so that no event pays for many."""
+        bucket = self.buckets.get(self.oldest)
+        if bucket is None or bucket.newest_ms >= now_ms - MEMORY_MS:
+            return self
+        ids = self.ids
+        for one in bucket.ids:
+            ids = ids.discard(one)
+        oldest = self.oldest + 1
+        return Seen(ids, self.buckets.discard(self.oldest), oldest, max(oldest, self.newest))
