@@ -1,0 +1,93 @@
+"""Settings: the environment, read once, at the start of a process.
+
+Every name begins with `KLATCH_`; one that is not a setting is an error that names the nearest, so that a misspelt
+setting is found when the process starts and not when it matters. Command line options go over the environment.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "KLATCH_"
+
+
+class UnknownSetting(ValueError):
+    """A `KLATCH_` variable that no setting has."""
+
+
+class Settings(BaseSettings):
+    """What a process of klatch can be told. `KLATCH_MODEL_URL` sets `model_url`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+
+    kafka: str = "127.0.0.1:9092"
+    """Bootstrap servers of the Kafka cluster, `host:port[,host:port…]`."""
+    namespace: str = ""
+    """Prefix of all topics and groups: `test` makes `test.chat.requests`."""
+    http: str = "127.0.0.1:8080"
+    """Where the HTTP door listens."""
+    data: Path = Path("~/.local/share/klatch").expanduser()
+    """Klatch's data folder: the embedded Kafka's log, the vector index, generated keys."""
+    cache: Path | None = None
+    """Where downloaded jars are kept; None: the platform's cache folder."""
+    kafka_jars: Path | None = None
+    """A folder of Kafka's jars to use instead of downloading them."""
+
+    model_url: str | None = None
+    """An OpenAI-compatible server, with its `/v1`; None: the local model, where there is one."""
+    model: str | None = None
+    """Asked of the server instead of each request's own model name."""
+    model_key: SecretStr | None = None
+    local_gguf: Path | None = None
+    """A GGUF file for the local model instead of the one from the package."""
+
+    trust_policy: Path | None = None
+    """The trust policy; None: the one that comes with klatch."""
+    embedder: str = "minilm"
+    """`minilm` (ONNX, no torch), `sentence-transformers:NAME`, or the URL of an OpenAI-compatible server."""
+    embedder_model: str | None = None
+    """The model to ask an embeddings server for."""
+    embedder_key: SecretStr | None = None
+    qdrant_url: str | None = None
+    """A Qdrant server; None: Qdrant's engine inside the memory worker, with its data in `data`."""
+    qdrant_key: SecretStr | None = None
+    memory: str = "127.0.0.1:8081"
+    """Where the memory worker listens, for the other workers of this machine."""
+    memory_url: str | None = None
+    """Where to ask the memory worker; None: no recall, and no embeddings at the door."""
+    views: str = "127.0.0.1:8082"
+    """Where the views worker listens."""
+    views_url: str | None = None
+    """Where `klatch top` asks."""
+    internal_key: SecretStr | None = None
+    """Shared by klatch's own processes; without it, the memory and views workers answer nobody."""
+
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
+    """Requests under way at once, per partition."""
+    drain_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long work in flight may go on after a stop or a rebalance."""
+    log_level: str = "info"
+
+
+def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -> Settings:
+    """The settings of this process; options that are None are left to the environment. Raises UnknownSetting."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UnknownSetting(f"{name} is not a setting of klatch{hint}")
+    return Settings(**{name: value for name, value in options.items() if value is not None})
+
+
+def host_port(listen: str) -> tuple[str, int]:
+    """`"127.0.0.1:8080"` as a pair; raises ValueError with the form that is wanted."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ValueError(f"{listen!r} is not of the form HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]") or "127.0.0.1", int(port)
