@@ -1,0 +1,128 @@
+"""What can go wrong between us and a model server, by who must act on it.
+
+    ModelError
+    ├── ConnectError       no answer at all: refused, unresolved, closed before the status line
+    ├── RefusedError       an HTTP status of 400 or more, with the server's own error body
+    └── BrokenReplyError   it had answered 200, then
+        ├── StalledError       nothing came for longer than the call allows (also before the status)
+        ├── TruncatedError     the stream ended, or was cut, before every choice had finished
+        ├── StreamError        the stream carried an error event
+        └── MalformedError     what came is no Chat Completions reply
+
+Every error answers the caller's questions: `code` for machines, `status` to show a client,
+`retriable` (another try may succeed; true only while no text went out), `retry_after` in seconds,
+`upstream_request_id` for a ticket with the vendor. Messages never hold a key.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
+    """The `error` object of OpenAI's API as the server sent it, unknown members kept in `extra`."""
+
+    message: str
+    type: str | None = None
+    param: str | None = None
+    code: str | int | None = None
+    extra: Mapping[str, object] | None = None
+
+
+class ModelError(Exception):
+    """A call to a model failed."""
+
+    code: str = "model_error"
+    status: int = 502
+    retriable: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        upstream_request_id: str | None = None,
+        spoke: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.upstream_request_id = upstream_request_id
+        self.spoke = spoke
+        self.retry_after: float | None = None
+        self.body: ErrorBody | None = None
+        if spoke:  # text went out: a second try would repeat its beginning
+            self.retriable = False
+
+
+class ConnectError(ModelError):
+    """The server gave no answer: nothing of the call has been seen to happen."""
+
+    code = "model_unreachable"
+    status = 502
+    retriable = True
+
+
+class RefusedError(ModelError):
+    """The server answered with an error status; nothing was generated.
+
+    `status`, `retry_after` and `body` are the server's own and `code` is the body's where it has
+    one, so that a client can be told the same. Statuses 408, 409, 425, 429 and 5xx are retriable.
+    """
+
+    code = "model_refused"
+
+    def __init__(
+        self,
+        status: int,
+        body: ErrorBody,
+        *,
+        retry_after: float | None = None,
+        upstream_request_id: str | None = None,
+    ) -> None:
+        super().__init__(body.message, upstream_request_id=upstream_request_id)
+        self.status = status
+        self.body = body
+        self.retry_after = retry_after
+        self.retriable = status in _RETRIABLE or status >= 500
+        if isinstance(body.code, str) and body.code:
+            self.code = body.code
+
+
+class BrokenReplyError(ModelError):
+    """A reply that began, or was promised, and did not come to its end."""
+
+    retriable = True
+
+
+class StalledError(BrokenReplyError):
+    """Silence for longer than the call allows, before the first token or between two events."""
+
+    code = "model_stalled"
+    status = 504
+
+
+class TruncatedError(BrokenReplyError):
+    """The reply ended before every choice had its finish_reason: it is half an answer."""
+
+    code = "model_reply_truncated"
+
+
+class StreamError(BrokenReplyError):
+    """The stream carried an error; `body` is the server's own."""
+
+    code = "model_stream_error"
+
+    def __init__(self, body: ErrorBody, *, upstream_request_id: str | None = None, spoke: bool = False) -> None:
+        super().__init__(body.message, upstream_request_id=upstream_request_id, spoke=spoke)
+        self.body = body
+        if isinstance(body.code, str) and body.code:
+            self.code = body.code
+
+
+class MalformedError(BrokenReplyError):
+    """What came is no Chat Completions reply. The server, or its URL, is the wrong one."""
+
+    code = "model_reply_malformed"
+    retriable = False
+
+
+_RETRIABLE = frozenset({408, 409, 425, 429})

@@ -1,0 +1,183 @@
+"""HTTP to a model server: opens responses, and turns all that goes wrong into `ModelError`.
+
+The session is made on first use, in the loop that uses it. Nothing here retries, follows a
+redirect (the key would travel), keeps cookies, or reads proxies from the environment.
+"""
+
+import asyncio
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from klatch_agents.gateway.errors import (
+    ConnectError,
+    MalformedError,
+    ModelError,
+    RefusedError,
+    StalledError,
+    StreamError,
+    TruncatedError,
+)
+from klatch_agents.gateway.facts import read_error
+from klatch_agents.gateway.port import Timeouts
+
+_LONGEST_ERROR_BODY = 2**20
+
+
+class Client:
+    """Connections to one server, with its key."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._session: aiohttp.ClientSession | None = None
+        self._closed = False
+
+    async def open(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        timeouts: Timeouts,
+        body: bytes | None = None,
+    ) -> aiohttp.ClientResponse:
+        """A response whose status is 200-299, its body unread. The caller closes it.
+
+        Raises ConnectError, RefusedError, StalledError, and MalformedError for a redirect.
+        """
+        sent = CIMultiDict(headers)
+        sent["Content-Type"] = "application/json"
+        if self._key:
+            sent["Authorization"] = f"Bearer {self._key}"
+        with _named_failures(url, timeouts):
+            async with asyncio.timeout(timeouts.first_token):
+                response = await self._open_session().request(
+                    method,
+                    url,
+                    data=body,
+                    headers=sent,
+                    allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect, sock_connect=timeouts.connect),
+                )
+        if response.status < 300:
+            return response
+        try:
+            raise await self._refusal(response, url, timeouts)
+        finally:
+            response.close()
+
+    async def fetch(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        timeouts: Timeouts,
+        body: bytes | None = None,
+    ) -> bytes:
+        """The whole body of a good response."""
+        async with await self.open(method, url, headers, timeouts, body) as response:
+            try:
+                async with asyncio.timeout(timeouts.first_token):
+                    return await response.read()
+            except TimeoutError as error:
+                raise StalledError(f"{url} sent half an answer and fell silent") from error
+            except aiohttp.ClientError as error:
+                raise TruncatedError(f"{url} broke off in the middle of its answer") from error
+
+    def not_a_stream(self, response: aiohttp.ClientResponse, body: bytes) -> ModelError:
+        """Why a 200 that is no event stream is no reply: it is an error in disguise, or this is no
+        Chat Completions server."""
+        upstream = request_id(response)
+        if b'"error"' in body:
+            return StreamError(read_error(self._without_key(body)), upstream_request_id=upstream)
+        return MalformedError(
+            f"{response.url} answered {response.content_type} where an event stream was asked for; "
+            "is the URL that of a Chat Completions API, ending in /v1?",
+            upstream_request_id=upstream,
+        )
+
+    async def read(self, response: aiohttp.ClientResponse, seconds: float = 10.0) -> bytes:
+        """The beginning of a body that explains a failure; what cannot be had is left out."""
+        read = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                while len(read) < _LONGEST_ERROR_BODY and (more := await response.content.readany()):
+                    read += more
+        except (aiohttp.ClientError, OSError):  # TimeoutError is an OSError
+            pass
+        return bytes(read)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._session is not None:
+            await self._session.close()
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise ConnectError("this gateway was closed")
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # Below the 5 s of uvicorn: the server must not be first to close an idle
+                # connection, or a call can meet its end.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return self._session
+
+    async def _refusal(self, response: aiohttp.ClientResponse, url: str, timeouts: Timeouts) -> ModelError:
+        upstream = request_id(response)
+        if response.status < 400:
+            return MalformedError(
+                f"{url} answered with a redirect ({response.status}); give its final URL instead",
+                upstream_request_id=upstream,
+            )
+        raw = await self.read(response, min(10.0, timeouts.idle))
+        return RefusedError(
+            response.status,
+            read_error(self._without_key(raw)),
+            retry_after=retry_after(response.headers),
+            upstream_request_id=upstream,
+        )
+
+    def _without_key(self, said: bytes) -> bytes:
+        """A server may quote the key it refuses."""
+        return said.replace(self._key.encode(), b"***") if self._key else said
+
+
+def request_id(response: aiohttp.ClientResponse) -> str | None:
+    """The server's own id of a call, in the header that OpenAI, Azure or Anthropic use for it."""
+    headers = response.headers
+    return headers.get("x-request-id") or headers.get("apim-request-id") or headers.get("request-id")
+
+
+def retry_after(headers: CIMultiDictProxy[str]) -> float | None:
+    """Seconds to wait, from `retry-after-ms` or `Retry-After` (seconds or a date); never below 0."""
+    for header, seconds in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(header, "").strip()
+        if value.replace(".", "", 1).isdecimal():
+            return float(value) * seconds
+    try:
+        at = parsedate_to_datetime(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return max(0.0, (at - datetime.now(UTC)).total_seconds())
+
+
+@contextmanager
+def _named_failures(url: str, timeouts: Timeouts) -> Generator[None]:
+    try:
+        yield
+    except aiohttp.ServerTimeoutError as error:
+        raise ConnectError(f"no connection to the model server at {url} within {timeouts.connect:g} s") from error
+    except TimeoutError as error:
+        raise StalledError(f"the model server at {url} did not answer within {timeouts.first_token:g} s") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise ConnectError(
+            f"cannot reach the model server at {url} ({type(error).__name__}: {error}); "
+            "check that it runs and that its URL is right"
+        ) from error

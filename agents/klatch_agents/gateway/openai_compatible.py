@@ -1,0 +1,157 @@
+"""A gateway to one OpenAI-compatible server: vLLM, llama.cpp, OpenAI, and most others.
+
+One aiohttp session with an unbounded pool, no limit on a whole reply. The request body goes up as
+the caller wrote it; `stream` and `stream_options.include_usage` are added. One thing is tried
+twice: a call that the server refused for `stream_options` is made once more without them.
+"""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Self, cast
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from klatch_agents.gateway import http
+from klatch_agents.gateway.errors import MalformedError, RefusedError
+from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, ModelCall, ModelReply, Timeouts
+from klatch_agents.gateway.reply import StreamedReply
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a model server is, e.g. `Endpoint("http://127.0.0.1:8000/v1", key="...")`.
+
+    `model`, if given, replaces the model's name in every chat completion. `headers` go with every
+    call. The key is in no repr and no error.
+    """
+
+    base_url: str
+    key: str = field(default="", repr=False)
+    model: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("a model server's URL looks like http://host:port/v1")
+        if parts.username or parts.password:
+            raise ValueError("give the model server's key as `key`, not inside its URL")
+
+    def url(self, path: str) -> str:
+        return self.base_url.rstrip("/") + path
+
+
+class OpenAICompatible:
+    """The `Gateway` to one endpoint. Use it inside one event loop, `async with` or with `close`."""
+
+    def __init__(self, endpoint: Endpoint, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
+        """`timeouts` are for `embed` and `models`; a `ModelCall` brings its own."""
+        self._endpoint = endpoint
+        self._timeouts = timeouts
+        self._http = http.Client(endpoint.key)
+        self._refuse_stream_options: set[str] = set()  # models; learnt, to fail only once
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"OpenAICompatible({self._endpoint!r})"
+
+    @asynccontextmanager
+    async def stream(self, call: ModelCall) -> AsyncGenerator[ModelReply]:
+        """See `Gateway.stream`."""
+        model = str(call.model or self._endpoint.model or call.body.get("model", ""))
+        response = await self._send(call, model)
+        reply = StreamedReply(
+            response,
+            model=model,
+            choices=_asked_choices(call.body),
+            timeouts=call.timeouts,
+            upstream_request_id=http.request_id(response),
+        )
+        try:
+            await self._expect_events(response)
+            yield reply
+        finally:
+            reply.close()
+
+    async def embed(self, body: Mapping[str, object]) -> bytes:
+        """See `Gateway.embed`."""
+        url = self._endpoint.url("/embeddings")
+        return await self._http.fetch("POST", url, self._endpoint.headers, self._timeouts, _encode(dict(body)))
+
+    async def models(self) -> list[str]:
+        """See `Gateway.models`."""
+        url = self._endpoint.url("/models")
+        raw = await self._http.fetch("GET", url, self._endpoint.headers, self._timeouts)
+        try:
+            return [model.id for model in msgspec.json.decode(raw, type=_Models).data]
+        except msgspec.DecodeError as error:
+            raise MalformedError(f"{url} is no list of models: {error}") from error
+
+    async def close(self) -> None:
+        """See `Gateway.close`."""
+        await self._http.close()
+
+    async def _send(self, call: ModelCall, model: str) -> aiohttp.ClientResponse:
+        url = self._endpoint.url("/chat/completions")
+        headers = {**call.headers, **self._endpoint.headers, **_STREAMING}
+        with_options = model not in self._refuse_stream_options
+        try:
+            body = _streaming_body(call.body, model, with_options=with_options)
+            return await self._http.open("POST", url, headers, call.timeouts, _encode(body))
+        except RefusedError as refused:
+            if not (with_options and refused.status == 400 and "stream_options" in str(refused)):
+                raise
+        body = _streaming_body(call.body, model, with_options=False)
+        response = await self._http.open("POST", url, headers, call.timeouts, _encode(body))
+        self._refuse_stream_options.add(model)
+        return response
+
+    async def _expect_events(self, response: aiohttp.ClientResponse) -> None:
+        if response.content_type not in ("application/json", "text/html"):
+            return  # servers exist that send events as text/plain
+        body = await self._http.read(response)
+        raise self._http.not_a_stream(response, body)
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+# Compression buffers what should flow.
+_STREAMING = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+
+
+def _streaming_body(body: Mapping[str, object], model: str, *, with_options: bool) -> dict[str, object]:
+    sent = {**body, "stream": True}
+    if model:
+        sent["model"] = model
+    asked = sent.pop("stream_options", None)
+    if with_options:
+        given = cast("dict[str, object]", asked) if isinstance(asked, dict) else {}
+        sent["stream_options"] = {**given, "include_usage": True}
+    return sent
+
+
+def _asked_choices(body: Mapping[str, object]) -> int:
+    n = body.get("n")
+    return n if isinstance(n, int) and n > 0 else 1
+
+
+def _encode(body: dict[str, object]) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:  # a lone surrogate: legal in JSON as an escape
+        return json.dumps(body).encode()

@@ -1,0 +1,130 @@
+"""The port to models: what a stage may ask of a gateway and what it can rely on.
+
+A reply arrives as batches of chunks, one batch a socket read, each chunk the upstream's own bytes
+with a few facts beside it. A reply ends in exactly one of three ways: the iteration ends and
+`finished` says how, a `ModelError` is raised, or the caller leaves, which closes the upstream
+connection at once. No finish_reason is ever invented, and nothing is retried behind the caller's
+back once a byte of the reply has come.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """The longest silences a call bears, in seconds. There is no limit on the whole reply: how
+    long a generation may take is the caller's deadline, not the wire's.
+
+    A comment (`: keep-alive`) ends a silence. `first_token` also covers the wait for the status
+    line, and holds until a chunk speaks; `idle` holds from then on.
+    """
+
+    connect: float = 10.0
+    first_token: float = 300.0
+    idle: float = 60.0
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """One chat completion to make. `body` is the caller's request as it stands, with members this
+    code has never heard of; only `model`, `stream` and `stream_options` are set by the gateway."""
+
+    body: Mapping[str, object]
+    model: str | None = None
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens as the upstream counted them. `cached_tokens` are part of `prompt_tokens` and
+    `reasoning_tokens` part of `completion_tokens`: never add or subtract them. `raw` is the usage
+    object as it was sent."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    raw: bytes = b""
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """One `chat.completion.chunk`: the upstream's bytes, and what was read from them beside.
+
+    `speaks`: it carries something of the answer (content, refusal, reasoning, a tool or function
+    call, audio) and not only a role, an annotation or a finish. `usage_only`: the accounting chunk
+    after the last finish, to be hidden from a client that did not ask for it. `choices` are the
+    indexes it tells of; `finishes` gives `(index, finish_reason)` of those that end here.
+    """
+
+    raw: bytes
+    speaks: bool = False
+    usage_only: bool = False
+    choices: tuple[int, ...] = ()
+    finishes: tuple[tuple[int, str], ...] = ()
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a whole reply ended: every choice that was seen has its finish_reason.
+
+    `ending` tells what the wire did after the last one: the `[DONE]` marker, a clean end of the
+    body, or neither (`cut`: then the usage may be missing though the text is whole). `usage` is
+    the last that was sent, for servers that send a running total on every chunk.
+    """
+
+    finish_reasons: Mapping[int, str]
+    usage: Usage | None
+    ending: Literal["done", "eof", "cut"]
+
+
+class ModelReply(Protocol):
+    """A reply under way. Iterate once; `finished` is None until the iteration has ended."""
+
+    @property
+    def model(self) -> str:
+        """The model that was asked for."""
+        ...
+
+    @property
+    def upstream_request_id(self) -> str | None:
+        """The server's name for this call: the only handle for a ticket with its vendor."""
+        ...
+
+    @property
+    def finished(self) -> Finished | None: ...
+
+    def __aiter__(self) -> AsyncIterator[list[Chunk]]:
+        """Batches in the order of the wire, never empty. Raises `ModelError`."""
+        ...
+
+
+class Gateway(Protocol):
+    """Models behind a URL. Entering `stream` sends the call and waits for the status line; leaving
+    it, in whatever way, closes or releases the upstream connection without waiting for it. A task
+    that is cancelled anywhere inside, also while it waits for the first token, has hung up when
+    its `CancelledError` arrives. All of it raises `ModelError`.
+    """
+
+    def stream(self, call: ModelCall) -> AbstractAsyncContextManager[ModelReply]: ...
+
+    async def embed(self, body: Mapping[str, object]) -> bytes:
+        """The raw answer to `POST /embeddings`."""
+        ...
+
+    async def models(self) -> list[str]:
+        """The ids that the server lists."""
+        ...
+
+    async def close(self) -> None:
+        """Hangs up every call and frees the connections. May be called twice."""
+        ...

@@ -1,0 +1,199 @@
+"""A streamed reply under way: bytes of an HTTP response to batches of chunks, and how it ended.
+
+It reads, judges and hangs up; it never retries, and it never says that a reply is whole when a
+choice lacks its finish_reason. One timer a reply watches for silence, re-armed only when it fires.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+import aiohttp
+
+from klatch_agents import sse
+from klatch_agents.gateway.errors import (
+    ErrorBody,
+    MalformedError,
+    ModelError,
+    StalledError,
+    StreamError,
+    TruncatedError,
+)
+from klatch_agents.gateway.facts import read_chunk
+from klatch_agents.gateway.port import Chunk, Finished, Timeouts, Usage
+
+_DONE = b"[DONE]"
+
+
+class StreamedReply:
+    """The `ModelReply` of an HTTP response whose status line was good.
+
+    `choices` is how many the caller asked for (`n`).
+    """
+
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        *,
+        model: str,
+        choices: int,
+        timeouts: Timeouts,
+        upstream_request_id: str | None,
+    ) -> None:
+        self.model = model
+        self.upstream_request_id = upstream_request_id
+        self.finished: Finished | None = None
+        self._response = response
+        self._asked = choices
+        self._timeouts = timeouts
+        self._decoder = sse.Decoder()
+        self._silence = _Silence(timeouts.first_token, response.close)
+        self._seen: set[int] = set()
+        self._finishes: dict[int, str] = {}
+        self._usage: Usage | None = None
+        self._spoke = False
+        self._failure: ModelError | None = None
+
+    def __aiter__(self) -> "StreamedReply":
+        return self
+
+    async def __anext__(self) -> list[Chunk]:
+        while self.finished is None:
+            if self._failure is not None:  # after the good chunks that came before it in its batch
+                self.close()
+                raise self._failure
+            read, cut = await self._read()
+            batch = self._take(self._decode(read, cut))
+            if not read and self.finished is None and self._failure is None:
+                self._end("cut" if cut else "eof", cut)
+            if batch:
+                return batch
+        self.close()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Hangs up at once, or gives the connection back if the reply has been read to its end."""
+        self._silence.stop()
+        if self.finished is not None and self.finished.ending == "done":
+            # The end of the body is on its way behind `[DONE]`: aiohttp gives the connection back
+            # to the pool when it comes. Nobody waits for it, and it does not come for ever.
+            asyncio.get_running_loop().call_later(1.0, self._response.close)
+        else:
+            self._response.close()
+
+    async def _read(self) -> tuple[bytes, Exception | None]:
+        """The next bytes; none at the end of the body, with what cut it short if anything did."""
+        self._silence.begin()
+        try:
+            return await self._response.content.readany(), None
+        except (aiohttp.ClientError, OSError) as cut:
+            return b"", cut
+        finally:
+            self._silence.end()
+
+    def _decode(self, read: bytes, cut: Exception | None) -> list[sse.Event | sse.Comment]:
+        try:
+            if read:
+                return self._decoder.feed(read)
+            return [] if cut else self._decoder.end()
+        except sse.TooLargeError as error:
+            self._fail(MalformedError, str(error))
+            return []
+
+    def _take(self, items: list[sse.Event | sse.Comment]) -> list[Chunk]:
+        batch: list[Chunk] = []
+        for item in items:
+            if isinstance(item, sse.Comment):
+                continue
+            if item.data == _DONE:
+                self._end("done", None)
+                break
+            chunk = self._chunk(item)
+            if chunk is None:
+                break
+            self._note(chunk)
+            batch.append(chunk)
+        return batch
+
+    def _chunk(self, event: sse.Event) -> Chunk | None:
+        try:
+            chunk = read_chunk(event.data, event.name)
+        except ValueError:
+            self._fail(MalformedError, "the model server sent an event that is no chunk of a reply")
+            return None
+        if isinstance(chunk, ErrorBody):
+            self._failure = StreamError(chunk, upstream_request_id=self.upstream_request_id, spoke=self._spoke)
+            return None
+        return chunk
+
+    def _note(self, chunk: Chunk) -> None:
+        self._seen.update(chunk.choices)
+        if chunk.finishes:
+            self._finishes.update(chunk.finishes)
+        if chunk.usage is not None:  # the last one: some servers send a running total
+            self._usage = chunk.usage
+        if chunk.speaks and not self._spoke:
+            self._spoke = True
+            self._silence.allow(self._timeouts.idle)
+
+    def _end(self, ending: Literal["done", "eof", "cut"], cut: Exception | None) -> None:
+        """The stream is over: the reply is whole, or it is broken.
+
+        Once every choice has finished nothing on the wire can undo the answer, so then a cut or a
+        silence is an ending too. Without `[DONE]` every choice that was asked for must be there.
+        """
+        unfinished = self._seen - self._finishes.keys()
+        enough = bool(self._finishes) if ending == "done" else len(self._finishes) >= self._asked
+        if enough and not unfinished:
+            self.finished = Finished(dict(self._finishes), self._usage, ending)
+        elif self._silence.broken:
+            self._fail(StalledError, f"the model server was silent for {self._silence.limit:g} s")
+        else:
+            how = f"was cut off ({type(cut).__name__})" if cut else f"ended ({ending})"
+            missing = sorted(unfinished) or "all"
+            self._fail(TruncatedError, f"the reply {how} without a finish_reason for choices: {missing}")
+
+    def _fail(self, error: type[ModelError], message: str) -> None:
+        self._failure = error(message, upstream_request_id=self.upstream_request_id, spoke=self._spoke)
+
+
+class _Silence:
+    """Calls `on_broken` when one wait lasts longer than `limit` seconds.
+
+    A timer set and cancelled at every read would cost more than the read itself, so the timer
+    stays armed and looks, when it fires, at how long the present wait has lasted. The time the
+    reader spends elsewhere counts for nothing.
+    """
+
+    __slots__ = ("_loop", "_on_broken", "_since", "_timer", "broken", "limit")
+
+    def __init__(self, limit: float, on_broken: Callable[[], None]) -> None:
+        self.limit = limit
+        self.broken = False
+        self._on_broken = on_broken
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None
+        self._timer = self._loop.call_later(limit, self._look)
+
+    def begin(self) -> None:
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        self._since = None
+
+    def allow(self, limit: float) -> None:
+        self.limit = limit
+        self._timer.cancel()
+        self._timer = self._loop.call_later(limit, self._look)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        since = now if self._since is None else self._since
+        if now < since + self.limit:
+            self._timer = self._loop.call_at(since + self.limit, self._look)
+        else:
+            self.broken = True
+            self._on_broken()

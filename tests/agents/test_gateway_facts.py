@@ -1,0 +1,168 @@
+"""What is read from a chunk beside its bytes. Numbers in brackets are traps of `STREAMING.md`."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from klatch_agents.gateway.errors import ErrorBody
+from klatch_agents.gateway.facts import read_chunk, read_error
+from klatch_agents.gateway.port import Chunk
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+
+
+def chunk(**members: object) -> Chunk:
+    read = read_chunk(json.dumps(members).encode())
+    assert isinstance(read, Chunk)
+    return read
+
+
+def delta(**members: object) -> Chunk:
+    return chunk(choices=[{"index": 0, "delta": members, "finish_reason": None}])
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"content": "a"},
+        {"refusal": "I cannot"},
+        {"reasoning_content": "hm"},
+        {"reasoning": "hm"},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+        {"function_call": {"name": "f", "arguments": ""}},
+        {"audio": {"data": "AAAA"}},
+        {"content": [{"type": "text", "text": "a"}]},
+    ],
+)
+def test_every_kind_of_answer_speaks(members: dict[str, object]) -> None:
+    """[17, 19]"""
+    assert delta(**members).speaks
+    assert delta(role="assistant", **members).speaks
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None},
+        {},
+        {"content": "", "tool_calls": [], "reasoning_content": None},
+        {"annotations": []},
+    ],
+)
+def test_a_role_or_an_empty_delta_does_not_speak(members: dict[str, object]) -> None:
+    """[13]"""
+    assert not delta(**members).speaks
+
+
+def test_a_finish_may_come_with_content_and_names_its_choice() -> None:
+    """[14, 16]"""
+    both = chunk(choices=[{"index": 1, "delta": {"content": "end"}, "finish_reason": "length"}])
+    assert both.speaks
+    assert both.finishes == ((1, "length"),)
+    assert both.choices == (1,)
+
+
+def test_the_usage_chunk_has_no_choices_and_keeps_its_details() -> None:
+    """[24, 28]"""
+    details = {"prompt_tokens_details": {"cached_tokens": 5}, "completion_tokens_details": {"reasoning_tokens": 3}}
+    read = chunk(choices=[], usage={**USAGE, **details, "vendor": 1})
+    assert read.usage_only
+    assert not read.speaks
+    assert read.usage is not None
+    assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.total_tokens) == (9, 4, 13)
+    assert (read.usage.cached_tokens, read.usage.reasoning_tokens) == (5, 3)
+    assert json.loads(read.usage.raw)["vendor"] == 1
+
+
+def test_a_running_total_beside_content_is_no_usage_chunk() -> None:
+    """[27]"""
+    read = chunk(choices=[{"index": 0, "delta": {"content": "a"}}], usage=USAGE)
+    assert read.usage is not None
+    assert not read.usage_only
+
+
+def test_the_first_event_of_azure_is_neither_usage_nor_speech() -> None:
+    """[30]"""
+    read = chunk(choices=[], created=0, id="", model="", object="", prompt_filter_results=[{"prompt_index": 0}])
+    assert (read.usage_only, read.speaks, read.choices, read.finishes) == (False, False, (), ())
+
+
+def test_an_annotation_without_a_delta_is_read() -> None:
+    """[31]"""
+    read = chunk(choices=[{"index": 0, "finish_reason": None, "content_filter_offsets": {"end_offset": 9}}])
+    assert (read.speaks, read.choices) == (False, (0,))
+
+
+@pytest.mark.parametrize("half", [rb"\ud83d", rb"\ude00"])
+def test_a_lone_surrogate_does_not_stop_a_reply(half: bytes) -> None:
+    """[17] msgspec refuses what JSON allows; the bytes go on as they are."""
+    raw = b'{"choices":[{"index":2,"delta":{"content":"' + half + b'"},"finish_reason":"stop"}]}'
+    assert read_chunk(raw) == Chunk(raw, speaks=True, choices=(2,), finishes=((2, "stop"),))
+
+
+@pytest.mark.parametrize(
+    ("raw", "event", "expected"),
+    [
+        (
+            b'{"error":{"message":"m","type":"t","param":"p","code":"c","x":1}}',
+            b"",
+            ErrorBody("m", "t", "p", "c", {"x": 1}),
+        ),
+        (b'{"error":{"message":"m","code":500}}', b"", ErrorBody("m", code=500, extra={})),
+        (b'{"error":"overloaded"}', b"", ErrorBody("overloaded", extra={})),
+        (b'{"object":"error","message":"m","code":400}', b"", ErrorBody("m", code=400, extra={"object": "error"})),
+        (b'{"message":"m"}', b"error", ErrorBody("m", extra={})),
+        (
+            b'{"error":{"message":"\\ud83d"},"choices":[{"delta":{"content":"\\ud83d"}}]}',
+            b"",
+            ErrorBody("\ud83d", extra={}),
+        ),
+    ],
+)
+def test_an_error_in_the_stream_is_told_from_a_chunk(raw: bytes, event: bytes, expected: ErrorBody) -> None:
+    """[34]"""
+    assert read_chunk(raw, event) == expected
+
+
+def test_a_null_error_is_no_error() -> None:
+    assert isinstance(chunk(choices=[], error=None), Chunk)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"1", b"null", b"\xff", b'{"choices"'])
+def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - json, unicode and our own are all ValueErrors
+        read_chunk(raw)
+
+
+MEMBERS = st.sampled_from(
+    ["choices", "delta", "index", "usage", "error", "content", "finish_reason", "tool_calls", "prompt_tokens", "x"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(MEMBERS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(MEMBERS, JSON, min_size=1))
+def test_any_json_object_is_a_chunk_or_an_error_and_its_bytes_are_kept(members: dict[str, object]) -> None:
+    """[19, 22] Unknown and misshapen members pass; only what is no object is refused."""
+    raw = json.dumps(members).encode()
+    read = read_chunk(raw)
+    assert isinstance(read, ErrorBody) or read.raw == raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"detail":"Not Found"}', "Not Found"),
+        (b"<html>502 Bad Gateway</html>", "<html>502 Bad Gateway</html>"),
+        (b"", "no explanation was given"),
+        (b'{"detail":[{"loc":["body"]}]}', '[{"loc": ["body"]}]'),
+    ],
+)
+def test_an_error_body_of_any_server_has_a_message(raw: bytes, message: str) -> None:
+    assert read_error(raw).message == message
