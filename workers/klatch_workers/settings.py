@@ -35,6 +35,8 @@ class Settings(BaseSettings):
     """Klatch's data folder: the embedded Kafka's log, the vector index, generated keys."""
     cache: Path | None = None
     """Where downloaded jars are kept; None: the platform's cache folder."""
+    maven_url: str | None = None
+    """A mirror of Maven Central to download the jars from."""
     kafka_jars: Path | None = None
     """A folder of Kafka's jars to use instead of downloading them."""
 

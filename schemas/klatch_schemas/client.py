@@ -1,0 +1,221 @@
+# pyright: basic
+# aiokafka has no type information.
+"""A client in Python: publish a chat event, iterate over its reply's chunks, resume, cancel. Over Kafka alone.
+
+    async with Client("127.0.0.1:9092", tenant="acme") as client:
+        stream = await client.publish(client.request({"model": "m", "messages": [...]}))
+        async for shown in client.read(stream):
+            print(shown.text, end="")
+
+A reader's position is taken before the request is published, so no delta is missed; every reader of a stream, live,
+late or resumed, sees the same text or a clear error. One consumer a reader: for many readers use the HTTP door.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+from uuid import uuid4
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
+
+from klatch_schemas import codec
+from klatch_schemas.assembly import Ended, ReplyReader, Standing
+from klatch_schemas.codec import Unreadable
+from klatch_schemas.errors import LogMoved, error_of
+from klatch_schemas.events import (
+    ChatBody,
+    ChatRequested,
+    StreamAttempt,
+    StreamCancel,
+    StreamEnd,
+    StreamError,
+    StreamRetract,
+)
+from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.records import partition_of
+from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
+
+
+class Stream(NamedTuple):
+    """Where a reply stands in the log."""
+
+    tenant: Tenant
+    request: RequestId
+    conversation: Conversation
+    partition: int
+    start: int
+    """An offset of `chat.stream` not beyond the stream's first record."""
+
+
+class Shown(NamedTuple):
+    """A chunk of a reply that stands."""
+
+    offset: int
+    """Resume after it with `read(stream, after=offset)`."""
+    chunk: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What choice 0 says in it."""
+        for choice in self.chunk.get("choices") or ():
+            if choice.get("index", 0) == 0:
+                return str((choice.get("delta") or {}).get("content") or "")
+        return ""
+
+
+class Client:
+    """A producer and its readers, for one tenant."""
+
+    def __init__(self, bootstrap: str, *, tenant: str, namespace: str = "", **options: Any) -> None:
+        """`options` go to aiokafka's producer and consumers: security, client id, timeouts."""
+        self._tenant = Tenant(tenant)
+        self._namespace = Namespace.named(namespace)
+        self._options = {"bootstrap_servers": bootstrap, **options}
+        self._producer: AIOKafkaProducer | None = None
+
+    async def __aenter__(self) -> Self:
+        self._producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True)
+        await self._producer.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._open_producer().stop()
+
+    def request(self, body: ChatBody, **envelope: Any) -> ChatRequested:
+        """A request of this tenant with a new id; without a conversation it is one of its own.
+
+        `envelope` are fields of `ChatRequested`. Raises pydantic's ValidationError.
+        """
+        request = RequestId(envelope.pop("request", None) or str(uuid4()))
+        conversation = envelope.pop("conversation", None) or request
+        return ChatRequested(
+            request=request, tenant=self._tenant, conversation=Conversation(conversation), body=body, **envelope
+        )
+
+    async def publish(self, request: ChatRequested) -> Stream:
+        """Write the request to the log; when this returns, it is accepted. Raises aiokafka's KafkaError."""
+        stream = await self._place(request)
+        draft = codec.draft(
+            self._namespace.of(CHAT_REQUESTS),
+            request.tenant,
+            request,
+            traceparent=request.context.traceparent,
+        )
+        producer = self._open_producer()
+        await producer.send_and_wait(draft.topic, draft.value, key=draft.key, headers=list(draft.headers))
+        return stream
+
+    async def cancel(self, stream: Stream, reason: str = "") -> None:
+        """Ask for the stream to end where it is; a stream that has ended stays as it is."""
+        cancel = StreamCancel(
+            request=stream.request,
+            tenant=stream.tenant,
+            conversation=stream.conversation,
+            by="client",
+            reason=reason,
+        )
+        draft = codec.draft(self._namespace.of(CHAT_STREAM), stream.conversation, cancel)
+        producer = self._open_producer()
+        await producer.send_and_wait(
+            draft.topic, draft.value, key=draft.key, headers=list(draft.headers), partition=stream.partition
+        )
+
+    async def read(self, stream: Stream, *, after: int | None = None) -> AsyncIterator[Shown]:
+        """The chunks that stand, in order, until the reply is complete.
+
+        Raises the KlatchError that the stream ended with, Superseded, StreamBroken or LogMoved.
+        """
+        place = TopicPartition(self._namespace.of(CHAT_STREAM), stream.partition)
+        consumer = AIOKafkaConsumer(
+            **self._options, enable_auto_commit=False, auto_offset_reset="none", fetch_max_wait_ms=100
+        )
+        await consumer.start()
+        try:
+            consumer.assign([place])
+            consumer.seek(place, stream.start)
+            live_from = (await consumer.end_offsets([place]))[place]
+            async for shown in _read(consumer, place, stream, live_from, after):
+                yield shown
+        finally:
+            await consumer.stop()
+
+    async def _place(self, request: ChatRequested) -> Stream:
+        topic = self._namespace.of(CHAT_STREAM)
+        producer = self._open_producer()
+        partitions = await producer.partitions_for(topic)
+        partition = partition_of(request.conversation.encode(), len(partitions))
+        consumer = AIOKafkaConsumer(**self._options)
+        await consumer.start()
+        try:
+            place = TopicPartition(topic, partition)
+            end = (await consumer.end_offsets([place]))[place]
+        finally:
+            await consumer.stop()
+        return Stream(request.tenant, request.request, request.conversation, partition, end)
+
+    def _open_producer(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            raise RuntimeError("use the client as `async with Client(...) as client:`")
+        return self._producer
+
+
+async def _read(
+    consumer: AIOKafkaConsumer, place: TopicPartition, stream: Stream, live_from: int, after: int | None
+) -> AsyncIterator[Shown]:
+    reader, live = ReplyReader(after), False
+    while True:
+        if not live and await consumer.position(place) >= live_from:
+            live = True
+            for shown in _shown(reader.go_live()):
+                yield shown
+            if reader.state.status is not None:
+                return
+        try:
+            batches = await consumer.getmany(place, timeout_ms=1000)
+        except OffsetOutOfRangeError as error:
+            raise LogMoved("the log no longer holds the beginning of this reply") from error
+        for record in batches.get(place, ()):
+            said = _said(record.value, stream)
+            heard = reader.hear(record.offset, said) if said else None
+            for shown in _shown([heard] if heard else []):
+                yield shown
+            if isinstance(heard, Ended):
+                return
+
+
+def _said(value: bytes | None, stream: Stream) -> Any:
+    try:
+        said = codec.decode(value)
+    except Unreadable:
+        return None
+    match said:
+        case codec.Delta(request=request) if request == stream.request:
+            return said
+        case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract() if (
+            said.request == stream.request and said.tenant == stream.tenant
+        ):
+            return said
+        case _:
+            return None
+
+
+def _shown(heard: Sequence[Standing | Ended]) -> list[Shown]:
+    shown: list[Shown] = []
+    for one in heard:
+        if isinstance(one, Ended):
+            raise_unless_completed(one)
+        else:
+            shown.append(Shown(one.offset, codec.loads(bytes(one.chunk))))
+    return shown
+
+
+def raise_unless_completed(ended: Ended) -> None:
+    """Raise the error that a stream ended with, if it did not complete."""
+    if ended.status == "completed":
+        return
+    if ended.end and ended.end.error:
+        raise error_of(ended.end.error)
+    raise error_of(StreamError(code=ended.status, message=f"the request was {ended.status}"))
