@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from klatch_workers import leash, leash_exec
 
 SLEEPER = "import sys, time; print('up', flush=True); time.sleep(600)"
