@@ -265,7 +265,7 @@ class RequestUnderWay:
             drafts.append(self._draft(_TURN, CHAT_TURNS, request.conversation, finished))
         places = await means.log.append(drafts)
         if finished and len(drafts) == 2:
-            means.conversations.append(places[1][1], finished)
+            means.conversations.append(places[1][1], finished, self.cause.offset)
         log.info(
             "request.concluded",
             request=request.request,

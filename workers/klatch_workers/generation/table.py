@@ -7,6 +7,7 @@ floors that the stage's snapshot keeps.
 
 import asyncio
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -29,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 ORPHAN_MS = 3_600_000
 """How long a cancel or a verdict waits for its request to be admitted."""
+
+REMEMBERED = 10_000
+"""How many concluded requests are remembered, so that what comes late for them is ignored."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +75,7 @@ class Table:
         self.verdict_position = 0
         self.unreadable: list[tuple[Record, str]] = []
         """Records that no reader can use: for the dead letters, at the next checkpoint."""
+        self._concluded: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._passed: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
 
@@ -117,6 +122,10 @@ class Table:
             case _:
                 self.unreadable.append((record, f"{said.KIND} does not belong into this topic"))
                 return
+        if (tracked.tenant, tracked.request) in self._concluded:
+            # A late cancel, or a zombie: it must not hold the floors back.
+            self._tracked.pop((tracked.tenant, tracked.request), None)
+            return
         tracked.records += 1
         tracked.last_ms = record.timestamp_ms
         if tracked.stream_floor is None:
@@ -154,6 +163,9 @@ class Table:
         """The request is concluded, or was refused: nothing of it is needed any more."""
         if tracked := self._tracked.pop((tenant, request), None):
             self._by_writer.pop(tracked.assembly.state.writer, None)
+        self._concluded[tenant, request] = None
+        if len(self._concluded) > REMEMBERED:
+            self._concluded.popitem(last=False)
 
     async def passed(self, offset: int) -> None:
         """Wait until the record of `chat.stream` at `offset` has been read back."""

@@ -22,6 +22,8 @@ class Head(NamedTuple):
 
     offset: int
     request: str
+    applied: int
+    """Offset of its request on chat.admitted: in a conversation it only grows."""
 
 
 class TurnReader:
@@ -92,10 +94,10 @@ class Conversations:
             offset = turn.previous
         return list(reversed(turns.values()))
 
-    def append(self, offset: int, turn: TurnFinished) -> None:
+    def append(self, offset: int, turn: TurnFinished, applied: int) -> None:
         """`turn` now stands at `offset`, and is the conversation's last."""
         key = conversation_key(turn.tenant, turn.conversation)
-        self.heads[key] = Head(offset, turn.request)
+        self.heads[key] = Head(offset, turn.request, applied)
         self.changed.add(key)
         self._reader.keep(self._partition, offset, turn)
 

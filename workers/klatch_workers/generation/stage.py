@@ -1,0 +1,254 @@
+"""The stage: restores a partition, owns it, and gives every admitted request its way to the end.
+
+Restoring reads the snapshot (where to read from, the last turn of every conversation) and then what the log says of
+every stream and verdict that is not concluded; nothing is fed before that is complete. The order of a checkpoint is
+the runner's: what is done stands in the log, then the snapshot, then the offset.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import uuid4
+
+from klatch_agents.gateway.port import Gateway
+from klatch_schemas import codec
+from klatch_schemas.codec import Unreadable
+from klatch_schemas.events import ChatAdmitted, ChatRefused
+from klatch_schemas.records import Cause, Partition, Record
+from klatch_schemas.topics import (
+    CHAT_ADMITTED,
+    CHAT_STREAM,
+    CHAT_TURNS,
+    GENERATION_STATE,
+    TRUST_VERDICTS,
+    Namespace,
+)
+from klatch_streams.addresses import MOVED_FROM, Addresses
+from klatch_streams.batches import Batches
+from klatch_streams.dead_letters import DeadLetter, dead_letter
+from klatch_streams.follower import Follower
+from klatch_streams.keyed_owner import Doing, KeyedOwner
+from klatch_streams.log import Log
+from klatch_streams.snapshots import Snapshots
+from klatch_workers.generation.prepare import Preparer
+from klatch_workers.generation.request import Means, RequestUnderWay
+from klatch_workers.generation.table import Table
+from klatch_workers.generation.turns import Conversations, Head, TurnReader
+
+_POSITION: Final = "position"
+_TURNS: Final = "turns/"
+
+Seen = dict[str, tuple[int, int]]
+"""By source partition: offset and effect of the last admission that was taken."""
+
+
+class GenerationStage:
+    """Makes owners of partitions of `chat.admitted`; one a process."""
+
+    name = "generation"
+
+    def __init__(
+        self,
+        log: Log,
+        namespace: Namespace,
+        gateway: Gateway,
+        preparer: Preparer,
+        *,
+        max_in_flight: int = 256,
+    ) -> None:
+        self.topic = namespace.of(CHAT_ADMITTED)
+        self.log, self.namespace = log, namespace
+        self.gateway, self.preparer = gateway, preparer
+        self.max_in_flight = max_in_flight
+        self.worker = uuid4().hex[:12]
+        self.follower = Follower(log)
+        self.batches = Batches(log)
+        self._turns = TurnReader(log)
+
+    async def own(self, partition: Partition, committed: int) -> "GenerationOwner":
+        """Restore a partition. Raises LogError, StateLost."""
+        number = partition.number
+        snapshots = await Snapshots.open(self.log, self._beside(GENERATION_STATE, number), committed)
+        position = _Position.load(snapshots)
+        conversations = Conversations(self._beside(CHAT_TURNS, number), self._turns)
+        conversations.heads = _heads(snapshots)
+        table = Table()
+        means = Means(
+            log=self.log,
+            namespace=self.namespace,
+            partition=number,
+            table=table,
+            conversations=conversations,
+            batches=self.batches,
+            gateway=self.gateway,
+            preparer=self.preparer,
+            worker=self.worker,
+        )
+        _, end = await self.log.bounds(partition)
+        stream, verdicts = self._beside(CHAT_STREAM, number), self._beside(TRUST_VERDICTS, number)
+        await self.follower.follow(stream, position.stream_floor, table.hear_stream)
+        await self.follower.follow(verdicts, position.verdict_floor, table.hear_verdict)
+        addresses = Addresses(CHAT_ADMITTED, await self.log.partitions(self.topic))
+        return GenerationOwner(self, means, snapshots, position.seen, committed, end, addresses)
+
+    def give_up(self, number: int) -> None:
+        """Follow a partition's topics no longer."""
+        self.follower.unfollow(self._beside(CHAT_STREAM, number))
+        self.follower.unfollow(self._beside(TRUST_VERDICTS, number))
+
+    async def close(self) -> None:
+        """Flush and give back connections."""
+        await self.batches.close()
+        await self.follower.close()
+        await self._turns.close()
+
+    def _beside(self, topic: Any, number: int) -> Partition:
+        return Partition(self.namespace.of(topic), number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """Where a successor goes on, beside the committed offset."""
+
+    stream_floor: int
+    verdict_floor: int
+    seen: Seen
+
+    @classmethod
+    def load(cls, snapshots: Snapshots) -> "_Position":
+        saved = snapshots.saved.get(_POSITION)
+        at: Any = saved.parts["at"] if saved else {"stream": 0, "verdicts": 0, "seen": {}}
+        seen = {source: (int(offset), int(effect)) for source, (offset, effect) in at["seen"].items()}
+        return cls(at["stream"], at["verdicts"], seen)
+
+    def parts(self) -> dict[str, object]:
+        seen = {source: list(last) for source, last in self.seen.items()}
+        return {"at": {"stream": self.stream_floor, "verdicts": self.verdict_floor, "seen": seen}}
+
+
+def _heads(snapshots: Snapshots) -> dict[str, Head]:
+    heads: dict[str, Head] = {}
+    for key, saved in snapshots.saved.items():
+        if key.startswith(_TURNS):
+            last: Any = saved.parts["last"]
+            heads[key.removeprefix(_TURNS)] = Head(last["offset"], last["request"], saved.applied)
+    return heads
+
+
+def _head(key: str, head: Head) -> tuple[str, int, dict[str, object]]:
+    return f"{_TURNS}{key}", head.applied, {"last": {"offset": head.offset, "request": head.request}}
+
+
+class GenerationOwner:
+    """One partition of `chat.admitted`."""
+
+    def __init__(
+        self,
+        stage: GenerationStage,
+        means: Means,
+        snapshots: Snapshots,
+        seen: Seen,
+        committed: int,
+        end_when_restored: int,
+        addresses: Addresses,
+    ) -> None:
+        self._stage, self._means, self._snapshots, self._addresses = stage, means, snapshots, addresses
+        self._end_when_restored = end_when_restored
+        self._caught_up = False
+        self._seen, self._durably_seen = dict(seen), seen
+        self._repeated: set[int] = set()
+        self._causes: deque[tuple[int, str, tuple[int, int]]] = deque()
+        doing = Doing(stage.name, self._handle, max_in_flight=stage.max_in_flight, before_commit=self._before_commit)
+        self._doer = KeyedOwner(doing, stage.log, stage.namespace, committed)
+
+    async def take(self, records: Sequence[Record]) -> None:
+        """Accept admitted requests; those that an admission repeated after a crash are dropped by their cause."""
+        for record in records:
+            self._look_at_cause(record)
+        await self._doer.take(records)
+
+    async def checkpoint(self) -> int:
+        """Write the snapshot that goes with the offset that is returned."""
+        return await self._doer.checkpoint()
+
+    async def release(self, drain_s: float) -> None:
+        """Finish what is in flight, then leave the rest to the next owner."""
+        await self._doer.release(drain_s)
+        self._stage.give_up(self._means.partition)
+
+    def _look_at_cause(self, record: Record) -> None:
+        header = record.header(codec.CAUSE)
+        # A record that was moved to where it belongs comes out of order; it is written only once.
+        if header is None or record.header(MOVED_FROM):
+            return
+        try:
+            cause = Cause.parse(header.decode())
+        except ValueError:
+            return
+        source = f"{cause.partition.topic}/{cause.partition.number}"
+        last = (cause.offset, cause.effect)
+        if last <= self._seen.get(source, (-1, -1)):
+            self._repeated.add(record.offset)
+        else:
+            self._seen[source] = last
+            self._causes.append((record.offset, source, last))
+
+    async def _handle(self, record: Record) -> None:
+        if record.offset in self._repeated:
+            self._repeated.discard(record.offset)
+            return
+        try:
+            event = codec.decode(record.value)
+        except Unreadable as error:
+            raise DeadLetter("unreadable", str(error)) from error
+        key = self._addresses.key_of(event)
+        if not self._addresses.belongs(record, key):
+            await self._stage.log.append([self._addresses.move(record, key)])
+            return
+        match event:
+            case ChatAdmitted():
+                await self._bring_to_its_end(event, record)
+            case ChatRefused():
+                self._means.table.forget(event.tenant, event.request)
+            case _:
+                raise DeadLetter("wrong-topic", "only admissions and refusals belong into chat.admitted")
+
+    async def _bring_to_its_end(self, admitted: ChatAdmitted, record: Record) -> None:
+        request = admitted.request
+        traceparent = record.header(codec.TRACEPARENT)
+        under_way = RequestUnderWay(
+            means=self._means,
+            admitted=admitted,
+            cause=Cause(record.partition, record.offset, 0),
+            traceparent=traceparent.decode() if traceparent else None,
+            tracked=self._means.table.take(request.tenant, request.request),
+        )
+        await under_way.run()
+        self._means.table.forget(request.tenant, request.request)
+
+    async def _before_commit(self, low_water: int) -> None:
+        table, conversations = self._means.table, self._means.conversations
+        if not self._caught_up and low_water >= self._end_when_restored:
+            # All that an earlier owner may have left open has been brought to its end: the rest was concluded.
+            self._caught_up = True
+            table.forget_concluded()
+        table.forget_orphans(int(time.time() * 1000))
+        while self._causes and self._causes[0][0] < low_water:
+            _, source, last = self._causes.popleft()
+            self._durably_seen[source] = last
+        await self._bury(table)
+        position = _Position(*table.floors(), self._durably_seen)
+        changed, conversations.changed = conversations.changed, set()
+        heads = [_head(key, conversations.heads[key]) for key in sorted(changed)]
+        await self._snapshots.write([(_POSITION, low_water, position.parts()), *heads])
+
+    async def _bury(self, table: Table) -> None:
+        unreadable, table.unreadable = table.unreadable, []
+        if unreadable:
+            letters = [
+                dead_letter(record, self._stage.namespace, self._stage.name, DeadLetter("unreadable", why))
+                for record, why in unreadable
+            ]
+            await self._stage.log.append(letters)
