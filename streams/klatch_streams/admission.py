@@ -96,8 +96,8 @@ class Admission:
         """The next ledger, and what follows."""
         match said.event:
             case ChatRequested() | UsageSettled() | QuotaLimitSet() if said.event.tenant != state.tenant:
-                # Written under another tenant's key: it belongs into its own tenant's order, and returns from there.
-                return state, [Emit(CHAT_REQUESTS, said.event.tenant, said.event)]
+                # Under another tenant's key it has no place in this order: owners move it to its own (`Addresses`).
+                return state, ()
             case ChatRequested():
                 return self._request(_advance(state, said.timestamp_ms), said.event, said.timestamp_ms)
             case UsageSettled():
