@@ -297,6 +297,7 @@ async def test_silence_in_the_middle_is_a_stall_and_the_server_is_left(
     heard = await hear(gateway, call(Timeouts(first_token=5, idle=0.2), fault="stall"))
     assert isinstance(heard.error, StalledError)
     assert heard.error.status == 504
+    assert "silent for 0.2 s" in str(heard.error), "the patience for a first token is over"
     assert heard.error.spoke
     await upstream.changed(lambda: upstream.calls[-1].outcome == "left")
 
@@ -422,8 +423,11 @@ async def test_a_reader_that_leaves_in_the_middle_has_hung_up_and_the_next_call_
 
 
 async def test_whole_replies_share_a_connection(gateway: OpenAICompatible, upstream: Upstream) -> None:
-    """[43]"""
+    """[43] Also when the end of the body comes after `[DONE]`, for which no reader waits."""
     for _ in range(5):
+        assert (await hear(gateway, call(end_delay=0.05))).finished is not None
+        await upstream.changed(lambda: upstream.calls[-1].outcome == "finished")
+        await asyncio.sleep(0)  # the end of the body is one turn of the loop behind the record
         assert (await hear(gateway, call())).finished is not None
     assert upstream.open_connections == 1
 

@@ -88,7 +88,8 @@ class Finished:
 
 
 class ModelReply(Protocol):
-    """A reply under way. Iterate once; `finished` is None until the iteration has ended."""
+    """A reply under way. Iterate once; `finished` is None until the end has been read, which may be
+    known with the last batch."""
 
     @property
     def model(self) -> str:

@@ -46,6 +46,8 @@ class StreamedReply:
         self._response = response
         self._asked = choices
         self._timeouts = timeouts
+        self._readany = response.content.readany
+        self._now = asyncio.get_running_loop().time
         self._decoder = sse.Decoder()
         self._silence = _Silence(timeouts.first_token, response.close)
         self._seen: set[int] = set()
@@ -62,7 +64,14 @@ class StreamedReply:
             if self._failure is not None:  # after the good chunks that came before it in its batch
                 self.close()
                 raise self._failure
-            read, cut = await self._read()
+            read, cut = b"", None
+            self._silence.since = self._now()
+            try:
+                read = await self._readany()
+            except (aiohttp.ClientError, OSError) as error:
+                cut = error
+            finally:
+                self._silence.since = None
             batch = self._take(self._decode(read, cut))
             if not read and self.finished is None and self._failure is None:
                 self._end("cut" if cut else "eof", cut)
@@ -80,16 +89,6 @@ class StreamedReply:
             asyncio.get_running_loop().call_later(1.0, self._response.close)
         else:
             self._response.close()
-
-    async def _read(self) -> tuple[bytes, Exception | None]:
-        """The next bytes; none at the end of the body, with what cut it short if anything did."""
-        self._silence.begin()
-        try:
-            return await self._response.content.readany(), None
-        except (aiohttp.ClientError, OSError) as cut:
-            return b"", cut
-        finally:
-            self._silence.end()
 
     def _decode(self, read: bytes, cut: Exception | None) -> list[sse.Event | sse.Comment]:
         try:
@@ -165,21 +164,15 @@ class _Silence:
     reader spends elsewhere counts for nothing.
     """
 
-    __slots__ = ("_loop", "_on_broken", "_since", "_timer", "broken", "limit")
+    __slots__ = ("_loop", "_on_broken", "_timer", "broken", "limit", "since")
 
     def __init__(self, limit: float, on_broken: Callable[[], None]) -> None:
         self.limit = limit
         self.broken = False
         self._on_broken = on_broken
         self._loop = asyncio.get_running_loop()
-        self._since: float | None = None
+        self.since: float | None = None  # when the present wait began, None between waits
         self._timer = self._loop.call_later(limit, self._look)
-
-    def begin(self) -> None:
-        self._since = self._loop.time()
-
-    def end(self) -> None:
-        self._since = None
 
     def allow(self, limit: float) -> None:
         self.limit = limit
@@ -191,7 +184,7 @@ class _Silence:
 
     def _look(self) -> None:
         now = self._loop.time()
-        since = now if self._since is None else self._since
+        since = now if self.since is None else self.since
         if now < since + self.limit:
             self._timer = self._loop.call_at(since + self.limit, self._look)
         else:

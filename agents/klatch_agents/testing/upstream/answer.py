@@ -85,6 +85,8 @@ class Answer:
             due = script.first_delay + (step / script.rate if script.rate else 0.0)
             yield Frame(due, self._event(self._chunk(index, self._deltas[index][step], spoken)))
         yield Frame(due, b"".join(self._closing(spoken)))
+        if script.end_delay:
+            yield Frame(due + script.end_delay, b"")
 
     # -- the parts of a stream ------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Between the status line and the first event."""
     keep_alive: float = 0.0
     """A comment every so often during `first_delay`; 0 is none."""
+    end_delay: float = 0.0
+    """Between the last event and the end of the body."""
 
     reasoning: int = 0
     """So many tokens of `reasoning_content` before the answer."""
