@@ -1,0 +1,75 @@
+"""Records that no stage could use go to `dead.letters`: key, value and headers untouched, the reason in headers.
+
+A dead letter is a function of its record, so one that is written twice can be told by its place of origin. Reasons
+and errors never repeat what a message says: they name fields, types and lines of code.
+"""
+
+import traceback
+from pathlib import PurePath
+from typing import Final
+
+from klatch_schemas.records import Draft, Record
+from klatch_schemas.topics import DEAD_LETTERS, Namespace
+
+TOPIC: Final = "dead-topic"
+PARTITION: Final = "dead-partition"
+OFFSET: Final = "dead-offset"
+STAGE: Final = "dead-stage"
+REASON: Final = "dead-reason"
+ERROR: Final = "dead-error"
+FIRST_SEEN: Final = "dead-first-seen"
+REDRIVEN: Final = "dead-redriven"
+CUT: Final = "dead-cut"
+"""Only if the record and these headers were too large together: the value's size, of which a beginning is kept."""
+
+_OURS: Final = frozenset({TOPIC, PARTITION, OFFSET, STAGE, REASON, ERROR, FIRST_SEEN, REDRIVEN, CUT})
+_REASON_BYTES: Final = 100
+_ERROR_BYTES: Final = 1_000
+_KEPT_BYTES: Final = 64 * 1024
+
+
+class DeadLetter(Exception):
+    """This record cannot be used; the partition goes on without it.
+
+    `reason` is a short constant to count by (`unreadable`), `error` is for the reader of the letter.
+    """
+
+    def __init__(self, reason: str, error: str = "") -> None:
+        super().__init__(f"{reason}: {error}" if error else reason)
+        self.reason, self.error = reason, error
+
+
+def describe(error: BaseException) -> str:
+    """What failed and where, without the error's own words: they may quote the message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}"
+
+
+def dead_letter(record: Record, namespace: Namespace, stage: str, why: DeadLetter) -> Draft:
+    """The dead letter of `record`. One that was redriven keeps when it was first seen, and how often it was."""
+    headers = [
+        *((name, value) for name, value in record.headers if name not in _OURS),
+        (TOPIC, record.partition.topic.encode()),
+        (PARTITION, b"%d" % record.partition.number),
+        (OFFSET, b"%d" % record.offset),
+        (STAGE, stage.encode()),
+        (REASON, _bounded(why.reason, _REASON_BYTES)),
+        (ERROR, _bounded(why.error, _ERROR_BYTES)),
+        (FIRST_SEEN, record.header(FIRST_SEEN) or b"%d" % record.timestamp_ms),
+        (REDRIVEN, record.header(REDRIVEN) or b"0"),
+    ]
+    return Draft(namespace.of(DEAD_LETTERS), record.key, record.value, headers)
+
+
+def cut(letter: Draft) -> Draft:
+    """The letter with only the beginning of its value: the whole still stands where `dead-offset` says."""
+    value = letter.value or b""
+    return letter._replace(
+        value=value[:_KEPT_BYTES],
+        headers=[*letter.headers, (CUT, b"%d" % len(value))],
+    )
+
+
+def _bounded(text: str, size: int) -> bytes:
+    return text.encode(errors="replace")[:size].decode(errors="ignore").encode()
