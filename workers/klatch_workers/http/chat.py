@@ -1,0 +1,136 @@
+"""`POST /v1/chat/completions`: publish a request, and answer with its stream.
+
+A request is accepted once it stands in the log, not before: until then every failure is a status. The reader's
+place is known before the request is published, so that no record can be missed between the two.
+"""
+
+import asyncio
+import time
+from typing import Final
+from urllib.parse import quote
+
+import structlog
+from pydantic import ValidationError
+
+from klatch_schemas import codec
+from klatch_schemas.errors import InvalidRequest
+from klatch_schemas.ids import Conversation, request_id_for_key
+from klatch_schemas.records import Draft, Partition
+from klatch_streams.log import LogError
+from klatch_workers.http.auth import tenant_of
+from klatch_workers.http.call import Call, Disconnected
+from klatch_workers.http.envelope import Asked, asked_in, read_json
+from klatch_workers.http.reader import Reader, Stream
+from klatch_workers.http.recent import Place
+from klatch_workers.http.replies import EventStream, WholeReply
+from klatch_workers.http.request_ids import new_request_id
+from klatch_workers.http.runtime import Runtime
+
+log = structlog.get_logger("klatch.http.chat")
+
+_MAX_KEY: Final = 255
+
+
+async def complete(runtime: Runtime, call: Call) -> None:
+    """Answer a chat completion request. Raises KlatchError, LogError, Disconnected."""
+    call.tenant = tenant_of(call.header(b"authorization"), runtime.door.keys)
+    terms = runtime.door.terms
+    raw = await call.body(terms.max_body_bytes)
+    asked = asked_in(await read_json(raw, terms.off_loop_bytes))
+    stream = _name(runtime, call, asked)
+    reader = await _attach(runtime, call, stream, asked, large=len(raw) > terms.off_loop_bytes)
+    try:
+        over = await _answer(runtime, call, reader, asked)
+    finally:
+        await reader.close()
+    if not over:
+        await _abandoned(runtime, call, stream, asked)
+
+
+def _name(runtime: Runtime, call: Call, asked: Asked) -> Stream:
+    conversation = asked.fields.klatch.conversation
+    key = call.header(b"idempotency-key")
+    if key is not None:
+        if not 0 < len(key) <= _MAX_KEY:
+            raise InvalidRequest(f"an Idempotency-Key has 1 to {_MAX_KEY} characters", param="Idempotency-Key")
+        call.request = request_id_for_key(call.tenant, key)
+    elif conversation is not None:
+        call.request = new_request_id(runtime.partition(conversation).number)
+    _place(call, conversation or Conversation(call.request))
+    return Stream(call.tenant, call.request)
+
+
+def _place(call: Call, conversation: Conversation) -> None:
+    call.conversation = conversation
+    call.resume = f"/v1/streams/{call.request}?conversation={quote(conversation, safe='')}"
+
+
+async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *, large: bool) -> Reader:
+    """A reader of the stream: of the one that exists already under this key, else of the one that is asked for."""
+    keyed = call.header(b"idempotency-key") is not None
+    if keyed and (place := runtime.recent.get(stream)):
+        _place(call, place.conversation)
+        partition = Partition(runtime.stream_topic, place.number)
+        return _watched(call, await runtime.hub.open(stream, partition, place.start))
+    assert call.conversation is not None  # noqa: S101 - set by _name
+    partition = runtime.partition(call.conversation)
+    start = await _window_start(runtime, partition) if keyed else None
+    reader = _watched(call, await runtime.hub.open(stream, partition, start))
+    try:
+        began = reader.position
+        if not (keyed and await reader.find()):
+            await _publish(runtime, call, asked, large=large)
+        runtime.recent.put(stream, Place(partition.number, began, call.conversation))
+    except BaseException:
+        await reader.close()
+        raise
+    return reader
+
+
+def _watched(call: Call, reader: Reader) -> Reader:
+    call.watch(reader.abandon)
+    return reader
+
+
+async def _window_start(runtime: Runtime, partition: Partition) -> int:
+    now = time.time_ns() // 1_000_000
+    return await runtime.door.log.offset_at(partition, now - runtime.door.terms.idempotency_window_ms)
+
+
+async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -> None:
+    if call.gone:
+        raise Disconnected
+    drafted = (runtime.request_topic, call, asked)
+    draft = await asyncio.to_thread(_draft, *drafted) if large else _draft(*drafted)
+    async with asyncio.timeout(runtime.door.terms.append_timeout_s):
+        await runtime.door.log.append([draft])
+    log.info("request.accepted", request=call.request, tenant=call.tenant)
+
+
+def _draft(topic: str, call: Call, asked: Asked) -> Draft:
+    try:
+        event = asked.event(call.request, call.tenant, call.header(b"traceparent"))
+        return codec.draft(topic, call.tenant, event, traceparent=event.context.traceparent)
+    except (ValidationError, RecursionError) as error:
+        raise InvalidRequest("the request body is nested too deeply, or is not plain JSON") from error
+
+
+async def _answer(runtime: Runtime, call: Call, reader: Reader, asked: Asked) -> bool:
+    terms = runtime.door.terms
+    if asked.fields.stream:
+        return await EventStream(call, reader, terms, include_usage=asked.fields.include_usage).run(runtime.pulse)
+    return await WholeReply(call, reader, terms).run(runtime.pulse)
+
+
+async def _abandoned(runtime: Runtime, call: Call, stream: Stream, asked: Asked) -> None:
+    wish = asked.fields.klatch.on_disconnect
+    log.info("client.gone", request=call.request, cancels=wish)
+    if wish == "continue" or (wish is None and call.header(b"idempotency-key") is not None):
+        return
+    assert call.conversation is not None  # noqa: S101 - set by _name
+    draft = runtime.cancel_draft(stream, call.conversation, "the client disconnected")
+    try:
+        async with asyncio.timeout(runtime.door.terms.append_timeout_s):
+            await runtime.door.log.append([draft])
+    except (LogError, TimeoutError) as error:
+        log.warning("cancel.failed", request=call.request, error=str(error))

@@ -1,0 +1,136 @@
+"""From errors to answers: OpenAI's error object, a status, and the headers that clients act on.
+
+A model server's own error object passes through unchanged (code, type, param), with klatch's view of it beside it
+under `klatch`. Whatever is no error of ours becomes a 500 that says nothing about the inside.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from klatch_agents.gateway.errors import ModelError
+from klatch_schemas.assembly import Ended
+from klatch_schemas.errors import (
+    Blocked,
+    Cancelled,
+    Expired,
+    InvalidRequest,
+    KlatchError,
+    LimitExceeded,
+    ModelFailed,
+    RequestTooLarge,
+    Unavailable,
+    error_of,
+)
+from klatch_schemas.events import Status
+from klatch_streams.log import LogError, OffsetGone, RecordTooLarge
+
+Headers = list[tuple[bytes, bytes]]
+
+_RETRY_AFTER_MS = 1_000
+"""What a client is told when klatch itself is not ready: long enough for a broker to elect a leader."""
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, the method does not."""
+
+    code, status = "method_not_allowed", 405
+
+    def __init__(self, method: str, allowed: str) -> None:
+        super().__init__(f"{method} is not for this path: it answers to {allowed}")
+        self.allowed = allowed
+
+
+class UpstreamSaid(ModelFailed):
+    """A model server's error, with its own error object and, where it had one, its own status."""
+
+    def __init__(self, message: str, upstream: Mapping[str, Any], status: int | None = None) -> None:
+        super().__init__(message)
+        self.upstream = upstream
+        self.upstream_status = status
+
+
+_ENDINGS: Mapping[Status, tuple[type[KlatchError], str]] = {
+    "cancelled": (Cancelled, "the request was cancelled"),
+    "blocked": (Blocked, "the content was blocked by policy"),
+    "rejected": (LimitExceeded, "a limit was exceeded; try again later"),
+    "expired": (Expired, "the deadline passed before the reply was complete"),
+    "failed": (ModelFailed, "the model server failed"),
+}
+
+
+def error_of_end(ended: Ended) -> KlatchError | None:
+    """The error that a stream ended with; None if it was completed."""
+    if ended.status == "completed":
+        return None
+    said = ended.end.error if ended.end else None
+    if said is None:
+        error, message = _ENDINGS[ended.status]
+        return error(message)
+    if said.upstream:
+        return UpstreamSaid(said.message, said.upstream)
+    return error_of(said)
+
+
+def as_klatch_error(error: Exception) -> KlatchError:
+    """Any error as one that a client may see."""
+    match error:
+        case KlatchError():
+            return error
+        case RecordTooLarge():
+            return RequestTooLarge(f"{error}: send a smaller request")
+        case OffsetGone():
+            return Unavailable("the log is being cut off; try again", retry_after_ms=_RETRY_AFTER_MS)
+        case LogError() | TimeoutError() | OSError():
+            return Unavailable("the log does not answer; try again", retry_after_ms=_RETRY_AFTER_MS)
+        case ModelError():
+            return _of_model(error)
+        case _:
+            return KlatchError("an error of klatch's own; the log of the door names it by this request id")
+
+
+def _of_model(error: ModelError) -> KlatchError:
+    body = error.body
+    said = {"type": body.type, "param": body.param, "code": body.code, **(body.extra or {})} if body else {}
+    mapped = UpstreamSaid(error.message, {**said, "message": error.message}, error.status)
+    mapped.retry_after_ms = None if error.retry_after is None else int(error.retry_after * 1000)
+    return mapped
+
+
+def error_body(error: KlatchError, request: str, resume: str | None = None) -> bytes:
+    """The JSON of an error, as OpenAI's clients read it; `klatch` has what they have no place for."""
+    said: dict[str, Any] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    if isinstance(error, UpstreamSaid):
+        said |= {name: value for name, value in error.upstream.items() if value is not None}
+    ours = {
+        "code": error.code,
+        "request": request,
+        "resume": resume,
+        "limit": error.limit,
+        "retry_after_ms": error.retry_after_ms,
+    }
+    said["klatch"] = {name: value for name, value in ours.items() if value is not None}
+    return json.dumps({"error": said}, separators=(",", ":")).encode()
+
+
+def status_of(error: KlatchError) -> int:
+    """The HTTP status of an error."""
+    return error.upstream_status or error.status if isinstance(error, UpstreamSaid) else error.status
+
+
+def error_headers(error: KlatchError) -> Headers:
+    """`retry-after` in seconds and milliseconds, the limit that refused, and whether to try again at all.
+
+    `x-should-retry` is what OpenAI's clients ask first: they would repeat a 409 or a 502 that must not be repeated.
+    """
+    headers: Headers = [(b"x-should-retry", b"true" if error.retriable else b"false")]
+    if error.retry_after_ms is not None:
+        headers.append((b"retry-after", b"%d" % max(1, -(-error.retry_after_ms // 1000))))
+        headers.append((b"retry-after-ms", b"%d" % error.retry_after_ms))
+    if isinstance(error, LimitExceeded) and error.limit:
+        what = b"tokens" if error.limit.startswith("tokens") else b"requests"
+        headers.append((b"x-ratelimit-remaining-" + what, b"0"))
+        headers.append((b"x-ratelimit-reset-" + what, b"%dms" % (error.retry_after_ms or 0)))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allowed.encode()))
+    return headers

@@ -1,0 +1,214 @@
+"""One reader of one stream: hands out its records in order, whether they stand in the past or come from the hub.
+
+Records are neither skipped nor repeated. What the hub brings waits in a buffer of bounded size; a reader that does
+not keep up leaves the hub, and continues from where it left on a `Tail` of its own until it has caught up again. If
+the log has lost what comes next by then, it says so (`LogMoved`).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from klatch_schemas import codec
+from klatch_schemas.codec import Delta, Unreadable
+from klatch_schemas.errors import KlatchError, LogMoved
+from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd, StreamRetract
+from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.records import Partition, Record
+from klatch_streams.log import Log, OffsetGone, Tail
+
+Spoken = Delta | StreamAttempt | StreamEnd | StreamCancel | StreamRetract
+"""What may stand in `chat.stream`."""
+
+Heard = tuple[int, Spoken]
+"""A record of the stream: its offset, and what it says."""
+
+_PAST_WAIT_MS = 200
+
+
+class Stream(NamedTuple):
+    """A stream's identity."""
+
+    tenant: Tenant
+    request: RequestId
+
+
+class Registry(Protocol):
+    """Where readers register for what comes."""
+
+    log: Log
+
+    async def register(self, reader: "Reader") -> int:
+        """From the returned offset on, `reader.offer` gets every record of its partition that names its request."""
+        ...
+
+    def leave(self, reader: "Reader") -> None:
+        """Offer it nothing any more; it may register again."""
+        ...
+
+    def closed(self, reader: "Reader") -> None:
+        """Forget it."""
+        ...
+
+
+def said_in(record: Record) -> "Spoken | None":
+    """What a record of `chat.stream` says; None if it is no such thing (the stages bury those)."""
+    try:
+        said = codec.decode(record.value)
+    except Unreadable:
+        return None
+    return said if isinstance(said, Spoken) else None
+
+
+class Reader:
+    """Reads `stream` in `partition`; made by `Hub.open`."""
+
+    def __init__(self, registry: Registry, stream: Stream, partition: Partition, buffer_bytes: int) -> None:
+        self.stream = stream
+        self.partition = partition
+        self._registry = registry
+        self._room = self._buffer_bytes = buffer_bytes
+        self._buffer: list[Heard] = []
+        self._peeked: list[Heard] = []
+        self._next = 0
+        self._joined = 0
+        self._left_at: int | None = None
+        self._past: Tail | None = None
+        self._error: KlatchError | None = None
+        self._nudged = False
+        self._abandoned = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether everything that stood in the log when this reader joined the hub was handed out."""
+        return self._next >= self._joined and not self._peeked
+
+    async def join(self, start: int | None) -> None:
+        """Begin at `start`, or at what comes next."""
+        self._joined = await self._registry.register(self)
+        self._next = self._joined if start is None else start
+
+    @property
+    def position(self) -> int:
+        """Where this reader began, or goes on with what is not in its buffer."""
+        return self._next
+
+    # What the hub calls.
+
+    def offer(self, offset: int, said: Spoken, size: int) -> bool:
+        """Take a record into the buffer; False if there is no room: then the reader has left."""
+        if not self._is_mine(said):
+            return True
+        if size > self._room and self._buffer:
+            self._left_at = offset
+            return False
+        self._room -= size
+        self._buffer.append((offset, said))
+        return True
+
+    def wake(self) -> None:
+        """Let `read` return: once for all that was offered."""
+        waiting = self._waiting
+        if waiting is not None:
+            self._waiting = None
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def fail(self, error: KlatchError) -> None:
+        """Let `read` raise `error`, after what is in the buffer."""
+        self._error = error
+        self.wake()
+
+    # What the reading side calls.
+
+    def nudge(self) -> None:
+        """Let a `read` that waits return what it has, if only nothing."""
+        self._nudged = True
+        self.wake()
+
+    def abandon(self) -> None:
+        """Let whatever reads stop reading: nobody is interested any more."""
+        self._abandoned = True
+        self.nudge()
+
+    async def read(self) -> Sequence[Heard]:
+        """The next records; none when nudged, or when there was nothing on the way to catching up.
+
+        Raises LogMoved, LogError, and what `fail` was given.
+        """
+        if self._peeked:
+            heard, self._peeked = self._peeked, []
+            return heard
+        return await self._read()
+
+    async def find(self) -> Conversation | None:
+        """The stream's conversation, or None if the stream has no record before the place where it joined.
+
+        Only a record that names the tenant proves that the stream is there: deltas name none. What was read on the
+        way comes out of the next `read`.
+        """
+        while self._next < self._joined and not self._abandoned:
+            heard = await self._read()
+            self._peeked += heard
+            for _, said in heard:
+                if not isinstance(said, Delta):
+                    return said.conversation
+        return None
+
+    async def close(self) -> None:
+        """Read no more."""
+        self._registry.closed(self)
+        await self._close_past()
+
+    async def _read(self) -> Sequence[Heard]:
+        while not self._nudged:
+            if self._error and not (self._buffer and self._next >= self._joined):
+                raise self._error
+            if self._next < self._joined:
+                # Having caught up is news too: a reply that is complete so far is shown then.
+                if (heard := await self._read_past()) or self._next >= self._joined:
+                    return heard
+            elif self._buffer:
+                heard, self._buffer, self._room = self._buffer, [], self._buffer_bytes
+                return heard
+            elif self._left_at is not None:
+                # Registering comes first: whatever is written while the past is read is in the buffer then.
+                start, self._left_at = self._left_at, None
+                await self.join(start)
+            else:
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
+        self._nudged = False
+        return ()
+
+    async def _read_past(self) -> list[Heard]:
+        if self._past is None:
+            self._past = await self._registry.log.tail()
+            self._past.follow(self.partition, self._next)
+        try:
+            records = await self._past.read(_PAST_WAIT_MS)
+        except OffsetGone as gone:
+            raise LogMoved(
+                f"the log has moved on: it begins at offset {gone.first} of this partition, and {gone.offset} was next"
+            ) from gone
+        heard: list[Heard] = []
+        for record in records:
+            self._next = record.offset + 1
+            if record.offset >= self._joined:
+                break
+            said = said_in(record)
+            if said and said.request == self.stream.request and self._is_mine(said):
+                heard.append((record.offset, said))
+        if self._next >= self._joined:
+            await self._close_past()
+        return heard
+
+    def _is_mine(self, said: Spoken) -> bool:
+        # A delta names no tenant: it counts only under the opening of the right one, which the fold sees to.
+        return isinstance(said, Delta) or said.tenant == self.stream.tenant
+
+    async def _close_past(self) -> None:
+        past, self._past = self._past, None
+        if past is not None:
+            await past.close()

@@ -1,0 +1,249 @@
+"""From the records of a stream to the answer of a call: as server-sent events, or whole.
+
+A chunk's bytes are relayed as the model server sent them; all that arrived together leaves in one write. `[DONE]`
+ends a completed reply, exactly once, and nothing else; whatever else happens after the first byte is an error event.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from klatch_schemas import codec
+from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Standing
+from klatch_schemas.chunks import Json, Reply
+from klatch_schemas.errors import Expired, KlatchError, StreamBroken
+from klatch_schemas.events import StreamEnd, Usage
+from klatch_workers.http.call import Call
+from klatch_workers.http.door import Terms
+from klatch_workers.http.errors import error_of_end
+from klatch_workers.http.pulse import Pulse
+from klatch_workers.http.reader import Heard, Reader
+
+log = structlog.get_logger("klatch.http.replies")
+
+_COMMENT = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+_OFF_LOOP_CHUNKS = 1_000
+
+
+class Watch:
+    """Looks at the clock for one answer, once a second: keep-alives, a dead client, a stream gone silent."""
+
+    def __init__(self, call: Call, reader: Reader, terms: Terms) -> None:
+        self._call = call
+        self._reader = reader
+        self._terms = terms
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
+        self.wrote_at = self.heard_at
+        self.stuck = False
+
+    def beat(self, now: float) -> None:
+        """See `Beating`."""
+        since = self._call.sending_since
+        if since is not None:
+            if now - since > self._terms.write_timeout_s and self._task and not self.stuck:
+                self.stuck = True
+                self._task.cancel()
+        elif self.comment_due(now) or self.silent(now):
+            self._reader.nudge()
+
+    def comment_due(self, now: float) -> bool:
+        """Whether the client has waited long enough for a sign of life."""
+        patience = self._terms.keepalive_s if self._call.started else self._terms.hold_s
+        return now - self.wrote_at >= patience
+
+    def silent(self, now: float) -> bool:
+        """Whether the stream has said nothing for too long."""
+        return now - self.heard_at > self._terms.silence_s
+
+    def check(self, heard: Sequence[Heard]) -> None:
+        """Note what was heard. Raises Expired when nothing was for too long."""
+        now = self._loop.time()
+        if heard:
+            self.heard_at = now
+        elif self.silent(now):
+            raise Expired(f"the stream was silent for {self._terms.silence_s:.0f} seconds; it can still be resumed")
+
+
+class _Answer:
+    """An answer to `call` from what `reader` reads."""
+
+    def __init__(self, call: Call, reader: Reader, terms: Terms, *, include_usage: bool = False) -> None:
+        self._call = call
+        self._reader = reader
+        self._include_usage = include_usage
+        self._watch = Watch(call, reader, terms)
+
+    async def run(self, pulse: Pulse) -> bool:
+        """Answer; returns whether the stream was over. False: the client is gone.
+
+        Raises the KlatchError that the stream ended with; the client has not been told.
+        """
+        pulse.members.add(self._watch)
+        try:
+            return await self._run()
+        except asyncio.CancelledError:
+            # A write that nobody takes can only be cancelled; any other cancellation is not for us to hold up.
+            task = asyncio.current_task()
+            if not self._watch.stuck or task is None or task.uncancel():
+                raise
+            log.info("client.stuck", request=self._call.request)
+            self._call.gone = True
+            return False
+        finally:
+            pulse.members.discard(self._watch)
+
+    async def _run(self) -> bool:
+        while not self._call.gone:
+            heard = await self._reader.read()
+            self._watch.check(heard)
+            if await self._take(heard):
+                return True
+        return False
+
+    async def _take(self, heard: Sequence[Heard]) -> bool:
+        """Tell the client; returns whether that was all."""
+        raise NotImplementedError
+
+
+class EventStream(_Answer):
+    """A reply as server-sent events, resumable by their ids."""
+
+    def __init__(
+        self,
+        call: Call,
+        reader: Reader,
+        terms: Terms,
+        *,
+        include_usage: bool,
+        after: int | None = None,
+    ) -> None:
+        """`after` is the offset of the last event that a resuming client has."""
+        super().__init__(call, reader, terms, include_usage=include_usage)
+        self._reply = ReplyReader(after)
+        self._live = False
+        self._last: Standing | None = None
+        self._event_start = b"id: %d-" % reader.partition.number
+
+    async def _take(self, heard: Sequence[Heard]) -> bool:
+        if self._call.gone:
+            return False
+        parts, ended, error = self._events(heard)
+        if ended and not error and not (error := error_of_end(ended)):
+            parts += self._closing(ended.end)
+            await self._write(parts, more=False)
+            return True
+        await self._write(parts, more=True)
+        if error:
+            raise error
+        return False
+
+    def _events(self, heard: Sequence[Heard]) -> tuple[list[bytes], Ended | None, KlatchError | None]:
+        # What came before an error is shown before it.
+        parts, hear, live = list[bytes](), self._reply.hear, self._live
+        ended: Ended | None = None
+        try:
+            for offset, said in heard:
+                shown = hear(offset, said)
+                if isinstance(shown, Standing):
+                    parts.append(self._event(shown))
+                elif shown is not None:
+                    ended = shown
+            if not live and self._reader.caught_up:
+                parts, ended = self._catch_up()
+        except KlatchError as error:
+            return parts, ended, error
+        return parts, ended, None
+
+    def _catch_up(self) -> tuple[list[bytes], Ended | None]:
+        self._live = True
+        shown = self._reply.go_live()
+        parts = [self._event(one) for one in shown if isinstance(one, Standing)]
+        return parts, next((one for one in shown if isinstance(one, Ended)), None)
+
+    def _event(self, said: Standing) -> bytes:
+        self._last = said
+        chunk = bytes(said.chunk)
+        if b"\n" in chunk or b"\r" in chunk:
+            # Only space between tokens of JSON can be a raw line end, and a line end would end the field.
+            chunk = chunk.replace(b"\n", b" ").replace(b"\r", b" ")
+        return b"%b%d\ndata: %b\n\n" % (self._event_start, said.offset, chunk)
+
+    def _closing(self, end: StreamEnd | None) -> list[bytes]:
+        chunks = trailer_of(end, self._last) if end else []
+        shown = [chunk for chunk in chunks if self._include_usage or not _is_usage(chunk)]
+        # Without ids: a client that resumes after its last text gets them again.
+        return [*(b"data: %b\n\n" % codec.dumps(chunk) for chunk in shown), _DONE]
+
+    async def _write(self, parts: list[bytes], *, more: bool) -> None:
+        now = self._watch.heard_at
+        if not parts:
+            now = asyncio.get_running_loop().time()
+            if not self._watch.comment_due(now):
+                return
+            parts = [_COMMENT]
+        if not self._call.started:
+            await self._call.start_events()
+        await self._call.write(b"".join(parts), more=more)
+        self._watch.wrote_at = now
+
+
+class WholeReply(_Answer):
+    """A reply in one piece."""
+
+    def __init__(self, call: Call, reader: Reader, terms: Terms) -> None:
+        super().__init__(call, reader, terms)
+        self._assembly = Assembly()
+
+    async def _take(self, heard: Sequence[Heard]) -> bool:
+        # Nothing was shown yet, so that a restart takes nothing back from anybody.
+        for offset, said in heard:
+            self._assembly.hear(offset, said)
+        if not (status := self._assembly.state.status):
+            return False
+        if error := error_of_end(Ended(status, self._assembly.end)):
+            raise error
+        if gap := self._assembly.gap:
+            raise StreamBroken(f"the log lacks deltas {gap.expected} to {gap.got - 1} of this reply; ask again")
+        standing, end = self._assembly.standing, self._assembly.end
+        # Nobody else's token waits for a long reply to be put together.
+        large = len(standing) > _OFF_LOOP_CHUNKS
+        body = await asyncio.to_thread(_whole, standing, end) if large else _whole(standing, end)
+        await self._call.answer(200, body)
+        return True
+
+
+def _whole(standing: Sequence[Standing], end: StreamEnd | None) -> bytes:
+    reply = Reply()
+    for said in standing:
+        reply.add(codec.loads(bytes(said.chunk)))
+    for chunk in trailer_of(end, standing[-1] if standing else None) if end else ():
+        reply.add(chunk)
+    return codec.dumps(reply.completion())
+
+
+def trailer_of(end: StreamEnd, last: Standing | None) -> list[Json]:
+    """The chunks that follow the last choice: the model server's own, and a usage chunk if it sent none."""
+    chunks: list[Json] = list(end.trailer)
+    if end.usage and not any(map(_is_usage, chunks)):
+        spoken: Json = codec.loads(bytes(last.chunk)) if last else {}
+        said: Json = {name: spoken[name] for name in ("id", "created", "model", "system_fingerprint") if name in spoken}
+        chunks.append({**said, "object": "chat.completion.chunk", "choices": [], "usage": _usage(end.usage)})
+    return chunks
+
+
+def _is_usage(chunk: Json) -> bool:
+    return bool(chunk.get("usage")) and not chunk.get("choices")
+
+
+def _usage(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
