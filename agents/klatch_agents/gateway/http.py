@@ -34,6 +34,7 @@ class Client:
     def __init__(self, key: str) -> None:
         self._key = key
         self._session: aiohttp.ClientSession | None = None
+        self._lingering: set[aiohttp.ClientResponse] = set()
         self._closed = False
 
     async def open(
@@ -110,8 +111,26 @@ class Client:
             pass
         return bytes(read)
 
+    def linger(self, response: aiohttp.ClientResponse) -> None:
+        """Leaves a response whose body is about to end, so that its connection can be used again.
+
+        aiohttp gives the connection back when the end comes, mostly in the read that held
+        `[DONE]`. Nobody waits for it, and after a second it is hung up.
+        """
+        if response.content.is_eof():
+            response.close()
+        else:
+            self._lingering.add(response)
+            asyncio.get_running_loop().call_later(1.0, self._hang_up, response)
+
+    def _hang_up(self, response: aiohttp.ClientResponse) -> None:
+        self._lingering.discard(response)
+        response.close()
+
     async def close(self) -> None:
         self._closed = True
+        for response in list(self._lingering):
+            self._hang_up(response)
         if self._session is not None:
             await self._session.close()
 

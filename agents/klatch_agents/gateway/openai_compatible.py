@@ -75,6 +75,7 @@ class OpenAICompatible:
             choices=_asked_choices(call.body),
             timeouts=call.timeouts,
             upstream_request_id=http.request_id(response),
+            linger=self._http.linger,
         )
         try:
             await self._expect_events(response)

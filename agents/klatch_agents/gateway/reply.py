@@ -28,7 +28,7 @@ _DONE = b"[DONE]"
 class StreamedReply:
     """The `ModelReply` of an HTTP response whose status line was good.
 
-    `choices` is how many the caller asked for (`n`).
+    `choices` is how many the caller asked for (`n`); `linger` takes the response of a whole reply.
     """
 
     def __init__(
@@ -39,11 +39,13 @@ class StreamedReply:
         choices: int,
         timeouts: Timeouts,
         upstream_request_id: str | None,
+        linger: Callable[[aiohttp.ClientResponse], None],
     ) -> None:
         self.model = model
         self.upstream_request_id = upstream_request_id
         self.finished: Finished | None = None
         self._response = response
+        self._linger = linger
         self._asked = choices
         self._timeouts = timeouts
         self._readany = response.content.readany
@@ -84,9 +86,7 @@ class StreamedReply:
         """Hangs up at once, or gives the connection back if the reply has been read to its end."""
         self._silence.stop()
         if self.finished is not None and self.finished.ending == "done":
-            # The end of the body is on its way behind `[DONE]`: aiohttp gives the connection back
-            # to the pool when it comes. Nobody waits for it, and it does not come for ever.
-            asyncio.get_running_loop().call_later(1.0, self._response.close)
+            self._linger(self._response)
         else:
             self._response.close()
 

@@ -1,0 +1,140 @@
+"""What every gateway does with every server, whichever it is: the scripted upstream, which is
+exact, and the small local model, which is real. Numbers in brackets are traps of `STREAMING.md`."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from klatch_agents.gateway.errors import RefusedError
+from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.gateway.port import Chunk, Finished, Gateway, ModelCall, Timeouts
+from klatch_agents.testing.upstream import Upstream
+
+KEY = "sk-conformance"
+TIMEOUTS = Timeouts(connect=5, first_token=120, idle=60)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model server to call, and the name of a model that it lists."""
+
+    url: str
+    model: str
+
+
+@pytest.fixture(scope="session", params=["scripted upstream", "local model"])
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+    if request.param == "scripted upstream":
+        async with Upstream(key=KEY) as upstream:
+            upstream.models = ["fake?tokens=200&rate=200&first_delay=0.2"]
+            yield Server(upstream.url, upstream.models[0])
+        return
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "klatch_workers.local_model", "--port", "0"),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "KLATCH_LOCAL_API_KEY": KEY},
+    )
+    assert process.stdout is not None
+    try:
+        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 120))
+        yield Server(ready["url"], ready["model"])
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 20) == 0, "it ends cleanly on SIGTERM"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@pytest.fixture
+async def gateway(server: Server) -> AsyncIterator[Gateway]:
+    async with OpenAICompatible(Endpoint(server.url, key=KEY, model=server.model)) as opened:
+        yield opened
+
+
+def call(max_tokens: int = 12) -> ModelCall:
+    messages = [{"role": "user", "content": "Count from one to fifty, in words."}]
+    return ModelCall({"model": "asked-for", "messages": messages, "max_tokens": max_tokens}, timeouts=TIMEOUTS)
+
+
+async def hear(gateway: Gateway, call: ModelCall) -> tuple[list[Chunk], Finished]:
+    chunks: list[Chunk] = []
+    async with gateway.stream(call) as reply:
+        async for batch in reply:
+            assert batch
+            chunks += batch
+        assert reply.finished is not None
+        return chunks, reply.finished
+
+
+async def test_a_reply_has_text_a_finish_reason_and_a_usage(gateway: Gateway) -> None:
+    """[13, 14, 24]"""
+    chunks, finished = await hear(gateway, call())
+    assert any(chunk.speaks for chunk in chunks)
+    assert all(isinstance(json.loads(chunk.raw), dict) for chunk in chunks)
+    assert finished.finish_reasons[0] in ("stop", "length")
+    assert finished.ending == "done"
+    assert finished.usage is not None
+    assert 0 < finished.usage.completion_tokens <= 12
+    assert finished.usage.prompt_tokens > 0
+    assert [chunk.usage_only for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+async def test_a_limit_on_tokens_ends_the_reply_with_length(gateway: Gateway) -> None:
+    _, finished = await hear(gateway, call(max_tokens=3))
+    assert finished.finish_reasons == {0: "length"}
+    assert finished.usage is not None
+    assert finished.usage.completion_tokens == 3
+
+
+async def test_the_first_token_does_not_wait_for_the_last(gateway: Gateway) -> None:
+    """[11]"""
+    async with gateway.stream(call(max_tokens=60)) as reply:
+        batches = [batch async for batch in reply]
+    assert len(batches) > 5
+
+
+async def test_readers_who_leave_free_their_places_at_the_server(gateway: Gateway) -> None:
+    """[40, 43] The local model has four places: a fifth call would wait for a place that leaks."""
+    for _ in range(6):
+        async with gateway.stream(call(max_tokens=2000)) as reply:
+            async for _batch in reply:
+                break
+    async with asyncio.timeout(30):
+        _, finished = await hear(gateway, call(max_tokens=3))
+    assert finished.finish_reasons
+
+
+async def test_a_call_cancelled_before_its_first_token_ends_at_once(gateway: Gateway) -> None:
+    """[40]"""
+    task = asyncio.create_task(hear(gateway, call(max_tokens=2000)))
+    await asyncio.sleep(0.02)  # under way, and no server here says its first token so soon
+    task.cancel()
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.get_running_loop().time() - started < 0.5
+
+
+async def test_replies_at_once_all_come_to_their_ends(gateway: Gateway) -> None:
+    replies = await asyncio.gather(*(hear(gateway, call(max_tokens=4)) for _ in range(4)))
+    assert [finished.finish_reasons for _, finished in replies] == [{0: "length"}] * 4
+
+
+async def test_a_wrong_key_is_refused_and_not_shown(server: Server) -> None:
+    async with OpenAICompatible(Endpoint(server.url, key="sk-wrong-key-5")) as gateway:
+        with pytest.raises(RefusedError) as refused:
+            await hear(gateway, call())
+    assert refused.value.status == 401
+    assert not refused.value.retriable
+    assert "sk-wrong-key-5" not in f"{refused.value!r} {refused.value.body} {gateway!r}"
+
+
+async def test_the_served_model_is_listed(gateway: Gateway, server: Server) -> None:
+    assert server.model in await gateway.models()
