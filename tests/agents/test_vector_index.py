@@ -108,7 +108,7 @@ async def test_what_was_stored_is_found_whole_nearest_first(index: VectorIndex) 
     hits = await found(index, scope("whole", "ann"), "tea with milk")
     assert [hit.memory for hit in hits] == [near, far]
     assert hits[0].score > 0.7 > hits[1].score
-    assert await found(index, scope("whole", "ann"), limit=1) == hits[:1]
+    assert await found(index, scope("whole", "ann"), "tea with milk", limit=1) == hits[:1]
 
 
 async def test_a_point_told_twice_is_kept_once_and_the_later_text_stands(index: VectorIndex) -> None:
@@ -159,7 +159,7 @@ async def test_calls_may_overlap(index: VectorIndex) -> None:
 
 # Ids that might pass for one another: equal but for case, space, wildcards, separators, or Unicode form.
 HOSTILE = st.sampled_from(
-    ["a", "A", "a ", " a", "*", "%", "?", "a*", "null", "None", "0", "[]", "a.b", "a/b", 'a"', "\u00e9", "e\u0301", ".*"]
+    ["a", "A", "a ", " a", "*", "%", "?", "a*", "null", "None", "0", "a.b", "a/b", 'a"', "\u00e9", "e\u0301", ".*"]
 ) | st.text(
     alphabet=st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=4
 )  # fmt: skip
@@ -167,9 +167,7 @@ OWNER = st.tuples(HOSTILE, st.none() | HOSTILE, HOSTILE)
 RUNS = count()
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(owners=st.lists(OWNER, min_size=2, max_size=6, unique=True), asking=st.data())
 async def test_nobody_ever_recalls_what_is_anothers(
     index: VectorIndex, owners: list[tuple[str, str | None, str]], asking: st.DataObject
