@@ -37,6 +37,7 @@ class Follower:
         self._tail: Tail | None = None
         self._followed: dict[Partition, _Followed] = {}
         self._running: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
 
     async def follow(self, partition: Partition, offset: int, handler: Handler) -> None:
         """Give `handler` the records from `offset` on; returns when it had all that stood when asked.
@@ -76,10 +77,10 @@ class Follower:
             await self._tail.close()
 
     async def _started(self) -> Tail:
-        if self._tail is None:
-            self._tail = await self._log.tail()
-        if self._running is None:
-            self._running = asyncio.create_task(self._run(self._tail), name="follower")
+        async with self._starting:
+            if self._tail is None:
+                self._tail = await self._log.tail()
+                self._running = asyncio.create_task(self._run(self._tail), name="follower")
         return self._tail
 
     async def _or_failure(self, awaited: "asyncio.Future[None]") -> None:
