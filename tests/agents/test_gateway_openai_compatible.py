@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from klatch_agents.gateway.errors import (
     ConnectError,
@@ -17,6 +18,7 @@ from klatch_agents.gateway.errors import (
     StreamError,
     TruncatedError,
 )
+from klatch_agents.gateway.http import retry_after
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.port import Chunk, Finished, ModelCall, Timeouts
 from klatch_agents.testing.upstream import Upstream
@@ -378,7 +380,42 @@ async def test_no_server_there_is_a_connect_error_that_names_the_url(unused_tcp_
     assert url in str(heard.error)
 
 
-async def test_a_wrong_path_is_refused_and_a_web_page_is_no_stream(upstream: Upstream) -> None:
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "1500", "retry-after": "7"}, 1.5),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read_in_every_form_that_servers_send(headers: dict[str, str], seconds: float | None) -> None:
+    """[9]"""
+    assert retry_after(CIMultiDictProxy(CIMultiDict(headers))) == seconds
+
+
+async def test_an_error_in_the_clothes_of_a_200_is_an_error(gateway: OpenAICompatible) -> None:
+    heard = await hear(gateway, call(status=200))
+    assert isinstance(heard.error, StreamError)
+    assert str(heard.error) == "as scripted"
+
+
+@pytest.mark.parametrize(("script", "said"), [({"ignore_stream": True}, "event stream"), ({"status": 302}, "redirect")])
+async def test_what_is_no_stream_is_malformed_and_says_what_to_check(
+    gateway: OpenAICompatible, script: dict[str, object], said: str
+) -> None:
+    heard = await hear(gateway, call(**script))
+    assert isinstance(heard.error, MalformedError)
+    assert not heard.error.retriable
+    assert said in str(heard.error)
+    assert "URL" in str(heard.error)
+
+
+async def test_a_wrong_path_is_refused(upstream: Upstream) -> None:
     root = upstream.url.removesuffix("/v1")
     async with OpenAICompatible(Endpoint(root, key=KEY)) as gateway:
         heard = await hear(gateway, call())
@@ -456,6 +493,16 @@ async def test_embeddings_come_back_raw(gateway: OpenAICompatible, upstream: Ups
     raw = json.loads(await gateway.embed(body))
     assert [len(item["embedding"]) for item in raw["data"]] == [4, 4]
     assert upstream.calls[-1].body == body
+
+
+async def test_embeddings_fail_by_the_same_names_as_replies(upstream: Upstream) -> None:
+    endpoint = Endpoint(upstream.url, key=KEY)
+    async with OpenAICompatible(endpoint, Timeouts(first_token=0.2)) as gateway:
+        with pytest.raises(RefusedError) as refused:
+            await gateway.embed({"input": "a", "x-fake": {"status": 429, "retry_after": "3"}})
+        with pytest.raises(StalledError):
+            await gateway.embed({"input": "a", "x-fake": {"header_delay": 30}})
+    assert (refused.value.status, refused.value.retry_after) == (429, 3.0)
 
 
 async def test_models_are_listed(gateway: OpenAICompatible, upstream: Upstream) -> None:

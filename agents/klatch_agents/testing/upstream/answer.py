@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def streamed(self) -> bool:
-        return self._body.get("stream") is True
+        return self._body.get("stream") is True and not self._script.ignore_stream
 
     def seconds(self) -> float:
         """How long the whole answer takes to make after the status line."""

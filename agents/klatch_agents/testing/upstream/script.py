@@ -57,6 +57,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Answer with this error status instead."""
     retry_after: str = ""
     reject_stream_options: bool = False
+    ignore_stream: bool = False
+    """One JSON document although a stream was asked for."""
     fault: Literal[
         "",
         "error-event",  # the bare `data: {"error": …}` of OpenAI, then the end

@@ -122,10 +122,10 @@ class Upstream:
         body = exchange.call.body
         if exchange.call.outcome != "open":
             return
-        if exchange.call.path == "/v1/embeddings":
-            exchange.respond(_embeddings(body))
-        elif script.status:
+        if script.status:
             exchange.refuse(script.status, "as scripted", script.retry_after)
+        elif exchange.call.path == "/v1/embeddings":
+            exchange.respond(_embeddings(body))
         elif script.reject_stream_options and "stream_options" in body:
             exchange.refuse(400, "Unrecognized request argument supplied: stream_options", "")
         else:
