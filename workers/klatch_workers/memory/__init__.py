@@ -1,0 +1,1 @@
+"""The memory worker: embeds finished turns, and answers what the other workers of the deployment ask of it."""
