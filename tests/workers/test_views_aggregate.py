@@ -32,13 +32,13 @@ def requested(model: Any = "m") -> ChatRequested:
 
 
 def settled(**said: Any) -> UsageSettled:
-    usage = Usage(prompt_tokens=7, completion_tokens=5)
-    return UsageSettled(request=R1, tenant=ACME, model="m", **{"status": "completed", "usage": usage, **said})
+    said = {"status": "completed", "usage": Usage(prompt_tokens=7, completion_tokens=5), **said}
+    return UsageSettled(request=R1, tenant=ACME, model="m", **said)
 
 
 def refused(**said: Any) -> ChatRefused:
-    refusal = Refusal(message="", **{"code": "rate_limit_exceeded", **said})
-    return ChatRefused(request=R1, tenant=ACME, conversation=C1, model="m", refusal=refusal)
+    said = {"code": "rate_limit_exceeded", "message": "", **said}
+    return ChatRefused(request=R1, tenant=ACME, conversation=C1, model="m", refusal=Refusal(**said))
 
 
 def verdict(**said: Any) -> TrustVerdict:

@@ -1,0 +1,239 @@
+# pyright: basic, reportMissingTypeStubs=false
+# aiokafka has no types.
+"""The views process on Kafka: it counts every record once, however often it is killed."""
+
+import asyncio
+import json
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition  # type: ignore[import-untyped, unused-ignore]
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped, unused-ignore]
+from click.testing import CliRunner
+
+from klatch_schemas import codec
+from klatch_schemas.events import (
+    ChatRefused,
+    ChatRequested,
+    Refusal,
+    TrustVerdict,
+    Usage,
+    UsageSettled,
+)
+from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.records import Draft
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, TRUST_VERDICTS, Namespace
+from klatch_streams.log import UnknownTopic
+from klatch_workers import leash
+from klatch_workers.cli.top import top
+from klatch_workers.kafka import Cluster
+from klatch_workers.settings import Settings
+from klatch_workers.views.run import run_views
+
+pytestmark = pytest.mark.broker
+
+PARTITIONS = ((CHAT_REQUESTS, 2), (CHAT_ADMITTED, 3), (TRUST_VERDICTS, 3))
+TENANTS = [Tenant("acme"), Tenant("zeta")]
+KEY = "the-internal-key"
+
+
+class Town:
+    """A namespace of Kafka with the topics that views read, and what a test does to them."""
+
+    def __init__(self, bootstrap: str, namespace: Namespace) -> None:
+        self.bootstrap, self.namespace = bootstrap, namespace
+
+    async def build(self) -> None:
+        topics = [NewTopic(self.namespace.of(topic), count, 1) for topic, count in PARTITIONS]
+        async with self._admin() as admin:
+            await admin.create_topics(topics)
+
+    async def write(self, drafts: Sequence[Draft]) -> None:
+        async with AIOKafkaProducer(bootstrap_servers=self.bootstrap, acks="all") as producer:
+            sent = [await producer.send(one.topic, one.value, key=one.key, headers=list(one.headers)) for one in drafts]
+            await asyncio.gather(*sent)
+            self.ends = {
+                TopicPartition(record.topic, record.partition): record.offset + 1
+                for record in sorted([await one for one in sent], key=lambda record: record.offset)
+            }
+
+    async def drained(self) -> None:
+        """Return once views have committed everything written: they will count no more, right or wrong."""
+        async with self._admin() as admin:
+            while True:
+                held = await admin.list_consumer_group_offsets(self.namespace.group("views"))
+                if all(tp in held and held[tp].offset >= end for tp, end in self.ends.items()):
+                    return
+                await asyncio.sleep(0.1)
+
+    @asynccontextmanager
+    async def _admin(self) -> AsyncIterator[Any]:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
+        await admin.start()
+        try:
+            yield admin
+        finally:
+            await admin.close()
+
+
+class Worker:
+    """A views process, and its reading side."""
+
+    def __init__(self, process: Process, url: str) -> None:
+        self.process, self.url = process, url
+
+    async def get(self, path: str, key: str = KEY) -> tuple[int, str]:
+        async with (
+            aiohttp.ClientSession(headers={"authorization": f"Bearer {key}"}) as session,
+            session.get(self.url + path) as answer,
+        ):
+            return answer.status, await answer.text()
+
+    async def rows(self, query: str = "") -> dict[tuple[str, str], dict[str, Any]]:
+        status, text = await self.get(f"/v1/views/usage?minutes=30{query}")
+        assert status == 200, text
+        said = json.loads(text)
+        assert said["complete"]
+        return {(row["tenant"], row["model"]): row for row in said["rows"]}
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+
+
+async def start(town: Town, data: Path, **settings: str) -> Worker:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("KLATCH_")},
+        "KLATCH_KAFKA": town.bootstrap,
+        "KLATCH_NAMESPACE": town.namespace.prefix.rstrip("."),
+        "KLATCH_VIEWS": "127.0.0.1:0",
+        "KLATCH_DATA": str(data),
+        "KLATCH_INTERNAL_KEY": KEY,
+        **settings,
+    }
+    process = await leash.spawn([sys.executable, "-m", "klatch_workers.views"], env=environment, stderr=PIPE)
+    assert process.stderr is not None
+    heard = list[bytes]()
+    async for line in process.stderr:
+        heard.append(line)
+        if b'"views.ready"' in line:
+            return Worker(process, json.loads(line)["url"])
+    raise AssertionError(b"".join(heard).decode())
+
+
+def requests(town: Town, count: int) -> list[Draft]:
+    """`count` requests a tenant, all of them settled."""
+    topic, drafts = town.namespace.of(CHAT_REQUESTS), list[Draft]()
+    for tenant in TENANTS:
+        for _ in range(count):
+            request = RequestId(uuid4().hex)
+            asked = ChatRequested(
+                request=request, tenant=tenant, conversation=Conversation("c"), body={"model": "m", "messages": []}
+            )
+            usage = Usage(prompt_tokens=10, completion_tokens=3)
+            settled = UsageSettled(
+                request=request,
+                tenant=tenant,
+                model="m",
+                status="completed",
+                usage=usage,
+                first_token_ms=80,
+                total_ms=900,
+            )
+            drafts += [codec.draft(topic, tenant, asked), codec.draft(topic, tenant, settled)]
+    return drafts
+
+
+def decisions(town: Town, count: int) -> list[Draft]:
+    """`count` refusals and blocks of acme, over all partitions."""
+    drafts = list[Draft]()
+    for number in range(count):
+        about = {"request": RequestId(uuid4().hex), "tenant": TENANTS[0], "conversation": Conversation(f"c{number}")}
+        refusal = Refusal(code="rate_limit_exceeded", limit="requests_per_minute", message="")
+        refused = ChatRefused(**about, model="m", refusal=refusal)
+        verdict = TrustVerdict(**about, stage="input", decision="block", categories=("injection",), policy="1")
+        drafts += [
+            codec.draft(town.namespace.of(CHAT_ADMITTED), f"c{number}", refused),
+            codec.draft(town.namespace.of(TRUST_VERDICTS), f"c{number}", verdict),
+        ]
+    return drafts
+
+
+def unreadable(town: Town) -> list[Draft]:
+    topics = [town.namespace.of(topic) for topic, _ in PARTITIONS]
+    return [Draft(topic, b"k", value) for topic in topics for value in (b"\xff", b'{"kind":"chat.requested.v1"}', None)]
+
+
+@pytest.fixture
+async def town(kafka: Cluster) -> Town:
+    built = Town(kafka.bootstrap, Namespace.named(f"views-{uuid4().hex[:8]}"))
+    await built.build()
+    return built
+
+
+async def test_a_worker_that_is_killed_while_it_counts_counts_every_record_once(town: Town, tmp_path: Path) -> None:
+    await town.write([*unreadable(town), *decisions(town, 50), *requests(town, 800)])
+    first = await start(town, tmp_path)
+    counted = 0
+    while counted < 300:
+        rows = await first.rows()
+        counted = rows["acme", "m"]["requests"] if ("acme", "m") in rows else 0
+    await first.kill()
+    assert counted < 800, "it was killed too late to show anything"
+    await town.write([*decisions(town, 50), *requests(town, 50)])
+
+    second = await start(town, tmp_path)
+    await town.drained()
+    rows = await second.rows()
+    assert set(rows) == {("acme", "m"), ("acme", ""), ("zeta", "m")}
+    for tenant in TENANTS:
+        row = rows[tenant, "m"]
+        assert (row["requests"], row["completed"], row["failed"]) == (850, 850, 0)
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (8_500, 2_550)
+        assert row["first_token_ms"]["count"] == row["total_ms"]["count"] == 850
+        assert 75 <= row["first_token_ms"]["p50"] <= 100
+    assert rows["acme", "m"]["refusals"] == {"requests_per_minute": 100}
+    assert rows["acme", ""]["blocks"] == {"injection": 100}
+    assert set(await second.rows("&tenant=zeta")) == {("zeta", "m")}
+
+    second.process.terminate()
+    assert await second.process.wait() == 0
+
+
+async def test_the_reading_side_answers_those_who_know_the_key(town: Town, tmp_path: Path) -> None:
+    await town.write([*unreadable(town), *requests(town, 3)])
+    worker = await start(town, tmp_path)
+    await town.drained()
+    assert (await worker.get("/healthz", key=""))[0] == 200
+    assert (await worker.get("/v1/views/usage", key="wrong"))[0] == 401
+    assert (await worker.get("/metrics", key=""))[0] == 401
+    assert (await worker.get("/v1/views/usage?minutes=0"))[0] == 400
+    status, metrics = await worker.get("/metrics")
+    assert status == 200
+    assert 'klatch_requests_total{tenant="acme",model="m"} 3' in metrics.splitlines()
+    assert 'klatch_first_token_seconds_bucket{tenant="zeta",model="m",le="0.1"} 3' in metrics.splitlines()
+    assert "klatch_views_skipped_total 9" in metrics.splitlines()
+
+    shown = await asyncio.to_thread(
+        CliRunner().invoke,
+        top,
+        ["--json", "--once", "--tenant", "acme"],
+        env={"KLATCH_VIEWS_URL": worker.url, "KLATCH_INTERNAL_KEY": KEY},
+    )
+    assert shown.exit_code == 0, shown.output
+    assert [(row["tenant"], row["requests"]) for row in map(json.loads, shown.output.splitlines())] == [("acme", 3)]
+    await worker.kill()
+
+
+async def test_a_missing_topic_is_named_with_what_makes_it(kafka: Cluster, tmp_path: Path) -> None:
+    settings = Settings(kafka=kafka.bootstrap, namespace=f"views-{uuid4().hex[:8]}", data=tmp_path)
+    with pytest.raises(UnknownTopic, match="klatch topics create"):
+        await run_views(settings, asyncio.Event(), lambda url: pytest.fail(f"ready at {url}"))
