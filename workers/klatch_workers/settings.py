@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     """`minilm` (ONNX, no torch), `sentence-transformers:NAME`, or the URL of an OpenAI-compatible server."""
     embedder_model: str | None = None
     """The model to ask an embeddings server for."""
+    embedder_dimension: int | None = None
+    """The length of its vectors."""
     embedder_key: SecretStr | None = None
     qdrant_url: str | None = None
     """A Qdrant server; None: Qdrant's engine inside the memory worker, with its data in `data`."""

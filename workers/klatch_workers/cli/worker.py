@@ -1,0 +1,89 @@
+"""`klatch worker STAGE`: runs a stage on a Kafka that exists, until SIGTERM or SIGINT; then it drains and ends with 0.
+
+A stage that fails is started anew, later and later, inside the same process, so that a broker that is away for a
+while costs no operator; `--once` ends with 1 instead. With `--json` facts are printed as one object a line, first
+`{"event": "ready", …}` for each stage.
+"""
+
+import asyncio
+import json
+import signal
+import sys
+from typing import Any
+
+import click
+import structlog
+
+from klatch_streams.supervise import supervise
+from klatch_workers.logs import configure_logs
+from klatch_workers.settings import Settings, UnknownSetting, read_settings
+from klatch_workers.wiring import STAGES, MissingSetting, run_stage
+
+log = structlog.get_logger(__name__)
+
+
+@click.command()
+@click.argument("stage", type=click.Choice([*STAGES, "all"]))
+@click.option("--kafka", metavar="HOST:PORT", help="Bootstrap servers.  [KLATCH_KAFKA]")
+@click.option("--namespace", metavar="NAME", help="Prefix of topics and groups.  [KLATCH_NAMESPACE]")
+@click.option("--http", metavar="HOST:PORT", help="Where the HTTP door listens.  [KLATCH_HTTP]")
+@click.option("--model-url", metavar="URL", help="An OpenAI-compatible model server, with /v1.  [KLATCH_MODEL_URL]")
+@click.option("--model", metavar="NAME", help="Asked for instead of each request's own.  [KLATCH_MODEL]")
+@click.option("--data", metavar="DIR", help="Klatch's data folder.  [KLATCH_DATA]")
+@click.option("--once", is_flag=True, help="End when the stage fails instead of starting it anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts as one JSON object a line.")
+def worker(stage: str, once: bool, as_json: bool, **options: Any) -> None:
+    """Run one STAGE, or all of them, on a Kafka that exists.
+
+    Several processes on several machines may run the same stage: they share its partitions.
+    """
+    try:
+        settings = read_settings(**options)
+    except (UnknownSetting, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    configure_logs(settings.log_level)
+    names = list(STAGES) if stage == "all" else [stage]
+    try:
+        asyncio.run(_work(names, settings, once=once, as_json=as_json))
+    except MissingSetting as error:
+        raise click.UsageError(str(error)) from error
+
+
+async def _work(names: list[str], settings: Settings, *, once: bool, as_json: bool) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    async def run(name: str) -> None:
+        await run_stage(name, settings, stop, lambda facts: _say_ready(name, facts, as_json))
+
+    async def keep_running(name: str) -> None:
+        gives_up = (lambda _: True) if once else (lambda error: isinstance(error, MissingSetting) or stop.is_set())
+        await supervise(lambda: run(name), name=name, gives_up=gives_up)
+
+    async with asyncio.TaskGroup() as stages:
+        for name in names:
+            stages.create_task(_until_stopped(keep_running(name), stop, settings.drain_s), name=name)
+
+
+async def _until_stopped(work: Any, stop: asyncio.Event, drain_s: float) -> None:
+    """Await `work`; once `stop` is set it has `drain_s` and a little more to end by itself."""
+    running = asyncio.ensure_future(work)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not running.done():
+        await asyncio.wait({running}, timeout=drain_s + 5.0)
+    if not running.done():
+        running.cancel()
+        await asyncio.wait({running})
+        return
+    running.result()
+
+
+def _say_ready(stage: str, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"event": "ready", "stage": stage, **facts}), flush=True)  # noqa: T201 - that is its output
+    else:
+        log.info("stage.ready", stage=stage, **facts)
+    sys.stdout.flush()

@@ -1,0 +1,282 @@
+"""The one place where parts are put together: each stage as a function of the settings that runs until it is told.
+
+`run_stage(name, settings, stop, ready)` opens what the stage needs, calls `ready` once it serves, and when `stop` is
+set drains and closes everything in the reverse order. A failure of any part ends the stage and is raised: whoever
+runs it starts it anew. Imports are where they are used, since each stage has its own heavy parts.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+import structlog
+
+from klatch_schemas.topics import PROMPTS, TENANTS, Namespace
+from klatch_streams.ledger import Ledger
+from klatch_streams.log import Log
+from klatch_streams.owner import Stage
+from klatch_streams.runner import Runner, RunnerSettings
+from klatch_workers.settings import Settings, host_port
+
+log = structlog.get_logger(__name__)
+
+Ready = Callable[[dict[str, Any]], None]
+"""Told once that a stage serves, and what there is to know about it, such as its URL."""
+
+COLLECTION: Final = "klatch-memories"
+
+
+class MissingSetting(ValueError):
+    """A stage needs a setting that nobody gave."""
+
+
+async def run_stage(name: str, settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Run one stage until `stop` is set. Raises what made it fail; KeyError for a stage that does not exist."""
+    await STAGES[name](settings, stop, ready)
+
+
+async def run_admission(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Quotas, deadlines, and each request once."""
+    from klatch_streams.admission import Admission
+    from klatch_streams.decider_owner import DeciderStage
+
+    async with _log(settings) as kafka:
+        stage = DeciderStage(Admission(), kafka, Namespace.named(settings.namespace))
+        await _run(stage, kafka, settings, stop, ready)
+
+
+async def run_screening(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Trust verdicts on what was asked."""
+    from klatch_agents.trust.policy import load_policy
+    from klatch_agents.trust.rules import RulesJudge
+    from klatch_workers.screening import ScreeningStage
+
+    policy = load_policy(settings.trust_policy)
+    async with _log(settings) as kafka, _closing(RulesJudge()) as judge:
+        stage = ScreeningStage(kafka, Namespace.named(settings.namespace), judge, policy)
+        await _run(stage, kafka, settings, stop, ready)
+
+
+async def run_generation(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Answers admitted requests."""
+    from klatch_agents.gateway.openai_compatible import OpenAICompatible
+    from klatch_schemas.events import PromptPublished
+    from klatch_workers.books import PromptBook
+    from klatch_workers.generation.prepare import Preparer
+    from klatch_workers.generation.stage import GenerationStage
+
+    async with AsyncExitStack() as open_parts:
+        kafka = await open_parts.enter_async_context(_log(settings))
+        namespace = Namespace.named(settings.namespace)
+        prompts = await open_parts.enter_async_context(await Ledger.open(kafka, PROMPTS, namespace, PromptPublished))
+        gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
+        recaller = await open_parts.enter_async_context(_memory_client(settings))
+        preparer = Preparer(PromptBook(prompts), recaller, settings.model)
+        stage = await open_parts.enter_async_context(
+            _closing(GenerationStage(kafka, namespace, gateway, preparer, max_in_flight=settings.max_in_flight))
+        )
+        await _run(stage, kafka, settings, stop, ready, prompts.failed(), stage.follower.failure())
+
+
+async def run_memory(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Remembers turns, and answers recall and embeddings over HTTP."""
+    from aiohttp import web
+
+    from klatch_agents.memory.recall import Recall
+    from klatch_workers.memory.service import application
+    from klatch_workers.memory.stage import MemoryStage
+
+    async with AsyncExitStack() as open_parts:
+        kafka = await open_parts.enter_async_context(_log(settings))
+        embedder = await open_parts.enter_async_context(_closing(await _embedder(settings)))
+        index = await open_parts.enter_async_context(_closing(await _index(settings, embedder)))
+        recall = Recall(embedder, index)
+        serving = web.AppRunner(application(recall, embedder, _internal_key(settings)), access_log=None)
+        await serving.setup()
+        open_parts.push_async_callback(serving.cleanup)
+        site = web.TCPSite(serving, *host_port(settings.memory))
+        await site.start()
+        url = f"http://{settings.memory}"
+        stage = MemoryStage(kafka, Namespace.named(settings.namespace), recall)
+        await _run(stage, kafka, settings, stop, lambda facts: ready({**facts, "url": url}))
+
+
+async def run_views(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Windowed counts by tenant and model, over HTTP."""
+    from klatch_workers.views.run import run_views as run
+
+    await run(settings, stop, lambda url: ready({"url": url}))
+
+
+async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """The OpenAI-compatible door."""
+    from klatch_agents.gateway.openai_compatible import OpenAICompatible
+    from klatch_schemas.events import TenantConfigured
+    from klatch_workers.books import KeyBook
+    from klatch_workers.http.app import serve
+    from klatch_workers.http.door import Door
+    from klatch_workers.http.other import TextEmbeddings
+
+    host, port = host_port(settings.http)
+    async with AsyncExitStack() as open_parts:
+        kafka = await open_parts.enter_async_context(_log(settings))
+        namespace = Namespace.named(settings.namespace)
+        tenants = await open_parts.enter_async_context(await Ledger.open(kafka, TENANTS, namespace, TenantConfigured))
+        gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
+        memory = await open_parts.enter_async_context(_memory_client(settings))
+        door = Door(
+            log=kafka,
+            keys=KeyBook(tenants),
+            namespace=namespace,
+            embeddings=TextEmbeddings(settings.embedder, memory.embed) if memory else None,
+            models=gateway,
+        )
+        serving = serve(
+            door,
+            stop,
+            host=host,
+            port=port,
+            drain_s=settings.drain_s,
+            ready=lambda bound: ready({"url": f"http://{host}:{bound}"}),
+        )
+        await _first_of(serving, tenants.failed())
+
+
+STAGES: Final[dict[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]]] = {
+    "admission": run_admission,
+    "screening": run_screening,
+    "generation": run_generation,
+    "memory": run_memory,
+    "views": run_views,
+    "http": run_http,
+}
+
+
+async def _run(
+    stage: Stage,
+    kafka: Log,
+    settings: Settings,
+    stop: asyncio.Event,
+    ready: Ready,
+    *watched: Awaitable[None],
+) -> None:
+    """Run a stage's runner until `stop`, failing with the first of `watched` that fails."""
+    group = Namespace.named(settings.namespace).group(stage.name)
+    runner = Runner(kafka, stage, group, RunnerSettings(drain_s=settings.drain_s))
+
+    async def run() -> None:
+        stopping = asyncio.create_task(stop.wait())
+        stopping.add_done_callback(lambda _: runner.stop())
+        telling = asyncio.create_task(runner.ready.wait())
+        telling.add_done_callback(lambda done: None if done.cancelled() else ready({}))
+        try:
+            await runner.run()
+        finally:
+            stopping.cancel()
+            telling.cancel()
+
+    await _first_of(run(), *watched)
+
+
+async def _first_of(main: Awaitable[None], *watched: Awaitable[None]) -> None:
+    """Await `main`; a failure of one of `watched` ends it and is raised instead."""
+    running = asyncio.ensure_future(main)
+    guards = [asyncio.ensure_future(one) for one in watched]
+    try:
+        await asyncio.wait({running, *guards}, return_when=asyncio.FIRST_COMPLETED)
+        for guard in guards:
+            if guard.done() and not running.done():
+                guard.result()
+        await running
+    finally:
+        for task in (running, *guards):
+            task.cancel()
+        await asyncio.wait({running, *guards})
+
+
+@asynccontextmanager
+async def _log(settings: Settings) -> AsyncIterator[Log]:
+    from klatch_streams.kafka.options import KafkaOptions
+    from klatch_streams.kafka_log import KafkaLog
+
+    kafka = await KafkaLog.open(KafkaOptions(settings.kafka))
+    try:
+        yield kafka
+    finally:
+        await kafka.close()
+
+
+@asynccontextmanager
+async def _closing(part: Any) -> AsyncIterator[Any]:
+    try:
+        yield part
+    finally:
+        await part.close()
+
+
+@asynccontextmanager
+async def _memory_client(settings: Settings) -> AsyncIterator[Any]:
+    if settings.memory_url is None:
+        yield None
+        return
+    from klatch_workers.memory.client import MemoryClient
+
+    client = MemoryClient(settings.memory_url, _internal_key(settings))
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def _endpoint(settings: Settings) -> Any:
+    from klatch_agents.gateway.openai_compatible import Endpoint
+
+    if settings.model_url is None:
+        raise MissingSetting(
+            "no model server is set: give --model-url or KLATCH_MODEL_URL, such as http://host:8000/v1"
+        )
+    key = settings.model_key.get_secret_value() if settings.model_key else ""
+    return Endpoint(settings.model_url, key, settings.model)
+
+
+def _internal_key(settings: Settings) -> str:
+    if settings.internal_key is None:
+        raise MissingSetting("KLATCH_INTERNAL_KEY is not set: klatch's own processes know each other by it")
+    return settings.internal_key.get_secret_value()
+
+
+async def _embedder(settings: Settings) -> Any:
+    kind, _, name = settings.embedder.partition(":")
+    if kind == "minilm":
+        from klatch_agents.embeddings.onnx import OnnxMiniLM
+
+        return await OnnxMiniLM.load()
+    if kind == "sentence-transformers":
+        from klatch_agents.embeddings.sentence_transformers import SentenceTransformersEmbedder
+
+        return await SentenceTransformersEmbedder.load(name)
+    if kind in {"http", "https"}:
+        from klatch_agents.embeddings.openai_compatible import OpenAICompatibleEmbedder
+
+        key = settings.embedder_key.get_secret_value() if settings.embedder_key else ""
+        if settings.embedder_model is None or settings.embedder_dimension is None:
+            raise MissingSetting("an embeddings server needs KLATCH_EMBEDDER_MODEL and KLATCH_EMBEDDER_DIMENSION")
+        return OpenAICompatibleEmbedder(
+            settings.embedder, settings.embedder_model, settings.embedder_dimension, api_key=key or None
+        )
+    raise MissingSetting(
+        f"KLATCH_EMBEDDER={settings.embedder!r} is none of: minilm, sentence-transformers:NAME, an http(s) URL"
+    )
+
+
+async def _index(settings: Settings, embedder: Any) -> Any:
+    if settings.qdrant_url is None:
+        from klatch_agents.memory.edge import EdgeIndex
+
+        return await EdgeIndex.open(settings.data / "memory", embedder.model_id, embedder.dimension)
+    from klatch_agents.memory.server import ServerIndex
+
+    key = settings.qdrant_key.get_secret_value() if settings.qdrant_key else None
+    collection = f"{settings.namespace}-{COLLECTION}" if settings.namespace else COLLECTION
+    return await ServerIndex.open(settings.qdrant_url, collection, embedder.model_id, embedder.dimension, api_key=key)
