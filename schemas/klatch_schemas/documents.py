@@ -55,6 +55,7 @@ DEAD_HEADERS: Final = {
     "dead-cut": "Only if it was too large to be kept whole: the size of its value, of which a beginning is kept.",
 }
 
+_EXAMPLE: Final = re.compile(r"^```\w+ (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _END: Final = "<!-- end -->"
 
 # Keys of different lengths modulo 4, and one that is not ASCII: what implementations of murmur2 get wrong.
@@ -260,6 +261,11 @@ def _kept(topic: Topic) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def examples(root: Path = ROOT) -> dict[str, str]:
+    """The named examples in the contract (```` ```sh publish ````), which tests run."""
+    return dict(_EXAMPLE.findall((root / CONTRACT).read_text(encoding="utf-8")))
 
 
 # --- check and write ---------------------------------------------------------------------------------------------
