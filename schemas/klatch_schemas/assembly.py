@@ -188,6 +188,8 @@ class ReplyReader:
         """`after` is the offset of the last delta that a resuming reader has."""
         self._assembly = Assembly()
         self._has = -1 if after is None else after
+        self._last: Standing | None = None
+        """The last delta that the reader has, which stands."""
         self._live = False
 
     @property
@@ -205,6 +207,7 @@ class ReplyReader:
             raise _broken(self._assembly.gap)
         shown: list[Standing | Ended] = [said for said in past if said.offset > self._has]
         if past:
+            self._last = past[-1]
             self._has = max(self._has, past[-1].offset)
         if status := self.state.status:
             shown.append(Ended(status, self._assembly.end))
@@ -219,8 +222,11 @@ class ReplyReader:
         match heard:
             case Spoke(seq, chunk) if offset > self._has:
                 self._has = offset
-                return Standing(offset, self.state.attempt, seq, chunk)
-            case Opened(mode="restart") | Retracted() if self._has >= 0:
+                self._last = Standing(offset, self.state.attempt, seq, chunk)
+                return self._last
+            case Opened(mode="restart") if self._last:
+                raise _superseded()
+            case Retracted(from_seq) if self._last and self._takes_back(self._last, from_seq):
                 raise _superseded()
             case Ended():
                 return heard
@@ -228,6 +234,9 @@ class ReplyReader:
                 raise _broken(heard)
             case _:
                 return None
+
+    def _takes_back(self, said: Standing, from_seq: int) -> bool:
+        return said.attempt == self.state.attempt and said.seq >= from_seq
 
 
 def _superseded() -> KlatchError:

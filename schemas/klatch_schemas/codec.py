@@ -6,13 +6,14 @@ chunk passes through as the bytes the model server sent.
 """
 
 import json
+import math
 import re
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from klatch_schemas.events import EVENTS, Event, StreamDelta
+from klatch_schemas.events import EVENTS, Event, Part, StreamDelta
 from klatch_schemas.ids import derived_id
 from klatch_schemas.records import Cause, Draft
 
@@ -30,22 +31,42 @@ SEALED: Final = "sealed"
 _JSON: Final = (CONTENT_TYPE, b"application/json")
 _DELTA_START: Final = b'{"kind":"stream.delta.v1"'
 _DELTA_HEADERS: Final = ((KIND, StreamDelta.KIND.encode()),)
+_MOST_PROBLEMS: Final = 5
+_DEEPEST: Final = 4
+_BRACE: Final = ord("{")
 _KNOWN: Final = {event.KIND: event for event in EVENTS}
-_KIND_PATTERN: Final = re.compile(r"^(?P<name>[a-z_.]+)\.v(?P<version>[0-9]{1,6})$")
+_KIND_PATTERN: Final = re.compile(r"^(?P<name>[a-z_.]{1,80})\.v(?P<version>[0-9]{1,6})$")
+
+
+def _field_names(model: type[BaseModel]) -> set[str]:
+    names = set(model.model_fields)
+    return names.union(*(_field_names(part) for part in model.__subclasses__()))
+
+
+_FIELDS: Final = _field_names(Part)
 
 
 class Unreadable(ValueError):
     """A value that is no event this reader can use; the message says why."""
 
 
+_Attempt = Annotated[int, msgspec.Meta(ge=1)]
+_Seq = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class Delta(msgspec.Struct, frozen=True, gc=False):
     """`StreamDelta` as the hot path knows it: `chunk` is the raw JSON of one `chat.completion.chunk`."""
 
     request: str
-    attempt: int
+    # Attempt 0 is nobody's: a delta may never look as if it belonged to a stream that was not opened.
+    attempt: _Attempt
     writer: str
-    seq: int
+    seq: _Seq
     chunk: msgspec.Raw
+
+
+_REFUSED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for a value that `loads` may still read, or else names the fault of."""
 
 
 class _Kind(msgspec.Struct):
@@ -68,18 +89,26 @@ def loads(value: bytes) -> Any:
     """Plain Python data of JSON bytes; raises Unreadable."""
     try:
         return msgspec.json.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _REFUSED:
         # msgspec refuses lone surrogates, which are legal in JSON text; whatever else is wrong, json refuses too.
         try:
-            return json.loads(value, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
+            return json.loads(value, parse_constant=_refuse_constant, parse_float=_finite)
+        except ValueError as error:
             raise Unreadable(f"the value is not JSON: {error}") from error
-    except RecursionError as error:
-        raise Unreadable("the value is nested too deeply") from error
+        except RecursionError as error:
+            raise Unreadable("the value is nested too deeply") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        # It would be written again as null, or as no JSON at all.
+        raise ValueError("a number is too large")
+    return number
 
 
 def encode(event: Event) -> bytes:
@@ -125,9 +154,17 @@ def decode_as(model: type[E], value: bytes | None) -> E:
 
 def _decode_delta(value: bytes) -> Delta:
     try:
-        return _read_delta(value)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        fields = loads(value)
+        # The decoder does not look into a raw chunk: what is no UTF-8 would be found by readers, too late.
+        str(value, "utf-8")
+        delta = _read_delta(value)
+    except _REFUSED:
+        delta = _decode_unusual_delta(loads(value))
+    if memoryview(delta.chunk)[0] != _BRACE:
+        raise Unreadable(f"not a {StreamDelta.KIND}: the chunk is not an object")
+    return delta
+
+
+def _decode_unusual_delta(fields: Any) -> Delta:
     try:
         delta = msgspec.convert({**fields, "chunk": None}, _DeltaFields)
         return Delta(
@@ -143,15 +180,15 @@ def _decode_delta(value: bytes) -> Delta:
 
 class _DeltaFields(msgspec.Struct):
     request: str
-    attempt: int
+    attempt: _Attempt
     writer: str
-    seq: int
+    seq: _Seq
 
 
 def _kind_of(value: bytes) -> str:
     try:
         return _read_kind(value).kind
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _REFUSED:
         fields = loads(value)
     try:
         return msgspec.convert(fields, _Kind).kind
@@ -169,7 +206,7 @@ def _model_of(kind: str) -> type[Event]:
         if match and known.rsplit(".v", 1)[0] == match["name"] and _version(known) < int(match["version"])
     ]
     if not older:
-        raise Unreadable(f"unknown kind {kind[:80]!r}")
+        raise Unreadable(f"unknown kind {kind!r}" if match else "its kind is no name, such as chat.requested.v1")
     return max(older, key=lambda model: _version(model.KIND))
 
 
@@ -185,11 +222,17 @@ def _validate(model: type[E], kind: str, fields: Any) -> E:
 
 
 def explain(error: ValidationError) -> str:
-    """A validation error as one line that names fields, and never repeats their values."""
-    return "; ".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
-        for problem in error.errors(include_input=False, include_url=False, include_context=False)
-    )
+    """A validation error as one line that names fields, and never repeats their values or foreign names."""
+    problems = error.errors(include_input=False, include_url=False, include_context=False)
+    said = [f"{_place(problem['loc'])}: {problem['msg']}" for problem in problems[:_MOST_PROBLEMS]]
+    more = len(problems) - len(said)
+    return "; ".join([*said, f"and {more} more"] if more else said)
+
+
+def _place(path: tuple[int | str, ...]) -> str:
+    # Inside a mapping or a body, a name is the producer's, and may be anybody's text.
+    known = [str(step) if isinstance(step, int) or step in _FIELDS else "*" for step in path[:_DEEPEST]]
+    return ".".join(known) or "value"
 
 
 def draft(
