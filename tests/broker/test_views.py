@@ -236,4 +236,4 @@ async def test_the_reading_side_answers_those_who_know_the_key(town: Town, tmp_p
 async def test_a_missing_topic_is_named_with_what_makes_it(kafka: Cluster, tmp_path: Path) -> None:
     settings = Settings(kafka=kafka.bootstrap, namespace=f"views-{uuid4().hex[:8]}", data=tmp_path)
     with pytest.raises(UnknownTopic, match="klatch topics create"):
-        await run_views(settings, asyncio.Event(), lambda url: pytest.fail(f"ready at {url}"))
+        await run_views(settings, asyncio.Event(), lambda facts: pytest.fail(f"ready: {facts}"))

@@ -21,7 +21,7 @@ async def _main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await run_views(settings, stop, lambda url: log.info("views.ready", url=url))
+        await run_views(settings, stop, lambda facts: log.info("views.ready", **facts))
     except (LogError, ViewsFailed, OSError) as error:
         # The reason says what to do; where it was noticed says nothing.
         log.error("views.failed", reason=str(error))  # noqa: TRY400

@@ -6,6 +6,7 @@ Faust is started as the service that it is, without its worker, which would own 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -20,8 +21,8 @@ class ViewsFailed(RuntimeError):
     """Faust stopped by itself; the process should end and be started again."""
 
 
-async def run_views(settings: Settings, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
-    """Count until `stop` is set. `ready` is told the base URL once the tables are restored.
+async def run_views(settings: Settings, stop: asyncio.Event, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Count until `stop` is set. `ready` is told `{"url": …}` once the tables are restored.
 
     Raises UnknownTopic and LogError before anything runs, OSError if the address is taken, ViewsFailed.
     """
@@ -29,7 +30,7 @@ async def run_views(settings: Settings, stop: asyncio.Event, ready: Callable[[st
     found = await shapes_of(settings.kafka, [namespace.of(topic) for topic in SOURCES.values()])
     views = Views(settings.kafka, namespace, dict(zip(SOURCES, found, strict=True)), settings.data / "views")
     async with _serving(views, settings) as url:
-        await _count(views, stop, lambda: ready(url))
+        await _count(views, stop, lambda: ready({"url": url}))
 
 
 async def _count(views: Views, stop: asyncio.Event, ready: Callable[[], None]) -> None:
