@@ -6,13 +6,14 @@ runs it starts it anew. Imports are where they are used, since each stage has it
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
-from klatch_schemas.topics import PROMPTS, TENANTS, Namespace
+from klatch_schemas.events import Event
+from klatch_schemas.topics import PROMPTS, TENANTS, Namespace, Topic
 from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log
 from klatch_streams.owner import Stage
@@ -20,6 +21,8 @@ from klatch_streams.runner import Runner, RunnerSettings
 from klatch_workers.settings import Settings, host_port
 
 log = structlog.get_logger(__name__)
+
+E = TypeVar("E", bound=Event)
 
 Ready = Callable[[dict[str, Any]], None]
 """Told once that a stage serves, and what there is to know about it, such as its URL."""
@@ -69,7 +72,9 @@ async def run_generation(settings: Settings, stop: asyncio.Event, ready: Ready) 
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
-        prompts = await open_parts.enter_async_context(await Ledger.open(kafka, PROMPTS, namespace, PromptPublished))
+        prompts = await open_parts.enter_async_context(
+            await Ledger[PromptPublished].open(kafka, PROMPTS, namespace, PromptPublished)
+        )
         gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
         recaller = await open_parts.enter_async_context(_memory_client(settings))
         preparer = Preparer(PromptBook(prompts), recaller, settings.model)
@@ -122,7 +127,9 @@ async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> Non
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
-        tenants = await open_parts.enter_async_context(await Ledger.open(kafka, TENANTS, namespace, TenantConfigured))
+        tenants = await open_parts.enter_async_context(
+            await Ledger[TenantConfigured].open(kafka, TENANTS, namespace, TenantConfigured)
+        )
         gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
         memory = await open_parts.enter_async_context(_memory_client(settings))
         door = Door(
@@ -196,7 +203,7 @@ async def _first_of(main: Awaitable[None], *watched: Awaitable[None]) -> None:
 
 
 @asynccontextmanager
-async def _log(settings: Settings) -> AsyncIterator[Log]:
+async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
     from klatch_streams.kafka.options import KafkaOptions
     from klatch_streams.kafka_log import KafkaLog
 
@@ -207,8 +214,12 @@ async def _log(settings: Settings) -> AsyncIterator[Log]:
         await kafka.close()
 
 
+async def _ledger(kafka: Log, topic: Topic, settings: Settings, of: type[E]) -> Ledger[E]:
+    return await Ledger[E].open(kafka, topic, Namespace.named(settings.namespace), of)
+
+
 @asynccontextmanager
-async def _closing(part: Any) -> AsyncIterator[Any]:
+async def _closing(part: Any) -> AsyncGenerator[Any, None]:
     try:
         yield part
     finally:
@@ -216,7 +227,7 @@ async def _closing(part: Any) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def _memory_client(settings: Settings) -> AsyncIterator[Any]:
+async def _memory_client(settings: Settings) -> AsyncGenerator[Any, None]:
     if settings.memory_url is None:
         yield None
         return

@@ -58,8 +58,10 @@ async def _work(names: list[str], settings: Settings, *, once: bool, as_json: bo
         await run_stage(name, settings, stop, lambda facts: _say_ready(name, facts, as_json))
 
     async def keep_running(name: str) -> None:
-        gives_up = (lambda _: True) if once else (lambda error: isinstance(error, MissingSetting) or stop.is_set())
         await supervise(lambda: run(name), name=name, gives_up=gives_up)
+
+    def gives_up(error: Exception) -> bool:
+        return once or stop.is_set() or isinstance(error, MissingSetting)
 
     async with asyncio.TaskGroup() as stages:
         for name in names:
