@@ -30,7 +30,8 @@ from klatch_schemas.ids import Tenant, Writer
 from klatch_schemas.records import Draft, Partition, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM
 from klatch_streams.memory_log import MemoryLog
-from klatch_workers.http import Door, Terms, serve
+from klatch_workers.http.app import serve
+from klatch_workers.http.door import Door, Terms
 
 KEYS = {Tenant("acme"): "key-of-acme", Tenant("globex"): "key-of-globex"}
 USAGE = Usage(prompt_tokens=7, completion_tokens=3)

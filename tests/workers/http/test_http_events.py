@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from klatch_schemas.events import ChatRequested, StreamCancel
-from klatch_workers.http import Terms
+from klatch_workers.http.door import Terms
 
 if TYPE_CHECKING:
     from tests.workers.http.conftest import Kit, Kits, Teller

@@ -13,7 +13,8 @@ from klatch_agents.gateway.errors import ErrorBody, RefusedError
 from klatch_schemas.errors import InvalidRequest
 from klatch_schemas.events import ChatRequested
 from klatch_schemas.records import Draft
-from klatch_workers.http import Terms, TextEmbeddings
+from klatch_workers.http.door import Terms
+from klatch_workers.http.other import TextEmbeddings
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of, new_request_id
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from klatch_schemas.events import ChatRequested, StreamCancel, StreamEnd
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.memory_log import MemoryLog
-from klatch_workers.http import Terms
+from klatch_workers.http.door import Terms
 from klatch_workers.http.hub import Hub
 from klatch_workers.http.reader import Stream
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of

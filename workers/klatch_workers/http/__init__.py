@@ -1,7 +1,4 @@
-"""The HTTP door: OpenAI's Chat Completions API in front of the log."""
+"""The HTTP door: OpenAI's Chat Completions API in front of the log.
 
-from klatch_workers.http.app import App, create_app, serve
-from klatch_workers.http.door import Door, Embeddings, Models, Terms
-from klatch_workers.http.other import TextEmbeddings
-
-__all__ = ["App", "Door", "Embeddings", "Models", "Terms", "TextEmbeddings", "create_app", "serve"]
+Nothing is imported here: `envelope` and `request_ids` serve the bare install too, which has no HTTP server.
+"""
