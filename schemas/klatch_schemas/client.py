@@ -73,15 +73,21 @@ class Client:
         self._namespace = Namespace.named(namespace)
         self._options = {"bootstrap_servers": bootstrap, **options}
         self._producer: AIOKafkaProducer | None = None
+        self._places: AIOKafkaConsumer | None = None
+        """Asked for the ends of partitions; reads nothing."""
 
     async def __aenter__(self) -> Self:
         self._producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True)
         await self._producer.start()
+        self._places = AIOKafkaConsumer(**self._options)
+        await self._places.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._places:
+            await self._places.stop()
         await self._open_producer().stop()
 
     def request(self, body: ChatBody, **envelope: Any) -> ChatRequested:
@@ -147,13 +153,10 @@ class Client:
         producer = self._open_producer()
         partitions = await producer.partitions_for(topic)
         partition = partition_of(request.conversation.encode(), len(partitions))
-        consumer = AIOKafkaConsumer(**self._options)
-        await consumer.start()
-        try:
-            place = TopicPartition(topic, partition)
-            end = (await consumer.end_offsets([place]))[place]
-        finally:
-            await consumer.stop()
+        if self._places is None:
+            raise RuntimeError("use the client as `async with Client(...) as client:`")
+        place = TopicPartition(topic, partition)
+        end = (await self._places.end_offsets([place]))[place]
         return Stream(request.tenant, request.request, request.conversation, partition, end)
 
     def _open_producer(self) -> AIOKafkaProducer:

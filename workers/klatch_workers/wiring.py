@@ -72,9 +72,7 @@ async def run_generation(settings: Settings, stop: asyncio.Event, ready: Ready) 
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
-        prompts = await open_parts.enter_async_context(
-            await Ledger[PromptPublished].open(kafka, PROMPTS, namespace, PromptPublished)
-        )
+        prompts = await open_parts.enter_async_context(await _ledger(kafka, PROMPTS, settings, PromptPublished))
         gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
         recaller = await open_parts.enter_async_context(_memory_client(settings))
         preparer = Preparer(PromptBook(prompts), recaller, settings.model)
@@ -111,7 +109,7 @@ async def run_views(settings: Settings, stop: asyncio.Event, ready: Ready) -> No
     """Windowed counts by tenant and model, over HTTP."""
     from klatch_workers.views.run import run_views as run
 
-    await run(settings, stop, lambda url: ready({"url": url}))
+    await run(settings, stop, ready)
 
 
 async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
@@ -127,9 +125,7 @@ async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> Non
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
-        tenants = await open_parts.enter_async_context(
-            await Ledger[TenantConfigured].open(kafka, TENANTS, namespace, TenantConfigured)
-        )
+        tenants = await open_parts.enter_async_context(await _ledger(kafka, TENANTS, settings, TenantConfigured))
         gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
         memory = await open_parts.enter_async_context(_memory_client(settings))
         door = Door(
