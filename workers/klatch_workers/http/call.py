@@ -45,7 +45,7 @@ class Call:
         self.started = False
         self.finished = False
         self.gone = False
-        self.sending_since: float | None = None
+        self.writing = False
 
     def header(self, name: bytes) -> str | None:
         """A request header, if it was sent."""
@@ -123,9 +123,9 @@ class Call:
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send bytes of a stream that has begun; waits while the client's socket is full."""
         self.finished = not more
-        self.sending_since = asyncio.get_running_loop().time()
+        self.writing = True
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        self.sending_since = None
+        self.writing = False
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True

@@ -116,10 +116,10 @@ def _draft(topic: str, call: Call, asked: Asked) -> Draft:
 
 
 async def _answer(runtime: Runtime, call: Call, reader: Reader, asked: Asked) -> bool:
-    terms = runtime.door.terms
+    terms, pulse = runtime.door.terms, runtime.pulse
     if asked.fields.stream:
-        return await EventStream(call, reader, terms, include_usage=asked.fields.include_usage).run(runtime.pulse)
-    return await WholeReply(call, reader, terms).run(runtime.pulse)
+        return await EventStream(call, reader, terms, pulse, include_usage=asked.fields.include_usage).run()
+    return await WholeReply(call, reader, terms, pulse).run()
 
 
 async def _abandoned(runtime: Runtime, call: Call, stream: Stream, asked: Asked) -> None:

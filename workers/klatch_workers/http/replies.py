@@ -30,59 +30,59 @@ _OFF_LOOP_CHUNKS = 1_000
 class Watch:
     """Looks at the clock for one answer, once a second: keep-alives, a dead client, a stream gone silent."""
 
-    def __init__(self, call: Call, reader: Reader, terms: Terms) -> None:
+    def __init__(self, call: Call, reader: Reader, terms: Terms, pulse: Pulse) -> None:
         self._call = call
         self._reader = reader
         self._terms = terms
+        self._pulse = pulse
         self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        self.heard_at = self._loop.time()
-        self.wrote_at = self.heard_at
+        self.heard_at = self.wrote_at = asyncio.get_running_loop().time()
+        """When the last write began."""
         self.stuck = False
 
     def beat(self, now: float) -> None:
         """See `Beating`."""
-        since = self._call.sending_since
-        if since is not None:
-            if now - since > self._terms.write_timeout_s and self._task and not self.stuck:
+        if self._call.writing:
+            if now - self.wrote_at > self._terms.write_timeout_s and self._task and not self.stuck:
                 self.stuck = True
                 self._task.cancel()
-        elif self.comment_due(now) or self.silent(now):
+        elif self.comment_due or self.silent:
             self._reader.nudge()
 
-    def comment_due(self, now: float) -> bool:
+    @property
+    def comment_due(self) -> bool:
         """Whether the client has waited long enough for a sign of life."""
         patience = self._terms.keepalive_s if self._call.started else self._terms.hold_s
-        return now - self.wrote_at >= patience
+        return self._pulse.now - self.wrote_at >= patience
 
-    def silent(self, now: float) -> bool:
+    @property
+    def silent(self) -> bool:
         """Whether the stream has said nothing for too long."""
-        return now - self.heard_at > self._terms.silence_s
+        return self._pulse.now - self.heard_at > self._terms.silence_s
 
-    def check(self, heard: Sequence[Heard]) -> None:
+    def hear(self, heard: Sequence[Heard]) -> None:
         """Note what was heard. Raises Expired when nothing was for too long."""
-        now = self._loop.time()
         if heard:
-            self.heard_at = now
-        elif self.silent(now):
+            self.heard_at = self._pulse.now
+        elif self.silent:
             raise Expired(f"the stream was silent for {self._terms.silence_s:.0f} seconds; it can still be resumed")
 
 
 class _Answer:
     """An answer to `call` from what `reader` reads."""
 
-    def __init__(self, call: Call, reader: Reader, terms: Terms, *, include_usage: bool = False) -> None:
+    def __init__(self, call: Call, reader: Reader, terms: Terms, pulse: Pulse) -> None:
         self._call = call
         self._reader = reader
-        self._include_usage = include_usage
-        self._watch = Watch(call, reader, terms)
+        self._pulse = pulse
+        self._watch = Watch(call, reader, terms, pulse)
 
-    async def run(self, pulse: Pulse) -> bool:
+    async def run(self) -> bool:
         """Answer; returns whether the stream was over. False: the client is gone.
 
         Raises the KlatchError that the stream ended with; the client has not been told.
         """
-        pulse.members.add(self._watch)
+        self._pulse.members.add(self._watch)
         try:
             return await self._run()
         except asyncio.CancelledError:
@@ -94,12 +94,13 @@ class _Answer:
             self._call.gone = True
             return False
         finally:
-            pulse.members.discard(self._watch)
+            self._pulse.members.discard(self._watch)
 
     async def _run(self) -> bool:
-        while not self._call.gone:
-            heard = await self._reader.read()
-            self._watch.check(heard)
+        call, read, hear = self._call, self._reader.read, self._watch.hear
+        while not call.gone:
+            heard = await read()
+            hear(heard)
             if await self._take(heard):
                 return True
         return False
@@ -117,28 +118,30 @@ class EventStream(_Answer):
         call: Call,
         reader: Reader,
         terms: Terms,
+        pulse: Pulse,
         *,
         include_usage: bool,
         after: int | None = None,
     ) -> None:
         """`after` is the offset of the last event that a resuming client has."""
-        super().__init__(call, reader, terms, include_usage=include_usage)
+        super().__init__(call, reader, terms, pulse)
+        self._include_usage = include_usage
         self._reply = ReplyReader(after)
         self._live = False
         self._last: Standing | None = None
         self._event_start = b"id: %d-" % reader.partition.number
 
     async def _take(self, heard: Sequence[Heard]) -> bool:
-        if self._call.gone:
-            return False
         parts, ended, error = self._events(heard)
         if ended and not error and not (error := error_of_end(ended)):
-            parts += self._closing(ended.end)
-            await self._write(parts, more=False)
+            await self._write([*parts, *self._closing(ended.end)], more=False)
             return True
-        await self._write(parts, more=True)
+        if parts:
+            await self._write(parts, more=True)
         if error:
             raise error
+        if not parts:
+            await self._comment()
         return False
 
     def _events(self, heard: Sequence[Heard]) -> tuple[list[bytes], Ended | None, KlatchError | None]:
@@ -178,24 +181,22 @@ class EventStream(_Answer):
         # Without ids: a client that resumes after its last text gets them again.
         return [*(b"data: %b\n\n" % codec.dumps(chunk) for chunk in shown), _DONE]
 
+    async def _comment(self) -> None:
+        if self._watch.comment_due and not self._call.gone:
+            await self._write([_COMMENT], more=True)
+
     async def _write(self, parts: list[bytes], *, more: bool) -> None:
-        now = self._watch.heard_at
-        if not parts:
-            now = asyncio.get_running_loop().time()
-            if not self._watch.comment_due(now):
-                return
-            parts = [_COMMENT]
+        self._watch.wrote_at = self._pulse.now
         if not self._call.started:
             await self._call.start_events()
-        await self._call.write(b"".join(parts), more=more)
-        self._watch.wrote_at = now
+        await self._call.write(parts[0] if len(parts) == 1 else b"".join(parts), more=more)
 
 
 class WholeReply(_Answer):
     """A reply in one piece."""
 
-    def __init__(self, call: Call, reader: Reader, terms: Terms) -> None:
-        super().__init__(call, reader, terms)
+    def __init__(self, call: Call, reader: Reader, terms: Terms, pulse: Pulse) -> None:
+        super().__init__(call, reader, terms, pulse)
         self._assembly = Assembly()
 
     async def _take(self, heard: Sequence[Heard]) -> bool:

@@ -32,10 +32,11 @@ async def resume(runtime: Runtime, call: Call) -> None:
             call,
             found.reader,
             runtime.door.terms,
+            runtime.pulse,
             include_usage=include_usage,
             after=after.offset if after else None,
         )
-        await events.run(runtime.pulse)
+        await events.run()
     finally:
         await found.reader.close()
 
