@@ -62,7 +62,10 @@ class Tail(Protocol):
         ...
 
     async def read(self, wait_ms: int) -> Sequence[Record]:
-        """What has arrived, as soon as anything has; empty after `wait_ms`. Raises OffsetGone, LogError."""
+        """What has arrived, as soon as anything has; empty after `wait_ms`. Raises OffsetGone, UnknownTopic, LogError.
+
+        A partition that raised is followed no longer; the others go on. A cancelled `read` has taken nothing.
+        """
         ...
 
     async def close(self) -> None:
@@ -77,7 +80,7 @@ class Listener(Protocol):
     """
 
     async def assigned(self, partitions: Sequence[Partition]) -> None:
-        """These are this member's from now on. Records of them are read only after this returns."""
+        """These are this member's from now on, and maybe none. Records of them are read only after this returns."""
         ...
 
     async def revoked(self, partitions: Sequence[Partition]) -> None:
@@ -89,7 +92,10 @@ class Membership(Protocol):
     """A member of a consumer group: reads the partitions of one topic that the group gave it."""
 
     async def read(self, wait_ms: int) -> Mapping[Partition, Sequence[Record]]:
-        """What has arrived on assigned, unpaused partitions. Raises MembershipLost, LogError."""
+        """What has arrived on assigned, unpaused partitions. Raises MembershipLost, OffsetGone, LogError.
+
+        A partition that raised OffsetGone is read again after `seek`. A cancelled `read` has taken nothing.
+        """
         ...
 
     def pause(self, partition: Partition) -> None:

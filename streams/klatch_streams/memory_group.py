@@ -84,6 +84,7 @@ class MemoryMembership:
         self._positions = dict[Partition, int]()
         self._paused = set[Partition]()
         self._ready = False
+        self._revoking = False
         self._lost: LogError | None = None
         self._telling: asyncio.Task[None] | None = None
 
@@ -95,9 +96,14 @@ class MemoryMembership:
         await self._group.log.changed.wait(self._has_news, wait_ms)
         self._check()
         positions = self._readable()
-        taken = self._group.log.take(positions)
-        self._positions.update(positions)
-        return taken
+        try:
+            return self._group.log.take(positions)
+        finally:
+            for partition in self._readable():
+                if partition in positions:
+                    self._positions[partition] = positions[partition]
+                else:
+                    del self._positions[partition]
 
     def pause(self, partition: Partition) -> None:
         """See `Membership.pause`."""
@@ -110,7 +116,7 @@ class MemoryMembership:
 
     def seek(self, partition: Partition, offset: int) -> None:
         """See `Membership.seek`."""
-        if partition not in self._positions:
+        if partition not in self._owned:
             raise LogError(f"{partition.topic}/{partition.number} is not assigned to this member: it cannot seek in it")
         self._positions[partition] = offset
         self._group.log.changed.fire()
@@ -134,6 +140,9 @@ class MemoryMembership:
         if self not in self._group.members:
             return
         self.leaving = True
+        if self._telling and not self._ready and not self._revoking:
+            # Whoever leaves need not finish getting ready.
+            self._telling.cancel()
         self._group.rebalance()
         await self.left.wait()
         self._lose(LogError("this membership was closed"))
@@ -152,9 +161,10 @@ class MemoryMembership:
 
     async def revoke(self) -> None:
         """Take everything from this member, once its listener has let go."""
-        self._ready = False
+        self._ready, self._revoking = False, True
         if self._owned:
             await self._tell(self._listener.revoked(self._owned))
+        self._revoking = False
         self._owned = ()
         self._positions.clear()
         self._paused.clear()
@@ -167,9 +177,8 @@ class MemoryMembership:
         for partition in partitions:
             first = self._group.log.held(partition).first
             self._positions[partition] = self._group.committed.get(partition, first)
-        if self._owned:
-            await self._tell(self._listener.assigned(self._owned))
-        self._ready = True
+        await self._tell(self._listener.assigned(self._owned))
+        self._ready = not self.leaving
         self._group.log.changed.fire()
 
     async def _tell(self, call: Coroutine[object, object, None]) -> None:

@@ -201,27 +201,35 @@ class MemoryLog:
         return [Partition(topic, number) for number in range(self._count(topic))]
 
     def ahead(self, positions: Mapping[Partition, int]) -> Iterable[Partition]:
-        """The partitions among `positions` that hold something past them, or that have lost what was there."""
+        """The partitions among `positions` that hold something past them, or not what is asked for."""
         for partition, offset in positions.items():
-            held = self.held(partition)
-            if offset > held.end or offset < held.first or held.at(offset) < len(held.records):
+            held = self._held.get(partition)
+            if held is None or offset > held.end or offset < held.first or held.at(offset) < len(held.records):
                 yield partition
 
     def take(self, positions: dict[Partition, int]) -> dict[Partition, list[Record]]:
-        """Up to 500 records after `positions`, which move on. Raises OffsetGone, UnknownTopic."""
+        """Up to 500 records after `positions`, which move on.
+
+        Raises OffsetGone and UnknownTopic, and forgets that position: whoever does not ask anew does without.
+        """
         taken, room = dict[Partition, list[Record]](), _READ_LIMIT
-        for partition in list(self.ahead(positions)):
-            held, offset = self.held(partition), positions[partition]
-            if not held.first <= offset <= held.end:
-                if taken:
-                    break
-                raise OffsetGone(partition, offset, held.first, held.end)
-            at = held.at(offset)
+        for partition in tuple(positions):
+            self._check_position(positions, partition)
+        for partition in tuple(self.ahead(positions)):
+            held = self.held(partition)
+            at = held.at(positions[partition])
             if records := held.records[at : at + room]:
                 taken[partition] = records
                 positions[partition] = records[-1].offset + 1
                 room -= len(records)
         return taken
+
+    def _check_position(self, positions: dict[Partition, int], partition: Partition) -> None:
+        offset = positions[partition]
+        held = self._held.get(partition)
+        if held is None or not held.first <= offset <= held.end:
+            del positions[partition]
+            raise _unknown(*partition) if held is None else OffsetGone(partition, offset, held.first, held.end)
 
     # Writing.
 

@@ -1,0 +1,56 @@
+"""What a connection to Kafka can be told, in one frozen object with defaults that were measured or reasoned for."""
+
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaOptions:
+    """How to reach a cluster, and how patient to be with it. Times are in seconds or milliseconds as named."""
+
+    bootstrap: str
+    """host:port, several with commas."""
+    client_id: str = "klatch"
+    security_protocol: str = "PLAINTEXT"
+    ssl_context: ssl.SSLContext | None = None
+    sasl_mechanism: str = "PLAIN"
+    sasl_username: str | None = None
+    sasl_password: str | None = None
+
+    startup_s: float = 15.0
+    """How long `KafkaLog.open` tries while the broker comes up."""
+    patience_s: float = 30.0
+    """How long a question or a silent partition may take before it is an error; brokers fail over in 8-9 s."""
+
+    delivery_s: float = 30.0
+    """How long an append may take, retries included, before it is AppendFailed."""
+    idempotent: bool = True
+    """docs/decisions/0002-producer-settings.md."""
+    compression: str | None = None
+    max_record_bytes: int = 1_000_000
+    """Below the broker's `message.max.bytes` (1,048,588 by default), which counts the whole batch."""
+
+    fetch_wait_ms: int = 250
+    """How long an idle poll stays with the broker: the cost of an idle reader is four requests a second."""
+    pause_ms: int = 0
+    """How long a reader rests after a fetch that brought something: fewer, larger fetches under load."""
+    read_limit: int = 500
+    """The most records one `read` gives."""
+
+    session_ms: int = 10_000
+    heartbeat_ms: int = 3_000
+    rebalance_ms: int = 60_000
+    """The group's patience with `revoked` (and `assigned`) of its members."""
+    instance_id: str | None = None
+    """Static membership: stable for a slot, so that a restart within `session_ms` costs no rebalance."""
+
+    def security(self) -> dict[str, Any]:
+        """The arguments that every aiokafka client takes."""
+        return {
+            "security_protocol": self.security_protocol,
+            "ssl_context": self.ssl_context,
+            "sasl_mechanism": self.sasl_mechanism,
+            "sasl_plain_username": self.sasl_username,
+            "sasl_plain_password": self.sasl_password,
+        }

@@ -1,0 +1,236 @@
+# pyright: basic, reportMissingTypeStubs=false
+# aiokafka has no types; this module is the typed face of its producer.
+"""Appends: batches of whole calls, one in flight a partition, in the order of the calls.
+
+While a batch is on its way, later calls for its partition gather and go together in the next one, so many small
+concurrent appends cost few requests. What one call writes to one partition is one batch, unless it is larger than
+`max_record_bytes`. A call that fails says so after everything else it wrote has settled.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka import errors as kafka
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
+from klatch_schemas.records import Draft, Headers, Partition, partition_of
+from klatch_streams.kafka.options import KafkaOptions
+from klatch_streams.kafka.wire import Wire
+from klatch_streams.log import AppendFailed, RecordTooLarge, UnknownTopic
+
+_size_of = DefaultRecordBatchBuilder.estimate_size_in_bytes
+_BATCH_HEADER_BYTES = 61
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """What one `append` writes to one partition."""
+
+    drafts: list[Draft]
+    size: int
+    done: "asyncio.Future[list[int]]"
+
+
+class Producer:
+    """Appends to one cluster."""
+
+    def __init__(self, wire: Wire, options: KafkaOptions) -> None:
+        self._wire = wire
+        self._options = options
+        self._keyless = count()
+        self._placing = 0
+        self._place_order = asyncio.Lock()
+        self._queues = dict[Partition, deque[Call]]()
+        self._senders = dict[Partition, asyncio.Task[None]]()
+        self._start_lock = asyncio.Lock()
+        self._producer: AIOKafkaProducer | None = None
+        self._closed = False
+
+    async def append(self, drafts: Sequence[Draft]) -> list[tuple[Partition, int]]:
+        """See `Log.append`. A cancelled append may or may not have been sent."""
+        places = await self._place(drafts)
+        indexes = dict[Partition, list[int]]()
+        for index, (partition, _) in enumerate(places):
+            indexes.setdefault(partition, []).append(index)
+        calls = {partition: self._enqueue(partition, drafts, places, at) for partition, at in indexes.items()}
+        if len(calls) > 1:
+            # All must have settled before one failure is told, lest the rest is still on its way when we are stopped.
+            await asyncio.wait([call.done for call in calls.values()])
+        offsets = [0] * len(drafts)
+        for partition, call in calls.items():
+            for index, offset in zip(indexes[partition], await call.done, strict=True):
+                offsets[index] = offset
+        return [(partition, offset) for (partition, _), offset in zip(places, offsets, strict=True)]
+
+    async def close(self) -> None:
+        """Wait for what is on its way, then give back connections."""
+        self._closed = True
+        if self._senders:
+            await asyncio.wait(list(self._senders.values()))
+        if self._producer:
+            await _discard(self._producer)
+            self._producer = None
+
+    # Where records go.
+
+    async def _place(self, drafts: Sequence[Draft]) -> list[tuple[Partition, int]]:
+        """Partition and size of each record. Raises UnknownTopic, RecordTooLarge."""
+        if self._closed:
+            raise AppendFailed("this log was closed")
+        topics = {draft.topic for draft in drafts}
+        # A call that waits for metadata must not be overtaken by one that comes later and need not wait.
+        if self._placing or any(self._wire.count(topic) is None for topic in topics):
+            self._placing += 1
+            try:
+                async with self._place_order:
+                    for topic in topics:
+                        await self._wire.partitions(topic)
+                    return [self._placed(draft) for draft in drafts]
+            finally:
+                self._placing -= 1
+        return [self._placed(draft) for draft in drafts]
+
+    def _placed(self, draft: Draft) -> tuple[Partition, int]:
+        topic, key, value, headers, number = draft
+        partitions = self._wire.count(topic) or 0
+        if number is None:
+            number = next(self._keyless) % partitions if key is None else partition_of(key, partitions)
+        elif not 0 <= number < partitions:
+            raise UnknownTopic(f"topic {topic} has no partition {number}; it has {partitions}")
+        size = _size_of(key, value, _listed(headers))
+        if size > self._options.max_record_bytes:
+            raise RecordTooLarge(topic, size, self._options.max_record_bytes)
+        return Partition(topic, number), size
+
+    def _enqueue(
+        self, partition: Partition, drafts: Sequence[Draft], places: Sequence[tuple[Partition, int]], at: list[int]
+    ) -> Call:
+        size = sum(places[index][1] for index in at)
+        call = Call([drafts[index] for index in at], size, asyncio.get_running_loop().create_future())
+        self._queues.setdefault(partition, deque()).append(call)
+        if partition not in self._senders:
+            self._senders[partition] = asyncio.create_task(self._send_queue(partition))
+        return call
+
+    # Sending.
+
+    async def _send_queue(self, partition: Partition) -> None:
+        """Send what is queued for `partition`, batch after batch, until nothing is."""
+        queue = self._queues[partition]
+        try:
+            while queue:
+                calls = self._next_calls(queue)
+                if not calls:
+                    continue
+                try:
+                    offsets = iter(await self._send([draft for call in calls for draft in call.drafts], partition))
+                except AppendFailed as error:
+                    for call in calls:
+                        if not call.done.done():
+                            call.done.set_exception(AppendFailed(*error.args))
+                else:
+                    for call in calls:
+                        theirs = [next(offsets) for _ in call.drafts]
+                        if not call.done.done():
+                            call.done.set_result(theirs)
+        finally:
+            del self._senders[partition], self._queues[partition]
+
+    def _next_calls(self, queue: deque[Call]) -> list[Call]:
+        """Whole calls that fit into one batch together; those cancelled before they were sent are dropped."""
+        calls, size = list[Call](), 0
+        while queue and (not calls or size + queue[0].size <= self._options.max_record_bytes):
+            call = queue.popleft()
+            if not call.done.done():
+                calls.append(call)
+                size += call.size
+        return calls
+
+    async def _send(self, drafts: list[Draft], partition: Partition) -> list[int]:
+        """Append batches one after the other; returns the offset of each record. Raises AppendFailed."""
+        offsets, rest = list[int](), drafts
+        while rest:
+            producer = await self._started()
+            batch, taken = producer.create_batch(), 0
+            for _, key, value, headers, _ in rest:
+                if batch.append(timestamp=None, key=key, value=value, headers=_listed(headers)) is None:
+                    break
+                taken += 1
+            base = await self._deliver(producer, batch, partition)
+            offsets += range(base, base + taken)
+            rest = rest[taken:]
+        return offsets
+
+    async def _deliver(self, producer: AIOKafkaProducer, batch: object, partition: Partition) -> int:
+        where, patience = f"{partition.topic}/{partition.number}", self._options.delivery_s
+        try:
+            delivery = await producer.send_batch(batch, partition.topic, partition=partition.number)
+            await asyncio.wait([delivery], timeout=patience)
+            if not delivery.done():
+                delivery.cancel()
+                raise AppendFailed(f"{where} did not acknowledge within {patience:g} s: are its brokers up?")
+            base = delivery.result().offset
+        except kafka.KafkaError as error:
+            await self._replace(producer, only_dead=True)
+            raise AppendFailed(f"{where} refused an append: {error!r}") from error
+        except AppendFailed:
+            # What aiokafka would go on retrying must not turn up behind the back of a writer that started over.
+            await self._replace(producer)
+            raise
+        if base < 0:
+            raise AppendFailed(f"{where} took a repeated batch and no longer knows where it stands")
+        return int(base)
+
+    async def _started(self) -> AIOKafkaProducer:
+        if self._producer:
+            return self._producer
+        async with self._start_lock:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._options.bootstrap,
+                    client_id=self._options.client_id,
+                    acks="all",
+                    enable_idempotence=self._options.idempotent,
+                    compression_type=self._options.compression,
+                    max_batch_size=self._options.max_record_bytes + _BATCH_HEADER_BYTES,
+                    max_request_size=self._options.max_record_bytes,
+                    request_timeout_ms=int(self._options.delivery_s * 1000),
+                    linger_ms=0,
+                    **self._options.security(),
+                )
+                try:
+                    async with asyncio.timeout(self._options.delivery_s):
+                        await producer.start()
+                except (kafka.KafkaError, TimeoutError) as error:
+                    await _discard(producer)
+                    raise AppendFailed(f"no Kafka answers at {self._options.bootstrap}: {error!r}") from error
+                self._producer = producer
+            return self._producer
+
+    async def _replace(self, producer: AIOKafkaProducer, *, only_dead: bool = False) -> None:
+        """Drop a producer with all that it still holds; the next append starts a new one."""
+        sender = producer._sender.sender_task  # noqa: SLF001
+        if self._producer is producer and not (only_dead and sender and not sender.done()):
+            self._producer = None
+            await _discard(producer)
+
+
+def _listed(headers: Headers) -> list[Any]:
+    # aiokafka's compiled encoder takes nothing else.
+    return headers if isinstance(headers, list) else list(headers)
+
+
+async def _discard(producer: AIOKafkaProducer) -> None:
+    """Stop at once. `stop` would wait for deliveries, which an idempotent producer never gives up."""
+    producer._closed = True  # noqa: SLF001
+    producer._message_accumulator.fail_all(kafka.ProducerClosed())  # noqa: SLF001
+    # The sender, when it is cancelled, waits for its requests; without connections these end at once.
+    await producer.client.close()
+    if producer._sender.sender_task:  # noqa: SLF001
+        await producer._sender.close()  # noqa: SLF001
+    await producer.client.close()
