@@ -90,18 +90,22 @@ class Scribe:
         )
 
 
-# Most of what is written comes from the writer in force (-1), or the laws would only ever see noise.
-_who = st.sampled_from([-1, -1, -1, -1, 0, 1])
-_opens = st.tuples(
-    st.just("open"), st.integers(0, 1), st.sampled_from(["restart", "continue"]), st.sampled_from([0, 1, 1])
+# Most of what is written comes from the writer in force (-1), and ends are rare, or the laws would see only noise.
+# Weighted by hand: `one_of` takes the same strategy only once.
+_who = st.sampled_from([-1] * 8 + [0, 1])
+_CHOICES: dict[str, tuple[st.SearchStrategy[object], ...]] = {
+    "speak": (_who, st.sampled_from([0] * 12 + [-1, 1])),
+    "open": (st.integers(0, 1), st.sampled_from(["restart", "continue"]), st.sampled_from([0, 1, 1])),
+    "repeat": (st.integers(0, 8),),
+    "retract": (st.integers(0, 3),),
+    "end": (_who, st.sampled_from([0, 0, 0, 1])),
+    "cancel": (),
+}
+_steps = st.sampled_from(["speak"] * 14 + ["open"] * 4 + ["repeat"] * 3 + ["retract"] * 2 + ["end", "cancel"]).flatmap(
+    lambda name: st.tuples(st.just(name), *_CHOICES[name])
 )
-_speaks = st.tuples(st.just("speak"), _who, st.sampled_from([0] * 12 + [-1, 1]))
-_repeats = st.tuples(st.just("repeat"), st.integers(0, 8))
-_retracts = st.tuples(st.just("retract"), st.integers(0, 3))
-_ends = st.tuples(st.just("end"), _who, st.sampled_from([0, 0, 0, 1])) | st.just(("cancel",))
-_steps = st.one_of(_opens, _speaks, _speaks, _speaks, _speaks, _speaks, _repeats, _retracts, _opens, _ends)
-_first = st.tuples(st.just("open"), st.integers(0, 1), st.just("restart"), st.just(1)) | _steps
-_logs = st.tuples(_first, st.lists(_steps, max_size=25)).map(lambda steps: _written([steps[0], *steps[1]]))
+_first = st.just(("open", 0, "restart", 1))
+_logs = st.tuples(_first | _steps, st.lists(_steps, max_size=25)).map(lambda steps: _written([steps[0], *steps[1]]))
 
 
 def _written(steps: Sequence[tuple[object, ...]]) -> list[Said]:
@@ -191,7 +195,7 @@ class Reader:
                 self.shown_at.append(at)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_logs)
 def test_a_late_reader_is_shown_what_the_contract_says(log: list[Said]) -> None:
     said, reader = truth(log), Reader(log, len(log)).read()
@@ -200,7 +204,7 @@ def test_a_late_reader_is_shown_what_the_contract_says(log: list[Said]) -> None:
         assert (reader.shown, reader.ended, reader.error) == (said.standing, said.over, None)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_logs, st.integers(0, 26))
 def test_whoever_joins_at_any_time_sees_only_text_that_stands_or_an_error(log: list[Said], joined: int) -> None:
     """The first promise: at every moment, what was shown is the text of one lineage, or the reader was told."""
@@ -212,7 +216,7 @@ def test_whoever_joins_at_any_time_sees_only_text_that_stands_or_an_error(log: l
         assert shown == truth(log[:length]).standing
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_logs, st.integers(0, 26))
 def test_an_error_is_never_raised_without_its_reason(log: list[Said], joined: int) -> None:
     reader = Reader(log, min(joined, len(log))).read()
@@ -223,7 +227,7 @@ def test_an_error_is_never_raised_without_its_reason(log: list[Said], joined: in
         assert truth(log[: reader.failed_at]).broken
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_logs, st.integers(0, 26), st.data())
 def test_resuming_after_whatever_was_shown_gives_exactly_the_rest(
     log: list[Said], joined: int, data: st.DataObject
@@ -247,7 +251,7 @@ def test_resuming_after_whatever_was_shown_gives_exactly_the_rest(
             assert at_failure.broken or told != at_failure.standing[: len(told)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_logs)
 def test_a_stream_ends_once_for_everybody(log: list[Said]) -> None:
     state, ends = StreamState(), 0
@@ -258,7 +262,7 @@ def test_a_stream_ends_once_for_everybody(log: list[Said]) -> None:
     assert (state.status is not None) == truth(log).over
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_logs)
 def test_what_is_said_twice_in_a_row_is_heard_once(log: list[Said]) -> None:
     once, twice = Assembly(), Assembly()
