@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import structlog
 from aiohttp import web
 
 from klatch_schemas.topics import Namespace
@@ -15,6 +16,8 @@ from klatch_workers.settings import Settings, host_port
 from klatch_workers.views.app import SOURCES, Views
 from klatch_workers.views.http import reading_side
 from klatch_workers.views.shapes import shapes_of
+
+log = structlog.get_logger(__name__)
 
 
 class ViewsFailed(RuntimeError):
@@ -30,10 +33,10 @@ async def run_views(settings: Settings, stop: asyncio.Event, ready: Callable[[di
     found = await shapes_of(settings.kafka, [namespace.of(topic) for topic in SOURCES.values()])
     views = Views(settings.kafka, namespace, dict(zip(SOURCES, found, strict=True)), settings.data / "views")
     async with _serving(views, settings) as url:
-        await _count(views, stop, lambda: ready({"url": url}))
+        await _count(views, stop, lambda: ready({"url": url}), settings.drain_s)
 
 
-async def _count(views: Views, stop: asyncio.Event, ready: Callable[[], None]) -> None:
+async def _count(views: Views, stop: asyncio.Event, ready: Callable[[], None], drain_s: float) -> None:
     starting = asyncio.create_task(views.app.start())
     starting.add_done_callback(lambda done: ready() if not done.cancelled() and not done.exception() else None)
     stopping = asyncio.create_task(stop.wait())
@@ -44,11 +47,22 @@ async def _count(views: Views, stop: asyncio.Event, ready: Callable[[], None]) -
             starting.result()
             await asyncio.wait({stopping, ended}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await views.app.stop()
+        await _end(views, drain_s)
         for task in (starting, stopping, ended):
             task.cancel()
     if reason := views.app.crash_reason:
         raise ViewsFailed(f"counting stopped: {reason}") from reason
+
+
+async def _end(views: Views, drain_s: float) -> None:
+    # Without a broker Faust would wait for its last commit for ever; what it could not commit is counted once anyway.
+    ending = asyncio.create_task(views.app.stop())
+    await asyncio.wait({ending}, timeout=drain_s)
+    if ending.done():
+        ending.result()
+    else:
+        log.warning("views.stopped_without_commit", waited_s=drain_s)
+        ending.cancel()
 
 
 @asynccontextmanager
