@@ -134,7 +134,7 @@ def logs(draw: st.DrawFn) -> list[Json]:
     near = st.integers(-1, 1)
     # Ends are rare, as nothing counts after them.
     moves = ["open"] * 4 + ["speak"] * 8 + ["elsewhere"] * 4 + ["retract"] * 3 + ["end", "cancel"]
-    for move in draw(st.lists(st.sampled_from(moves), max_size=24)):
+    for move in draw(st.lists(st.sampled_from(moves), min_size=6, max_size=20)):
         other, at = draw(st.sampled_from("ab")), max(0, following + draw(near))
         match move:
             case "open":
@@ -153,7 +153,7 @@ def logs(draw: st.DrawFn) -> list[Json]:
                 log.append(end(max(0, number + draw(near)), other, at, "completed"))
             case _:
                 log.append(cancel())
-    return log
+    return [*log, end(number, writer, following, "completed")]
 
 
 @given(log=logs())
