@@ -22,10 +22,10 @@ from klatch_streams.log import LogError
 from klatch_workers.kafka import KafkaChildError
 from klatch_workers.logs import configure_logs
 from klatch_workers.settings import Settings, UnknownSetting, read_settings
+from klatch_workers.tenants import TenantsFileError
 from klatch_workers.up.children import ChildFailed
 from klatch_workers.up.everything import LOCAL_TENANT, AlreadyUp, Everything, Wanted, everything, keep_broker
 from klatch_workers.up.showcase import showcase
-from klatch_workers.up.tenants import TenantsFileError
 
 _QUESTION = "In one short sentence: what is a klatch?"
 

@@ -18,21 +18,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from klatch_streams.topic_admin import Partitions, create_topics
 
-from klatch_schemas.codec import draft
-from klatch_schemas.events import Limits, PromptPublished, QuotaLimitSet, TenantConfigured
+from klatch_schemas.events import Limits, PromptPublished, TenantConfigured
 from klatch_schemas.ids import Tenant
-from klatch_schemas.topics import CHAT_REQUESTS, PROMPTS, TENANTS, Namespace
+from klatch_schemas.topics import PROMPTS, Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_streams.ledger import Ledger, publish
+from klatch_streams.topic_admin import Partitions, create_topics
 from klatch_workers.books import prompt_key
 from klatch_workers.kafka import Cluster, Fetched
 from klatch_workers.settings import PREFIX, Settings, host_port
+from klatch_workers.tenants import read_tenants, tenant_configured, write_tenants
 from klatch_workers.up.children import Child
 from klatch_workers.up.keys import Keys, load_keys, write_private
-from klatch_workers.up.tenants import read_tenants, tenant_configured
 
 log = structlog.get_logger(__name__)
 
@@ -224,7 +223,7 @@ async def _furnish(running: Everything, tenants: list[TenantConfigured]) -> None
     await create_topics(running.bootstrap, namespace, Partitions(PARTITIONS, PARTITIONS))
     kafka = await KafkaLog.open(KafkaOptions(running.bootstrap))
     try:
-        await _write_tenants(kafka, namespace, _with_local(tenants, running.keys))
+        await write_tenants(kafka, namespace, _with_local(tenants, running.keys), by="klatch up")
         await _write_prompt(kafka, namespace)
     finally:
         await kafka.close()
@@ -236,17 +235,6 @@ def _with_local(tenants: list[TenantConfigured], keys: Keys) -> list[TenantConfi
     if given:
         local = local.model_copy(update={"keys": (*local.keys, *given.keys)})
     return [local, *(tenant for tenant in tenants if tenant.tenant != LOCAL_TENANT)]
-
-
-async def _write_tenants(kafka: KafkaLog, namespace: Namespace, tenants: list[TenantConfigured]) -> None:
-    async with await Ledger[TenantConfigured].open(kafka, TENANTS, namespace, TenantConfigured) as ledger:
-        for tenant in tenants:
-            if ledger.get(tenant.tenant) == tenant:
-                continue
-            await publish(kafka, TENANTS, tenant.tenant, tenant, namespace)
-            # Decisions have one order: the limits in force are those in the tenant's own log.
-            limits = QuotaLimitSet(tenant=tenant.tenant, limits=tenant.limits, by="klatch up")
-            await kafka.append([draft(namespace.of(CHAT_REQUESTS), tenant.tenant, limits)])
 
 
 async def _write_prompt(kafka: KafkaLog, namespace: Namespace) -> None:
