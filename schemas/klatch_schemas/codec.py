@@ -32,7 +32,7 @@ _JSON: Final = (CONTENT_TYPE, b"application/json")
 _DELTA_START: Final = b'{"kind":"stream.delta.v1"'
 _DELTA_HEADERS: Final = ((KIND, StreamDelta.KIND.encode()),)
 _MOST_PROBLEMS: Final = 5
-_DEEPEST: Final = 4
+_DEEPEST: Final = 6
 _BRACE: Final = ord("{")
 _KNOWN: Final = {event.KIND: event for event in EVENTS}
 _KIND_PATTERN: Final = re.compile(r"^(?P<name>[a-z_.]{1,80})\.v(?P<version>[0-9]{1,6})$")
@@ -218,21 +218,24 @@ def _validate(model: type[E], kind: str, fields: Any) -> E:
     try:
         return model.model_validate({**fields, "kind": model.KIND}, extra="ignore")
     except ValidationError as error:
-        raise Unreadable(f"not a {kind}: {explain(error)}") from error
+        raise Unreadable(f"not a {kind}: {explain(error, hide_names=True)}") from error
 
 
-def explain(error: ValidationError) -> str:
-    """A validation error as one line that names fields, and never repeats their values or foreign names."""
+def explain(error: ValidationError, *, hide_names: bool = False) -> str:
+    """A validation error as one line that names fields, and never repeats their values.
+
+    With `hide_names`, names that are not the contract's own are `*`: in a body or a mapping they are the producer's,
+    and may be anybody's text.
+    """
     problems = error.errors(include_input=False, include_url=False, include_context=False)
-    said = [f"{_place(problem['loc'])}: {problem['msg']}" for problem in problems[:_MOST_PROBLEMS]]
+    said = [f"{_place(problem['loc'], hide_names)}: {problem['msg']}" for problem in problems[:_MOST_PROBLEMS]]
     more = len(problems) - len(said)
     return "; ".join([*said, f"and {more} more"] if more else said)
 
 
-def _place(path: tuple[int | str, ...]) -> str:
-    # Inside a mapping or a body, a name is the producer's, and may be anybody's text.
-    known = [str(step) if isinstance(step, int) or step in _FIELDS else "*" for step in path[:_DEEPEST]]
-    return ".".join(known) or "value"
+def _place(path: tuple[int | str, ...], hide_names: bool) -> str:
+    steps = ["*" if hide_names and isinstance(step, str) and step not in _FIELDS else str(step) for step in path]
+    return ".".join(steps[:_DEEPEST]) or "value"
 
 
 def draft(
