@@ -15,7 +15,7 @@ restore can hide a newer head. Then the restore goes back to the older one, or f
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import structlog
@@ -33,6 +33,8 @@ _APPLIED: Final = "applied"
 _HEADERS: Final = ((codec.KIND, Snapshot.KIND.encode()), (codec.CONTENT_TYPE, b"application/json"))
 _APPEND_BYTES: Final = 256 * 1024
 """An append holds whole keys up to about this size, well below what a broker takes as one batch."""
+_VERSIONS: Final = 16
+"""How many records of a part a restore remembers: more than a zombie writes before its commit fails."""
 
 Parts = Mapping[str, object]
 
@@ -138,6 +140,9 @@ def _key(*names: str) -> bytes:
     return msgspec.json.encode(names)
 
 
+_names: Final = msgspec.json.Decoder(Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]).decode
+
+
 def _drafts(partition: Partition, key: str, saved: Saved, changed: Callable[[int], bool]) -> Iterator[Draft]:
     for name, part in saved.parts.items():
         version = saved.versions[name]
@@ -166,8 +171,8 @@ class _Key:
     """Of `best`, or of the tombstone."""
     highest: int = -1
     """The highest offset applied that any head or tombstone named."""
-    parts: dict[str, tuple[int, object]] = field(default_factory=dict[str, tuple[int, object]])
-    """The last record of each part."""
+    parts: dict[str, dict[int, object]] = field(default_factory=dict[str, dict[int, object]])
+    """The last records of each part, by version: a zombie's may stand between an owner's part and its head."""
     last_head: int | None = None
     """What the last head or tombstone of the key had applied."""
     unreadable: bool = False
@@ -183,7 +188,7 @@ class _Restoring:
 
     def read(self, record: Record) -> None:
         try:
-            names = msgspec.json.decode(record.key or b"", type=tuple[str] | tuple[str, str])
+            names = _names(record.key or b"")
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._skip(record, f"the key names no state: {error}")
             return
@@ -211,7 +216,7 @@ class _Restoring:
         for key, found in self._keys.items():
             if found.unreadable or found.applied < found.highest < committed:
                 raise StateLost(
-                    f"{self._partition.topic}/{self._partition.number}: the snapshot of {key!r} lacks its head or parts "
+                    f"the snapshot of {key!r} in {self._partition.topic}/{self._partition.number} is incomplete "
                     f"(offset applied: {found.highest}). To rebuild: stop the stage, delete the records of this state "
                     "partition, and set the stage's committed offset to the first of its input"
                 )
@@ -222,7 +227,7 @@ class _Restoring:
         drafts = list[Draft]()
         for key, found in self._keys.items():
             kept: Mapping[str, int] = found.best.versions if found.best else {}
-            stands = {name: version for name, (version, _) in found.parts.items()}
+            stands = {name: next(reversed(versions)) for name, versions in found.parts.items()}
             if found.best and (found.last_head != found.applied or any(stands.get(n) != v for n, v in kept.items())):
                 drafts += _drafts(self._partition, key, found.best, lambda _: True)
             elif not found.best and found.last_head is not None and found.last_head != found.applied:
@@ -236,7 +241,11 @@ def _read_part(found: _Key, name: str, record: Record) -> None:
         found.parts.pop(name, None)
     else:
         part = codec.decode_as(Snapshot, record.value)
-        found.parts[name] = (part.applied, part.state)
+        versions = found.parts.setdefault(name, {})
+        versions.pop(part.applied, None)
+        versions[part.applied] = part.state
+        if len(versions) > _VERSIONS:
+            del versions[next(iter(versions))]
 
 
 def _read_head(found: _Key, record: Record) -> None:
@@ -258,8 +267,8 @@ def _whole(found: _Key, applied: int, versions: Mapping[str, int]) -> Saved | No
     """The state of a head, if all its parts are at hand in the versions that it names."""
     parts = dict[str, object]()
     for name, version in versions.items():
-        if found.parts.get(name, (None, None))[0] == version:
-            parts[name] = found.parts[name][1]
+        if version in found.parts.get(name, {}):
+            parts[name] = found.parts[name][version]
         elif found.best and found.best.versions.get(name) == version:
             parts[name] = found.best.parts[name]
         else:
