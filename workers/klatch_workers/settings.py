@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     """How long work in flight may go on after a stop or a rebalance."""
     log_level: str = "info"
 
+    tenant: str | None = None
+    """Whom a client command such as `klatch publish` speaks for; None: the tenant of a running `klatch up`."""
+    api_key: SecretStr | None = None
+    """What a client command says at the HTTP door; None: the key of a running `klatch up`."""
+
 
 def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -> Settings:
     """The settings of this process; options that are None are left to the environment. Raises UnknownSetting."""

@@ -1,0 +1,157 @@
+"""`klatch tail`: streams over Kafka while they are made, of one request, of one conversation, or all.
+
+With `--request` it ends when that stream ends, with 0 if it was completed and 1 if not; otherwise Ctrl-C ends it with
+0. Streams that began before the place where reading begins are shown only in `--json` and `--raw`.
+"""
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import click
+
+from klatch_schemas import codec
+from klatch_schemas.assembly import StreamState, fold
+from klatch_schemas.codec import Delta, Unreadable
+from klatch_schemas.ids import Tenant
+from klatch_schemas.records import Partition, Record, partition_of
+from klatch_schemas.topics import CHAT_STREAM, Namespace
+from klatch_streams.log import Log, OffsetGone
+from klatch_workers.cli.context import FAILED, Context, kafka_options, opened_log, perform, shared_options
+from klatch_workers.cli.replies import StreamEvent
+from klatch_workers.cli.tail_view import JsonView, RawView, Said, TextView, View
+from klatch_workers.http.request_ids import birth_of
+
+_READ_MS: Final = 1_000
+_SKEW_MS: Final = 60_000
+_AGO: Final = re.compile(r"-(\d{1,6})(s|m|h|d)")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+class _Place(click.ParamType):
+    """`beginning`, `end`, or how many seconds ago."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        """See click."""
+        said = str(value)
+        if said in {"beginning", "end"}:
+            return said
+        if match := _AGO.fullmatch(said):
+            return int(match[1]) * _SECONDS[match[2]]
+        return self.fail(
+            f"{value!r} is none of: beginning, end, or how long ago, such as -90s, -10m, -2h, -1d", param, ctx
+        )
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Which records are shown, and whether the last of them has come."""
+
+    conversation: str | None = None
+    request: str | None = None
+    tenant: Tenant | None = None
+    """Of `request`, which two tenants may use."""
+    _state: StreamState = field(default_factory=StreamState)
+
+    def takes(self, record: Record, said: Said) -> bool:
+        """Whether the record is one of those wanted."""
+        if self.conversation is not None and record.key != self.conversation.encode():
+            return False
+        if self.request is None:
+            return True
+        if said.request != self.request:
+            return False
+        if not isinstance(said, Delta) and self.tenant is not None and said.tenant != self.tenant:
+            return False
+        self._state, _ = fold(self._state, said)
+        return True
+
+    @property
+    def status(self) -> str | None:
+        """How the wanted request ended, once it has."""
+        return self._state.status
+
+
+@click.command()
+@click.option("--request", "request_id", metavar="ID", help="Only this request; ends with it.")
+@click.option("--conversation", help="Only this conversation.")
+@click.option("--tenant", help="With --request: whose, where two tenants use one id.")
+@click.option(
+    "--from",
+    "since",
+    type=_Place(),
+    metavar="PLACE",
+    help="beginning, end, or how long ago: -90s, -10m, -2h.  [default: end; of a request, its beginning]",
+)
+@click.option("--raw", is_flag=True, help="Record values as they stand in the log.")
+@kafka_options
+@shared_options
+def tail(
+    request_id: str | None, conversation: str | None, since: str | int | None, raw: bool, as_json: bool, **options: Any
+) -> None:
+    """Follow streams while they are made; Ctrl-C ends."""
+    tenant = Tenant(options.pop("tenant")) if options["tenant"] else options.pop("tenant")
+
+    async def work() -> int:
+        context = Context.read(**options)
+        wanted = Wanted(conversation, request_id, tenant)
+        view: View = RawView() if raw else JsonView() if as_json else TextView()
+        async with opened_log(context) as log:
+            await follow(log, context.namespace, wanted, since, view)
+        return 0 if wanted.status in {None, "completed"} else FAILED
+
+    perform(work, as_json=as_json, interrupted=0)
+
+
+async def follow(log: Log, namespace: Namespace, wanted: Wanted, since: str | int | None, view: View) -> None:
+    """Show what is wanted until its end, if it has one. Raises LogError."""
+    topic = namespace.of(CHAT_STREAM)
+    count = await log.partitions(topic)
+    numbers = range(count) if wanted.conversation is None else [partition_of(wanted.conversation.encode(), count)]
+    places = [Partition(topic, number) for number in numbers]
+    starts = await asyncio.gather(*(_start(log, place, since, wanted.request) for place in places))
+    reader = await log.tail()
+    try:
+        for place, start in zip(places, starts, strict=True):
+            reader.follow(place, start)
+        while wanted.request is None or wanted.status is None:
+            try:
+                records = await reader.read(_READ_MS)
+            except OffsetGone as error:
+                # Retention overtook the reader: what is gone is gone, and the rest goes on.
+                reader.follow(error.partition, error.first)
+                continue
+            for record in records:
+                _show(record, wanted, view)
+                if wanted.request is not None and wanted.status is not None:
+                    return
+    finally:
+        await reader.close()
+
+
+async def _start(log: Log, place: Partition, since: str | int | None, request: str | None) -> int:
+    first, end = await log.bounds(place)
+    if since is None:
+        birth = birth_of(request) if request else None
+        if birth:
+            # Ids that klatch's doors make say when; others may stand anywhere.
+            return await log.offset_at(place, birth.milliseconds - _SKEW_MS)
+        return first if request else end
+    if isinstance(since, int):
+        return await log.offset_at(place, time.time_ns() // 1_000_000 - since * 1000)
+    return first if since == "beginning" else end
+
+
+def _show(record: Record, wanted: Wanted, view: View) -> None:
+    try:
+        said = codec.decode(record.value)
+    except Unreadable as error:
+        if wanted.request is None and wanted.conversation is None:
+            view.unreadable(record, str(error))
+        return
+    if isinstance(said, Delta | StreamEvent) and wanted.takes(record, said):
+        view.show(record, said)
