@@ -11,6 +11,7 @@ import pytest_asyncio
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.protocol.group import LeaveGroupRequest  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.structs import TopicPartition  # type: ignore[import-untyped, unused-ignore]
+
 from klatch_schemas.records import Partition
 from klatch_streams.kafka_log import KafkaLog, KafkaOptions
 from klatch_streams.log import Log, Membership
@@ -21,7 +22,10 @@ from klatch_workers.kafka import Cluster
 class World(Protocol):
     """A log with hands around it."""
 
-    log: Log
+    @property
+    def log(self) -> Log:
+        """The log itself."""
+        ...
 
     async def topic(self, partitions: int = 1) -> str:
         """A new topic."""

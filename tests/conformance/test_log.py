@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from aiokafka.partitioner import DefaultPartitioner  # type: ignore[import-untyped, unused-ignore]
+
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_streams.log import Log, LogError, OffsetGone, RecordTooLarge, Tail, UnknownTopic
 

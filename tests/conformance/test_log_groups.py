@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_streams.log import LogError, Membership, MembershipLost, OffsetGone
 
@@ -179,7 +180,7 @@ async def test_two_members_share_and_one_gets_all_when_the_other_leaves(world: "
     await read_until(one, 16)
 
     async def commit() -> None:
-        await one.commit({partition: 4 for partition in first.owned})
+        await one.commit(dict.fromkeys(first.owned, 4))
 
     first.before_revoked = commit
     two = await world.log.join(group, topic, second := Told())
@@ -194,7 +195,7 @@ async def test_two_members_share_and_one_gets_all_when_the_other_leaves(world: "
     assert places([*read[0], *read[1]]) == [(number, 4) for number in range(4)]
     assert {record.partition for record in read[1]} == set(second.owned)
     theirs = second.owned
-    await two.commit({partition: 5 for partition in theirs})
+    await two.commit(dict.fromkeys(theirs, 5))
     await two.close()
     assert second.log[-1] == ("revoked", [one.number for one in theirs])
     await first.has(0, 1, 2, 3)

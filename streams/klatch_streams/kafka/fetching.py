@@ -19,7 +19,7 @@ from klatch_streams.log import LogError, OffsetGone, UnknownTopic
 
 # Connections to one node, opened when needed: so many partitions may be followed one by one within `fetch_wait_ms`
 # on an idle node without waiting.
-_LANES = 8
+_LANES = 16
 _BACKOFF_S = 0.1
 _UNKNOWN_S = 1.0
 

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
@@ -73,7 +73,7 @@ class Producer:
         if self._senders:
             await asyncio.wait(list(self._senders.values()))
         if self._producer:
-            await _discard(self._producer)
+            await _abandon(self._producer)
             self._producer = None
 
     # Where records go.
@@ -121,24 +121,19 @@ class Producer:
 
     async def _send_queue(self, partition: Partition) -> None:
         """Send what is queued for `partition`, batch after batch, until nothing is."""
-        queue = self._queues[partition]
+        queue, calls = self._queues[partition], list[Call]()
         try:
             while queue:
                 calls = self._next_calls(queue)
-                if not calls:
-                    continue
                 try:
-                    offsets = iter(await self._send([draft for call in calls for draft in call.drafts], partition))
+                    offsets = await self._send([draft for call in calls for draft in call.drafts], partition)
                 except AppendFailed as error:
-                    for call in calls:
-                        if not call.done.done():
-                            call.done.set_exception(AppendFailed(*error.args))
+                    _fail(calls, error)
                 else:
-                    for call in calls:
-                        theirs = [next(offsets) for _ in call.drafts]
-                        if not call.done.done():
-                            call.done.set_result(theirs)
+                    _settle(calls, offsets)
         finally:
+            # Nothing is left here but when this task was ended, or met what it does not know.
+            _fail([*calls, *queue], AppendFailed(f"sending to {partition.topic}/{partition.number} ended"))
             del self._senders[partition], self._queues[partition]
 
     def _next_calls(self, queue: deque[Call]) -> list[Call]:
@@ -176,12 +171,8 @@ class Producer:
                 raise AppendFailed(f"{where} did not acknowledge within {patience:g} s: are its brokers up?")
             base = delivery.result().offset
         except kafka.KafkaError as error:
-            await self._replace(producer, only_dead=True)
+            await self._drop_if_dead(producer)
             raise AppendFailed(f"{where} refused an append: {error!r}") from error
-        except AppendFailed:
-            # What aiokafka would go on retrying must not turn up behind the back of a writer that started over.
-            await self._replace(producer)
-            raise
         if base < 0:
             raise AppendFailed(f"{where} took a repeated batch and no longer knows where it stands")
         return int(base)
@@ -207,17 +198,36 @@ class Producer:
                     async with asyncio.timeout(self._options.delivery_s):
                         await producer.start()
                 except (kafka.KafkaError, TimeoutError) as error:
-                    await _discard(producer)
+                    await _abandon(producer)
                     raise AppendFailed(f"no Kafka answers at {self._options.bootstrap}: {error!r}") from error
                 self._producer = producer
             return self._producer
 
-    async def _replace(self, producer: AIOKafkaProducer, *, only_dead: bool = False) -> None:
-        """Drop a producer with all that it still holds; the next append starts a new one."""
+    async def _drop_if_dead(self, producer: AIOKafkaProducer) -> None:
+        """A producer whose sender met a fatal error sends no more; the next append starts a new one.
+
+        A live one is kept even when an append timed out: what it goes on retrying then stands before, never behind,
+        whatever this process appends to the partition later.
+        """
         sender = producer._sender.sender_task  # noqa: SLF001
-        if self._producer is producer and not (only_dead and sender and not sender.done()):
+        if self._producer is producer and (sender is None or sender.done()):
             self._producer = None
-            await _discard(producer)
+            await _abandon(producer)
+
+
+def _settle(calls: Sequence[Call], offsets: Sequence[int]) -> None:
+    rest = iter(offsets)
+    for call in calls:
+        theirs = list(islice(rest, len(call.drafts)))
+        if not call.done.done():
+            call.done.set_result(theirs)
+
+
+def _fail(calls: Sequence[Call], error: AppendFailed) -> None:
+    for call in calls:
+        if not call.done.done():
+            # One each: an exception that is raised in several places collects their tracebacks.
+            call.done.set_exception(AppendFailed(*error.args))
 
 
 def _listed(headers: Headers) -> list[Any]:
@@ -225,12 +235,16 @@ def _listed(headers: Headers) -> list[Any]:
     return headers if isinstance(headers, list) else list(headers)
 
 
-async def _discard(producer: AIOKafkaProducer) -> None:
-    """Stop at once. `stop` would wait for deliveries, which an idempotent producer never gives up."""
+async def _abandon(producer: AIOKafkaProducer) -> None:
+    """Stop now. aiokafka's own `stop` waits for deliveries, which an idempotent producer never gives up."""
     producer._closed = True  # noqa: SLF001
+    client, sender = producer.client, producer._sender.sender_task  # noqa: SLF001
+    if sender:
+        sender.cancel()
+    await client.close()
+    while sender and not sender.done():
+        # A retry on its way may wait for metadata, which nobody fetches any more.
+        if (update := client._md_update_fut) and not update.done():  # noqa: SLF001
+            update.set_result(False)
+        await asyncio.wait([sender], timeout=0.05)
     producer._message_accumulator.fail_all(kafka.ProducerClosed())  # noqa: SLF001
-    # The sender, when it is cancelled, waits for its requests; without connections these end at once.
-    await producer.client.close()
-    if producer._sender.sender_task:  # noqa: SLF001
-        await producer._sender.close()  # noqa: SLF001
-    await producer.client.close()

@@ -1,0 +1,128 @@
+# pyright: basic, reportMissingTypeStubs=false
+# aiokafka has no types.
+"""What only a broker can do to a `KafkaLog`: be away, keep its own time, count heartbeats, answer late."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped, unused-ignore]
+
+from klatch_schemas.records import Draft, Partition
+from klatch_streams.kafka_log import KafkaLog, KafkaOptions, Unreachable
+from klatch_streams.log import AppendFailed, Listener, LogError
+from klatch_workers.kafka import Cluster
+
+pytestmark = pytest.mark.broker
+
+
+async def new_topic(bootstrap: str, partitions: int = 1, **configs: str) -> str:
+    name = f"kafka-{uuid4().hex}"
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        topic_configs = {key.replace("_", "."): value for key, value in configs.items()}
+        await admin.create_topics([NewTopic(name, partitions, 1, topic_configs=topic_configs)])
+    finally:
+        await admin.close()
+    return name
+
+
+async def test_a_broker_that_never_comes_up_is_named() -> None:
+    started = time.monotonic()
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1:1 within 1 s.*KLATCH_KAFKA"):
+        await KafkaLog.open(KafkaOptions("127.0.0.1:1", startup_s=1))
+    assert time.monotonic() - started < 4
+
+
+async def test_a_topic_with_log_append_time_shows_the_brokers_time(kafka: Cluster) -> None:
+    topic = await new_topic(kafka.bootstrap, message_timestamp_type="LogAppendTime")
+    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap))
+    before = time.time_ns() // 1_000_000
+    await log.append([Draft(topic, b"k", b"1"), Draft(topic, b"k", b"2")])
+    tail = await log.tail()
+    tail.follow(Partition(topic, 0), 0)
+    first, second = await tail.read(10_000)
+    assert before <= first.timestamp_ms == second.timestamp_ms <= time.time_ns() // 1_000_000
+    await log.close()
+
+
+async def test_getting_ready_may_take_longer_than_a_session(kafka: Cluster) -> None:
+    class Slow(Listener):
+        async def assigned(self, partitions: Sequence[Partition]) -> None:
+            del partitions
+            await asyncio.sleep(8)
+
+        async def revoked(self, partitions: Sequence[Partition]) -> None: ...
+
+    topic = await new_topic(kafka.bootstrap)
+    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap, session_ms=6_000, heartbeat_ms=1_000))
+    await log.append([Draft(topic, b"k", b"v")])
+    member = await log.join(f"g-{uuid4().hex}", topic, Slow())
+    async with asyncio.timeout(20):
+        while not (got := await member.read(1_000)):
+            pass
+    assert len(got[Partition(topic, 0)]) == 1
+    await member.commit({Partition(topic, 0): 1})
+    await log.close()
+
+
+async def test_a_reader_that_rests_gets_more_at_a_time_and_misses_nothing(kafka: Cluster) -> None:
+    topic = await new_topic(kafka.bootstrap)
+    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap))
+    reads = dict[int, int]()
+    for pause_ms in (0, 50):
+        tail = await log.tail(pause_ms=pause_ms)
+        start = (await log.bounds(Partition(topic, 0)))[1]
+        tail.follow(Partition(topic, 0), start)
+
+        async def write() -> None:
+            for _ in range(100):
+                await log.append([Draft(topic, b"k", b"v")])
+
+        writing, seen, reads[pause_ms] = asyncio.create_task(write()), list[int](), 0
+        while len(seen) < 100:
+            seen += [record.offset for record in await tail.read(10_000)]
+            reads[pause_ms] += 1
+        await writing
+        assert seen == list(range(start, start + 100))
+    assert reads[50] * 2 < reads[0]
+    await log.close()
+
+
+async def test_a_broker_that_stops_fails_appends_in_time_and_one_that_comes_back_takes_them(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    await cluster.start()
+    try:
+        topic = await new_topic(cluster.bootstrap)
+        log = await KafkaLog.open(KafkaOptions(cluster.bootstrap, delivery_s=2, patience_s=3))
+        await log.append([Draft(topic, b"k", b"1")])
+        tail = await log.tail()
+        tail.follow(Partition(topic, 0), 0)
+        assert len(await tail.read(10_000)) == 1
+        await cluster.stop()
+        started = time.monotonic()
+        with pytest.raises(AppendFailed, match=f"{topic}/0"):
+            await log.append([Draft(topic, b"k", b"lost")])
+        assert time.monotonic() - started < 8
+        with pytest.raises(LogError, match="no broker has answered"):
+            await tail.read(10_000)
+        await cluster.start()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await log.bounds(Partition(topic, 0))
+                    break
+                except LogError:
+                    continue
+        await log.append([Draft(topic, b"k", b"2")])
+        tail.follow(Partition(topic, 0), 1)
+        values = [record.value for record in await tail.read(10_000)]
+        # What was given up may stand after all, but only before what was appended later.
+        assert values in ([b"2"], [b"lost", b"2"])
+        await log.close()
+    finally:
+        await cluster.stop()
