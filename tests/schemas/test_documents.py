@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator, Draft202012Validator
 from jsonschema.exceptions import ValidationError as Invalid
+from tests.schemas.conftest import instances
 
 from klatch_schemas import codec, documents
 from klatch_schemas.documents import ASYNCAPI, CONTRACT, JSON_SCHEMAS, ROOT, WRITTEN_OUTSIDE
@@ -126,6 +127,14 @@ def test_a_reader_of_an_older_version_accepts_a_field_that_was_added() -> None:
     assert misfits(ChatAdmitted, value) == []
 
 
+@pytest.mark.parametrize("kind", EVENTS, ids=lambda kind: kind.KIND)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_whatever_klatch_may_write_fits_the_schema_of_its_kind(kind: type[Event], data: st.DataObject) -> None:
+    event: Event = data.draw(instances(kind))
+    assert misfits(kind, codec.loads(codec.encode(event))) == []
+
+
 @given(seq=st.integers(0, 1 << 40), text=st.text())
 def test_a_delta_of_the_hot_path_fits_its_schema(seq: int, text: str) -> None:
     chunk = codec.dumps({"choices": [{"index": 0, "delta": {"content": text}}]})
@@ -134,15 +143,9 @@ def test_a_delta_of_the_hot_path_fits_its_schema(seq: int, text: str) -> None:
 
 
 def test_every_golden_event_fits_the_schema_of_its_kind() -> None:
-    golden = [codec.loads(line) for path in sorted(GOLDEN.rglob("*.json*")) for line in _values(path)]
+    golden = [codec.loads(path.read_bytes()) for path in sorted(GOLDEN.glob("*.json"))]
     assert {value["kind"] for value in golden} >= {kind.KIND for kind in EVENTS}
-    wrong = {value["kind"]: faults for value in golden if (faults := misfits(value["kind"], value))}
-    assert wrong == {}
-
-
-def _values(path: Path) -> list[bytes]:
-    whole = path.read_bytes()
-    return whole.splitlines() if path.suffix == ".jsonl" else [whole]
+    assert {value["kind"]: wrong for value in golden if (wrong := misfits(value["kind"], value))} == {}
 
 
 def test_the_asyncapi_document_fits_the_official_schema() -> None:
