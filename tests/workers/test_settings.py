@@ -1,0 +1,42 @@
+"""Settings: the environment, read once; a misspelt name is found when a process starts."""
+
+import pytest
+from pydantic import ValidationError
+
+from klatch_workers.settings import UnknownSetting, host_port, read_settings
+
+
+def test_a_misspelt_setting_is_an_error_that_names_the_nearest() -> None:
+    with pytest.raises(UnknownSetting, match="did you mean KLATCH_MODEL_URL"):
+        read_settings({"KLATCH_MODLE_URL": "http://127.0.0.1/v1"})
+
+
+def test_options_go_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLATCH_KAFKA", "one:9092")
+    monkeypatch.setenv("KLATCH_NAMESPACE", "test")
+    settings = read_settings(kafka="two:9092", namespace=None)
+    assert (settings.kafka, settings.namespace) == ("two:9092", "test")
+
+
+def test_a_value_of_the_wrong_form_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLATCH_MAX_IN_FLIGHT", "many")
+    with pytest.raises(ValidationError, match="max_in_flight"):
+        read_settings()
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLATCH_MODEL_KEY", "sk-very-secret")
+    assert "very-secret" not in repr(read_settings())
+
+
+@pytest.mark.parametrize(
+    ("listen", "pair"),
+    [("127.0.0.1:80", ("127.0.0.1", 80)), (":0", ("127.0.0.1", 0)), ("[::1]:80", ("::1", 80))],
+)
+def test_addresses_are_read(listen: str, pair: tuple[str, int]) -> None:
+    assert host_port(listen) == pair
+
+
+def test_an_address_without_a_port_says_what_is_wanted() -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        host_port("localhost")

@@ -1,0 +1,70 @@
+"""Tenants: from a file into the ledger, and their limits into their own logs."""
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from klatch_schemas import codec
+from klatch_schemas.events import Limits, QuotaLimitSet, TenantConfigured
+from klatch_schemas.ids import Tenant
+from klatch_schemas.topics import CHAT_REQUESTS, TENANTS, TOPICS, Namespace
+from klatch_streams.ledger import Ledger
+from klatch_streams.memory_log import MemoryLog
+from klatch_workers.books import KeyBook
+from klatch_workers.tenants import TenantsFileError, read_tenants, tenant_configured, write_tenants
+
+KEY = "klatch-0123456789"
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.toml", f'[tenants.acme]\nkeys = ["{KEY}"]\n[tenants.acme.limits]\nconcurrent_requests = 2\n'),
+        ("t.toml", f'[tenants.acme]\nkeys = ["sha256:{DIGEST}"]\nlimits = {{concurrent_requests = 2}}\n'),
+        ("t.json", f'{{"tenants": {{"acme": {{"keys": ["{KEY}"], "limits": {{"concurrent_requests": 2}}}}}}}}'),
+    ],
+)
+def test_keys_are_kept_by_their_hash_however_they_are_given(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    (tenant,) = read_tenants(tmp_path / name)
+    assert [key.sha256 for key in tenant.keys] == [DIGEST]
+    assert tenant.limits == Limits(concurrent_requests=2)
+    assert KEY not in tenant.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[tenants.acme]\nkey = []\n", "tenants.acme.key"),
+        ('[tenants."no spaces"]\n', "no spaces"),
+        ("[tenants.acme.limits]\nrequests_per_minute = -1\n", "requests_per_minute"),
+        ("[tenants", "not TOML"),
+    ],
+)
+def test_a_file_that_cannot_be_used_names_the_place(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "t.toml").write_text(text)
+    with pytest.raises(TenantsFileError, match=named):
+        read_tenants(tmp_path / "t.toml")
+
+
+async def test_what_differs_is_written_and_what_does_not_is_left() -> None:
+    log = MemoryLog({topic.name: 1 for topic in TOPICS})
+    tenant = tenant_configured(Tenant("acme"), [KEY], Limits(requests_per_minute=60))
+    assert await write_tenants(log, Namespace(), [tenant], by="test") == ["acme"]
+    assert await write_tenants(log, Namespace(), [tenant], by="test") == []
+    (set_limits,) = [codec.decode(record.value) for record in log.records(CHAT_REQUESTS.name)]
+    assert set_limits == QuotaLimitSet(tenant=Tenant("acme"), limits=Limits(requests_per_minute=60), by="test")
+
+
+async def test_a_key_that_is_written_while_a_door_serves_is_known_to_it() -> None:
+    log = MemoryLog({topic.name: 1 for topic in TOPICS})
+    async with await Ledger[TenantConfigured].open(log, TENANTS, Namespace(), TenantConfigured) as ledger:
+        book = KeyBook(ledger)
+        assert DIGEST not in book
+        tenant = tenant_configured(Tenant("acme"), [KEY], Limits())
+        await asyncio.gather(ledger.changed(), write_tenants(log, Namespace(), [tenant], by="test"))
+        assert book[DIGEST] == "acme"
+        assert list(book) == [DIGEST]
