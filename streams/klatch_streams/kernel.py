@@ -52,7 +52,10 @@ class Decider(Protocol[S]):
         ...
 
     def dump(self, state: S) -> dict[str, object]:
-        """The state as parts of plain JSON data, by part name; only parts that changed are written again."""
+        """The state as parts of plain JSON data, by part name; only parts that changed are written again.
+
+        No parts: a state that decides as the initial one does; its key is forgotten.
+        """
         ...
 
     def load(self, key: str, parts: dict[str, object]) -> S:

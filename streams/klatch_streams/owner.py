@@ -18,11 +18,18 @@ class Owner(Protocol):
         ...
 
     async def checkpoint(self) -> int | None:
-        """Make the state durable; returns the offset that may be committed (all before it is done), if any."""
+        """Make the state durable; returns the offset that may be committed (all before it is done), if any.
+
+        Called one at a time, and again only when what it returned has been committed.
+        """
         ...
 
     async def release(self, drain_s: float) -> None:
-        """Finish what is in flight within `drain_s`, then stop; nothing is taken afterwards."""
+        """Finish what is in flight within `drain_s`, then stop; nothing is taken afterwards.
+
+        A `take` that is waiting ends early, and one that outlasts `drain_s` is cancelled: what it has not finished
+        does not count. With 0, drop everything at once. May be called twice.
+        """
         ...
 
 
