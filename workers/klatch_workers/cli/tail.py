@@ -42,9 +42,7 @@ class _Place(click.ParamType):
             return said
         if match := _AGO.fullmatch(said):
             return int(match[1]) * _SECONDS[match[2]]
-        return self.fail(
-            f"{value!r} is none of: beginning, end, or how long ago, such as -90s, -10m, -2h, -1d", param, ctx
-        )
+        return self.fail(f"{value!r} is none of: beginning, end, or how long ago, such as -90s, -10m, -2h", param, ctx)
 
 
 @dataclass(slots=True)
