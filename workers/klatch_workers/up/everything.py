@@ -166,7 +166,7 @@ async def keep_broker(running: Everything, say: Say) -> None:
 
 def _complete(settings: Settings, wanted: Wanted, keys: Keys) -> Settings:
     """The settings with everything that was left open filled in."""
-    memory, views, model = (_free_address() for _ in range(3))
+    memory, views, model = (free_address() for _ in range(3))
     update: dict[str, Any] = {
         "kafka": wanted.kafka or "",
         "memory": memory,
@@ -272,7 +272,8 @@ def _see_whether_free(listen: str) -> None:
             ) from error
 
 
-def _free_address() -> str:
+def free_address() -> str:
+    """`127.0.0.1` with a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
