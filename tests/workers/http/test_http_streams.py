@@ -69,6 +69,19 @@ async def test_a_reader_that_has_void_text_is_told_so_and_never_gets_spliced_tex
         assert (await answer.json())["error"]["code"] == "superseded"
 
 
+async def test_a_late_reader_of_a_long_stream_never_sees_text_that_was_taken_back_before_it_came(kit: "Kit") -> None:
+    async def script(teller: "Teller") -> None:
+        await teller.open(1)
+        await teller.raw(*(teller.chunk(content="void ") for _ in range(1_200)))
+        await teller.open(2)
+        await teller.say("whole")
+        await teller.end()
+
+    kit.stages.script = script
+    request = (await kit.chat(stream=False)).headers["x-request-id"]
+    assert kit.text_of(await (await _resume(kit, request, None)).events()) == "whole"
+
+
 async def test_readers_that_resume_while_it_is_told_all_assemble_the_same_text(kit: "Kit") -> None:
     steps = [asyncio.Event() for _ in range(20)]
 
@@ -247,7 +260,7 @@ async def test_partitions_are_followed_while_somebody_waits_and_a_little_longer(
 
     loop = asyncio.get_running_loop()
     hub = Hub(MemoryLog({"s": 2}), Terms(linger_s=60))
-    await hub.start()
+    hub.start()
     reader = await hub.open(Stream(Tenant("t"), RequestId("r")), Partition("s", 1))
     hub.tick(loop.time() + 1000)
     assert hub.followed == [Partition("s", 1)]

@@ -22,13 +22,15 @@ from klatch_schemas.errors import (
     Unavailable,
     error_of,
 )
-from klatch_schemas.events import Status
+from klatch_schemas.events import Status, StreamError
 from klatch_streams.log import LogError, OffsetGone, RecordTooLarge
 
 Headers = list[tuple[bytes, bytes]]
 
 _RETRY_AFTER_MS = 1_000
 """What a client is told when klatch itself is not ready: long enough for a broker to elect a leader."""
+
+_WORTH_ANOTHER_TRY = frozenset({408, 409, 425, 429})
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -68,8 +70,17 @@ def error_of_end(ended: Ended) -> KlatchError | None:
         error, message = _ENDINGS[ended.status]
         return error(message)
     if said.upstream:
-        return UpstreamSaid(said.message, said.upstream)
+        return _of_upstream(said, said.upstream)
     return error_of(said)
+
+
+def _of_upstream(said: StreamError, upstream: Mapping[str, Any]) -> KlatchError:
+    status = upstream.get("status")
+    own = {name: value for name, value in upstream.items() if name != "status"}
+    # Whatever else stands there, a client gets a status that tells of an error.
+    mapped = UpstreamSaid(said.message, own, status if isinstance(status, int) and 400 <= status < 600 else None)
+    mapped.retry_after_ms = said.retry_after_ms
+    return mapped
 
 
 def as_klatch_error(error: Exception) -> KlatchError:
@@ -118,12 +129,18 @@ def status_of(error: KlatchError) -> int:
     return error.upstream_status or error.status if isinstance(error, UpstreamSaid) else error.status
 
 
+def _retriable(error: KlatchError) -> bool:
+    if isinstance(error, UpstreamSaid) and error.upstream_status:
+        return error.upstream_status in _WORTH_ANOTHER_TRY or error.upstream_status >= 500
+    return error.retriable
+
+
 def error_headers(error: KlatchError) -> Headers:
     """`retry-after` in seconds and milliseconds, the limit that refused, and whether to try again at all.
 
     `x-should-retry` is what OpenAI's clients ask first: they would repeat a 409 or a 502 that must not be repeated.
     """
-    headers: Headers = [(b"x-should-retry", b"true" if error.retriable else b"false")]
+    headers: Headers = [(b"x-should-retry", b"true" if _retriable(error) else b"false")]
     if error.retry_after_ms is not None:
         headers.append((b"retry-after", b"%d" % max(1, -(-error.retry_after_ms // 1000))))
         headers.append((b"retry-after-ms", b"%d" % error.retry_after_ms))

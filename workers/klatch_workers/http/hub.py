@@ -45,9 +45,8 @@ class Hub:
         self._needed = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Begin to read. Raises LogError."""
-        self._tail = await self.log.tail()
+    def start(self) -> None:
+        """Begin to read."""
         self._running = asyncio.create_task(self._run(), name="http-hub")
 
     async def close(self) -> None:

@@ -41,7 +41,7 @@ class Runtime:
         self.requests = await self.door.log.partitions(self.request_topic)
         if self.streams > MAX_PARTITIONS:
             raise TooManyPartitions(f"{self.stream_topic} has {self.streams} partitions; a door can name 4095")
-        await self.hub.start()
+        self.hub.start()
         self.pulse.members.add(self)
         self.pulse.start()
 
