@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import Final, assert_never, cast
 
 import structlog
 
@@ -306,15 +306,12 @@ class RequestUnderWay:
 
 
 def said_of(error: ModelError) -> StreamError:
-    """A model's failure in the words of the contract, the server's own error beside it."""
+    """A model's failure in the words of the contract: the server's own error object, with its HTTP `status`."""
     upstream: Json = {"status": error.status, "code": error.code}
-    if error.body:
-        upstream["error"] = {
-            "message": error.body.message,
-            "type": error.body.type,
-            "param": error.body.param,
-            "code": error.body.code,
-        }
+    if body := error.body:
+        extra = cast("Json", body.extra or {})
+        upstream |= {**extra, "message": body.message, "type": body.type, "param": body.param, "code": body.code}
+        upstream["status"] = error.status
     retry = None if error.retry_after is None else int(error.retry_after * 1000)
     return StreamError(code="model_error", message=error.message, retry_after_ms=retry, upstream=upstream)
 
