@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from klatch_schemas import codec
 from klatch_schemas.errors import InvalidRequest, NotFound, Unavailable
+from klatch_schemas.records import Partition
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import Call
 from klatch_workers.http.door import TextEmbedder
@@ -44,7 +45,8 @@ async def ready(runtime: Runtime, call: Call) -> None:
     if not runtime.door.ready():
         raise Unavailable("the ledgers are still being read", retry_after_ms=1000)
     async with asyncio.timeout(_READY_WITHIN_S):
-        await runtime.door.log.partitions(runtime.request_topic)
+        # How many partitions there are may be remembered; where one ends must be asked.
+        await runtime.door.log.bounds(Partition(runtime.request_topic, 0))
     await call.answer(200, b'{"status":"ready"}')
 
 
