@@ -10,6 +10,7 @@ from time import process_time
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from klatch_agents.sse import Comment, Decoder, Event, TooLargeError
 
 

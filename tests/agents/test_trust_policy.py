@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klatch_agents.trust.policy import (
     PolicyError,
     decide,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from klatch_agents.trust.judge import Passage
 from klatch_agents.trust.passages import passages
 from klatch_agents.trust.patterns import luhn

@@ -39,10 +39,7 @@ ANSWERS: dict[type[Command], st.SearchStrategy[Report]] = {
 def run(state: StreamState, *reports: Report) -> list[Command]:
     """The commands that the policy gives when it is told `reports`."""
     policy = lifecycle(state)
-    commands = [next(policy)]
-    for report in reports:
-        commands.append(policy.send(report))
-    return commands
+    return [next(policy), *(policy.send(report) for report in reports)]
 
 
 @given(st.data())

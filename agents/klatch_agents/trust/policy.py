@@ -12,10 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal, TypeVar, cast
 
-from klatch_schemas.events import Decision, Finding
-
 from klatch_agents.trust.redact import merge
 from klatch_agents.trust.rules import CATEGORIES
+from klatch_schemas.events import Decision, Finding
 
 OnFailure = Literal["closed", "open"]
 _Name = TypeVar("_Name", bound=str)

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TypeVar
 
-from klatch_schemas.events import Finding
-
 from klatch_agents.trust.judge import Path
 from klatch_agents.trust.passages import replace_at
+from klatch_schemas.events import Finding
 
 _Body = TypeVar("_Body", bound=Mapping[str, object])
 

@@ -7,10 +7,9 @@ long. It knows no meaning and no language but English for the overrides; put a m
 import asyncio
 from collections.abc import Iterator, Sequence
 
-from klatch_schemas.events import Finding
-
 from klatch_agents.trust.judge import Passage
 from klatch_agents.trust.patterns import SCANNERS, Span
+from klatch_schemas.events import Finding
 
 CATEGORIES = ("too_large", *SCANNERS)
 """Every category that the rules can find."""
