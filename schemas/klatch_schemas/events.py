@@ -30,7 +30,7 @@ ChatBody = dict[str, JsonValue]
 class Part(BaseModel):
     """A frozen, closed value inside an event."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Event(Part):
