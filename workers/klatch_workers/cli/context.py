@@ -6,6 +6,7 @@ the environment, win over it. Nothing here imports more than the bare install ha
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
@@ -54,13 +55,15 @@ class Context:
     run: Mapping[str, Any]
 
     @classmethod
-    def read(cls, **options: Any) -> "Context":
+    def read(cls, environment: Mapping[str, str] = os.environ, /, **options: Any) -> "Context":
         """From options, the environment and `run.json`. Raises CommandFailed."""
         try:
-            settings = read_settings(**options)
+            settings = read_settings(environment, **options)
         except (UnknownSetting, ValueError) as error:
             raise CommandFailed(str(error), MISUSED) from error
         configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "warning")
+        # It logs every attempt to connect; that none succeeded is said once, in our words.
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
         return cls(settings, read_run_file(settings.data))
 
     def _chosen(self, name: str, written: str) -> Any:
