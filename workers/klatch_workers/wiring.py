@@ -30,8 +30,16 @@ Ready = Callable[[dict[str, Any]], None]
 COLLECTION: Final = "klatch-memories"
 
 
-class MissingSetting(ValueError):
+class WrongSetup(Exception):
+    """Trying again will not help: an operator has to change something, as the message says."""
+
+
+class MissingSetting(WrongSetup):
     """A stage needs a setting that nobody gave."""
+
+
+class TopicsDiffer(WrongSetup):
+    """The cluster's topics are not those of the table: starting on them would break promises."""
 
 
 async def run_stage(name: str, settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
@@ -202,8 +210,14 @@ async def _first_of(main: Awaitable[None], *watched: Awaitable[None]) -> None:
 async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
     from klatch_streams.kafka.options import KafkaOptions
     from klatch_streams.kafka_log import KafkaLog
+    from klatch_streams.topic_admin import check_topics
 
-    kafka = await KafkaLog.open(KafkaOptions(settings.kafka))
+    options = KafkaOptions(settings.kafka)
+    problems = await check_topics(options, Namespace.named(settings.namespace))
+    # Topics that are missing may be made any moment, and are asked for again; those that differ stay so.
+    if differing := [problem.says for problem in problems if problem.what != "missing"]:
+        raise TopicsDiffer("\n".join(differing))
+    kafka = await KafkaLog.open(options)
     try:
         yield kafka
     finally:

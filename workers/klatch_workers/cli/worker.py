@@ -17,7 +17,7 @@ import structlog
 from klatch_streams.supervise import supervise
 from klatch_workers.logs import configure_logs
 from klatch_workers.settings import Settings, UnknownSetting, read_settings
-from klatch_workers.wiring import STAGES, MissingSetting, run_stage
+from klatch_workers.wiring import STAGES, MissingSetting, WrongSetup, run_stage
 
 log = structlog.get_logger(__name__)
 
@@ -45,8 +45,10 @@ def worker(stage: str, once: bool, as_json: bool, **options: Any) -> None:
     names = list(STAGES) if stage == "all" else [stage]
     try:
         asyncio.run(_work(names, settings, once=once, as_json=as_json))
-    except MissingSetting as error:
-        raise click.UsageError(str(error)) from error
+    except* MissingSetting as errors:
+        _fail(stage, errors, 2)
+    except* WrongSetup as errors:
+        _fail(stage, errors, 1)
 
 
 async def _work(names: list[str], settings: Settings, *, once: bool, as_json: bool) -> None:
@@ -61,7 +63,7 @@ async def _work(names: list[str], settings: Settings, *, once: bool, as_json: bo
         await supervise(lambda: run(name), name=name, gives_up=gives_up)
 
     def gives_up(error: Exception) -> bool:
-        return once or stop.is_set() or isinstance(error, MissingSetting)
+        return once or stop.is_set() or isinstance(error, WrongSetup)
 
     async with asyncio.TaskGroup() as stages:
         for name in names:
@@ -81,6 +83,12 @@ async def _until_stopped(work: Any, stop: asyncio.Event, drain_s: float) -> None
         await asyncio.wait({running})
         return
     running.result()
+
+
+def _fail(stage: str, errors: BaseExceptionGroup[BaseException], code: int) -> None:
+    for error in errors.exceptions:
+        click.echo(f"klatch worker {stage}: {error}", err=True)
+    sys.exit(code)
 
 
 def _say_ready(stage: str, facts: dict[str, Any], as_json: bool) -> None:
