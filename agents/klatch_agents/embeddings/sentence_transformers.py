@@ -22,7 +22,7 @@ class SentenceTransformersEmbedder:
         self._model = model
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embed")
         self.model_id = name
-        self.dimension: int = model.get_sentence_embedding_dimension()
+        self.dimension: int = model.get_embedding_dimension()
 
     @classmethod
     async def load(cls, name: str, device: str | None = None) -> "SentenceTransformersEmbedder":
