@@ -36,6 +36,7 @@ from klatch_streams.log import Log, Tail
 
 _TOPICS = (CHAT_REQUESTS, CHAT_ADMITTED, TRUST_VERDICTS, CHAT_STREAM, CHAT_TURNS)
 _PATIENCE_S = 60.0
+_WARM_MS = 300
 
 
 class Step(NamedTuple):
@@ -55,6 +56,8 @@ async def showcase(log: Log, namespace: Namespace, tenant: str, question: str) -
     tail = await log.tail()
     try:
         await _follow_all(log, tail, namespace)
+        # The first fetch opens connections; what is shown should tell of the pipeline alone.
+        await tail.read(_WARM_MS)
         began = time.monotonic()
         topic = namespace.of(CHAT_REQUESTS)
         await log.append([codec.draft(topic, tenant, request)])
