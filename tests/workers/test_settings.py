@@ -37,6 +37,9 @@ def test_addresses_are_read(listen: str, pair: tuple[str, int]) -> None:
     assert host_port(listen) == pair
 
 
-def test_an_address_without_a_port_says_what_is_wanted() -> None:
+@pytest.mark.parametrize("listen", ["localhost", "localhost:", "localhost:http", "localhost:65536", "localhost:²"])
+def test_an_address_that_is_none_says_what_is_wanted(listen: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
-        host_port("localhost")
+        host_port(listen)
+    with pytest.raises(ValidationError, match="HOST:PORT"):
+        read_settings(http=listen)

@@ -10,10 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "KLATCH_"
+
+
+def host_port(listen: str) -> tuple[str, int]:
+    """`"127.0.0.1:8080"` as a pair; raises ValueError with the form that is wanted."""
+    host, colon, port = listen.rpartition(":")
+    if not (colon and port.isascii() and port.isdigit() and int(port) < 65_536):
+        raise ValueError(f"{listen!r} is not of the form HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _listen(address: str) -> str:
+    host_port(address)
+    return address
+
+
+Listen = Annotated[str, AfterValidator(_listen)]
+"""HOST:PORT."""
 
 
 class UnknownSetting(ValueError):
@@ -29,7 +46,7 @@ class Settings(BaseSettings):
     """Bootstrap servers of the Kafka cluster, `host:port[,host:port…]`."""
     namespace: str = ""
     """Prefix of all topics and groups: `test` makes `test.chat.requests`."""
-    http: str = "127.0.0.1:8080"
+    http: Listen = "127.0.0.1:8080"
     """Where the HTTP door listens."""
     data: Path = Path("~/.local/share/klatch").expanduser()
     """Klatch's data folder: the embedded Kafka's log, the vector index, generated keys."""
@@ -60,11 +77,11 @@ class Settings(BaseSettings):
     qdrant_url: str | None = None
     """A Qdrant server; None: Qdrant's engine inside the memory worker, with its data in `data`."""
     qdrant_key: SecretStr | None = None
-    memory: str = "127.0.0.1:8081"
+    memory: Listen = "127.0.0.1:8081"
     """Where the memory worker listens, for the other workers of this machine."""
     memory_url: str | None = None
     """Where to ask the memory worker; None: no recall, and no embeddings at the door."""
-    views: str = "127.0.0.1:8082"
+    views: Listen = "127.0.0.1:8082"
     """Where the views worker listens."""
     views_url: str | None = None
     """Where `klatch top` asks."""
@@ -92,11 +109,3 @@ def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UnknownSetting(f"{name} is not a setting of klatch{hint}")
     return Settings(**{name: value for name, value in options.items() if value is not None})
-
-
-def host_port(listen: str) -> tuple[str, int]:
-    """`"127.0.0.1:8080"` as a pair; raises ValueError with the form that is wanted."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdigit():
-        raise ValueError(f"{listen!r} is not of the form HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]") or "127.0.0.1", int(port)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+from pydantic import ValidationError
 
+from klatch_schemas.codec import explain
 from klatch_schemas.topics import Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
@@ -55,7 +57,7 @@ def up(kafka: str | None, tenants: Path | None, as_json: bool, **options: Any) -
     try:
         settings = read_settings(**options)
     except (UnknownSetting, ValueError) as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(explain(error) if isinstance(error, ValidationError) else str(error)) from error
     configure_logs("warning")
     try:
         asyncio.run(_up(settings, Wanted(kafka, tenants), _Voice(as_json)))
