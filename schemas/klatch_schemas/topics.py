@@ -15,6 +15,10 @@ TopicName = NewType("TopicName", str)
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
+MAX_RECORD_BYTES: Final = 10_000_000
+"""The largest record that klatch writes: a chat body with a few pictures in it fits."""
+MAX_BODY_BYTES: Final = 8_000_000
+"""The largest chat body that a door takes: with its envelope it has to fit a record, on every topic it travels."""
 
 Partitioning = Literal["conversation", "tenant", "ledger"]
 """Topics of one partitioning have the same partition count and are co-partitioned. Ledgers have one partition."""
@@ -46,6 +50,8 @@ class Topic:
             "cleanup.policy": self.cleanup,
             "retention.ms": str(retention),
             "message.timestamp.type": self.timestamps,
+            # Kafka counts the batch, which has a header; its default of 1 MiB refuses a body with one picture.
+            "max.message.bytes": str(MAX_RECORD_BYTES + 65_536),
             **self.extra,
         }
 

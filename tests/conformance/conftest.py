@@ -99,7 +99,15 @@ async def kafka_world(kafka: Cluster) -> AsyncIterator[World]:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     log = await KafkaLog.open(
-        KafkaOptions(kafka.bootstrap, fetch_wait_ms=4_000, heartbeat_ms=100, session_ms=6_000, rebalance_ms=20_000)
+        KafkaOptions(
+            kafka.bootstrap,
+            # As MemoryLog's, and as these topics are made: not from the table.
+            max_record_bytes=1_000_000,
+            fetch_wait_ms=4_000,
+            heartbeat_ms=100,
+            session_ms=6_000,
+            rebalance_ms=20_000,
+        )
     )
     yield KafkaWorld(log, admin)
     await log.close()

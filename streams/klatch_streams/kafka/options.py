@@ -4,6 +4,8 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
+from klatch_schemas.topics import MAX_RECORD_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class KafkaOptions:
@@ -28,8 +30,8 @@ class KafkaOptions:
     idempotent: bool = True
     """docs/decisions/0002-producer-settings.md."""
     compression: str | None = None
-    max_record_bytes: int = 1_000_000
-    """Below the broker's `message.max.bytes` (1,048,588 by default), which counts the whole batch."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """Below the topics' `max.message.bytes`, which counts the whole batch."""
 
     fetch_wait_ms: int = 250
     """How long an idle poll stays with the broker: the cost of an idle reader is four requests a second."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from klatch_schemas.ids import Tenant
-from klatch_schemas.topics import DAY_MS, Namespace
+from klatch_schemas.topics import DAY_MS, MAX_BODY_BYTES, Namespace
 from klatch_streams.log import Log
 
 
@@ -33,8 +33,8 @@ class Models(Protocol):
 class Terms:
     """The patience and the appetite of a door."""
 
-    max_body_bytes: int = 900_000
-    """A request travels in one record, twice, so this stays below the topics' `max.message.bytes`."""
+    max_body_bytes: int = MAX_BODY_BYTES
+    """A request travels in one record, twice, so this stays below what a record may be."""
     off_loop_bytes: int = 256_000
     """Larger bodies are parsed in a thread: a megabyte of JSON would hold up every other stream."""
     buffer_bytes: int = 1_048_576
