@@ -142,8 +142,9 @@ def _channel(topic: Topic) -> Json:
 
 def _configuration(topic: Topic) -> Json:
     config = topic.config
-    cleanup, retention = config.pop("cleanup.policy"), config.pop("retention.ms")
-    return {"cleanup.policy": [cleanup], "retention.ms": int(retention), **config}
+    cleanup = config.pop("cleanup.policy")
+    numbers: Json = {name: int(config.pop(name)) for name in ("retention.ms", "max.message.bytes")}
+    return {"cleanup.policy": [cleanup], **numbers, **config}
 
 
 def _messages(topic: Topic) -> Iterator[tuple[str, Json]]:
