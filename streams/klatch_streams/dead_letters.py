@@ -5,11 +5,13 @@ and errors never repeat what a message says: they name fields, types and lines o
 """
 
 import traceback
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
 from klatch_schemas.records import Draft, Record
 from klatch_schemas.topics import DEAD_LETTERS, Namespace
+from klatch_streams.log import Log, RecordTooLarge
 
 TOPIC: Final = "dead-topic"
 PARTITION: Final = "dead-partition"
@@ -69,6 +71,23 @@ def cut(letter: Draft) -> Draft:
         value=value[:_KEPT_BYTES],
         headers=[*letter.headers, (CUT, b"%d" % len(value))],
     )
+
+
+async def bury(log: Log, letters: Sequence[Draft]) -> None:
+    """Append dead letters; of one that is too large, the beginning. Raises AppendFailed."""
+    try:
+        await log.append(letters)
+    except RecordTooLarge:
+        # Found before anything was sent: one at a time, to know which.
+        for letter in letters:
+            await _bury_alone(log, letter)
+
+
+async def _bury_alone(log: Log, letter: Draft) -> None:
+    try:
+        await log.append([letter])
+    except RecordTooLarge:
+        await log.append([cut(letter)])
 
 
 def _bounded(text: str, size: int) -> bytes:

@@ -17,7 +17,7 @@ from klatch_schemas import codec
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import Namespace
 from klatch_streams.addresses import Addresses
-from klatch_streams.dead_letters import DeadLetter, cut, dead_letter, describe
+from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
 from klatch_streams.kernel import Decider, Input, drafts_of
 from klatch_streams.log import Log, RecordTooLarge
 from klatch_streams.snapshots import Parts, Snapshots
@@ -136,11 +136,7 @@ class DeciderOwner(Generic[S]):
         try:
             await self._settle([record])
         except RecordTooLarge as error:
-            letter = self._letter(record, DeadLetter("too-large", str(error)))
-            try:
-                await self._log.append([letter])
-            except RecordTooLarge:
-                await self._log.append([cut(letter)])
+            await bury(self._log, [self._letter(record, DeadLetter("too-large", str(error)))])
             self._accept(_Batch(), [record])
 
     def _accept(self, batch: _Batch[S], records: Sequence[Record]) -> None:

@@ -15,7 +15,7 @@ import structlog
 
 from klatch_schemas.records import Record
 from klatch_schemas.topics import Namespace
-from klatch_streams.dead_letters import DeadLetter, cut, dead_letter
+from klatch_streams.dead_letters import DeadLetter, bury, dead_letter
 from klatch_streams.log import Log, RecordTooLarge
 
 logger: Final = structlog.stdlib.get_logger()
@@ -141,11 +141,7 @@ class KeyedOwner:
             await self._set_aside(record, DeadLetter("too-large", str(error)))
 
     async def _set_aside(self, record: Record, why: DeadLetter) -> None:
-        letter = dead_letter(record, self._namespace, self._doing.stage, why)
-        try:
-            await self._log.append([letter])
-        except RecordTooLarge:
-            await self._log.append([cut(letter)])
+        await bury(self._log, [dead_letter(record, self._namespace, self._doing.stage, why)])
 
     def _finish(self, offset: int) -> None:
         self._done.add(offset)

@@ -27,7 +27,7 @@ from klatch_schemas.topics import (
 )
 from klatch_streams.addresses import MOVED_FROM, Addresses
 from klatch_streams.batches import Batches
-from klatch_streams.dead_letters import DeadLetter, dead_letter
+from klatch_streams.dead_letters import DeadLetter, bury, dead_letter
 from klatch_streams.follower import Follower
 from klatch_streams.keyed_owner import Doing, KeyedOwner
 from klatch_streams.log import Log
@@ -251,4 +251,4 @@ class GenerationOwner:
                 dead_letter(record, self._stage.namespace, self._stage.name, DeadLetter("unreadable", why))
                 for record, why in unreadable
             ]
-            await self._stage.log.append(letters)
+            await bury(self._stage.log, letters)

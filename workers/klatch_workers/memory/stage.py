@@ -15,7 +15,7 @@ from klatch_schemas.codec import Unreadable
 from klatch_schemas.events import TurnFinished
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import CHAT_TURNS, Namespace
-from klatch_streams.dead_letters import DeadLetter, dead_letter
+from klatch_streams.dead_letters import DeadLetter, bury, dead_letter
 from klatch_streams.log import Log
 
 log = structlog.get_logger(__name__)
@@ -62,5 +62,5 @@ class MemoryOwner:
             return codec.decode_as(TurnFinished, record.value)
         except Unreadable as error:
             why = DeadLetter("unreadable", str(error))
-            await self._stage.log.append([dead_letter(record, self._stage.namespace, self._stage.name, why)])
+            await bury(self._stage.log, [dead_letter(record, self._stage.namespace, self._stage.name, why)])
             return None
