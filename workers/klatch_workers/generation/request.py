@@ -244,7 +244,9 @@ class RequestUnderWay:
     def _usage(self, finished: Finished | None) -> Usage:
         counted = finished.usage if finished else None
         if counted is None:
-            return usage_without_count(self.admitted, self.attempt.seq if self.attempt else 0, self.spoke)
+            # What stands may be a dead owner's: it was read, and its model was paid.
+            chunks = max(len(self.tracked.assembly.standing), self.attempt.seq if self.attempt else 0)
+            return usage_without_count(self.admitted, chunks, self.spoke)
         return Usage(
             prompt_tokens=counted.prompt_tokens,
             completion_tokens=counted.completion_tokens,
