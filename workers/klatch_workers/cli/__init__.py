@@ -23,6 +23,7 @@ _COMMANDS: Final = {
     "top": ("klatch_workers.cli.top", "What happens, by tenant and model, live."),
     "doctor": ("klatch_workers.cli.doctor", "Say what is wrong with a set-up, and how to mend it."),
     "bench": ("klatch_workers.cli.bench", "Measure klatch on this machine against baselines in the same run."),
+    "torture": ("klatch_workers.cli.torture", "Kill and stop klatch's processes under load, then recount."),
 }
 """Name to module and help. The module holds a click command called like the command."""
 

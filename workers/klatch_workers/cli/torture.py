@@ -1,0 +1,97 @@
+"""`klatch torture`: klatch on a Kafka of its own under load and seeded faults, and what became of its promises.
+
+Progress goes to stderr, the report to stdout; with `--json` its last line is one object. Exit codes: 0 nothing was
+found, 1 a promise was broken, 2 misused.
+"""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from klatch_workers.torture.report import Report
+    from klatch_workers.torture.run import Orders
+
+
+@click.command()
+@click.option("--nodes", type=click.Choice(["1", "3"]), default="1", show_default=True, help="Of the Kafka cluster.")
+@click.option("--minutes", type=click.FloatRange(0.1, 24 * 60), default=2.0, show_default=True, help="Of load.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Makes the load and the faults.")
+@click.option(
+    "--requests-per-second", type=click.FloatRange(0.1, 1000), default=8.0, show_default=True, help="On average."
+)
+@click.option(
+    "--schedule",
+    "schedule_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Strike as this file says, not as the seed does.",
+)
+@click.option("--keep", is_flag=True, help="Keep Kafka's data and the logs of all workers.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def torture(
+    *,
+    nodes: str,
+    minutes: float,
+    seed: int,
+    requests_per_second: float,
+    schedule_file: Path | None,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Kill, stop, restart and scale klatch's processes under load, then recount everything.
+
+    Starts a Kafka of its own on this machine, all stages, and a model server that writes another text at every call.
+    Believes only what it reads back from the log, and what its clients saw.
+    """
+    from klatch_workers.logs import configure_logs
+    from klatch_workers.torture.run import Orders
+    from klatch_workers.torture.schedule import from_json, schedule, to_json
+
+    configure_logs("error")
+    try:
+        given = from_json(schedule_file.read_text()) if schedule_file else None
+    except ValueError as error:
+        raise click.UsageError(f"{schedule_file}: {error}") from error
+    faults = schedule(seed, minutes, int(nodes)) if given is None else given
+    folder = Path(tempfile.mkdtemp(prefix="klatch-torture-"))
+    (folder / "schedule.json").write_text(to_json(faults))
+    orders = Orders(seed, minutes, faults, int(nodes), requests_per_second)
+    _say(f"seed {seed}: {len(faults)} faults, in {folder / 'schedule.json'}")
+    report = _run(folder, orders)
+    _tell(report, orders, as_json=as_json)
+    if keep or not report.passed:
+        _say(f"kept: {folder}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    raise SystemExit(0 if report.passed else 1)
+
+
+def _run(folder: Path, orders: "Orders") -> "Report":
+    from klatch_workers.kafka import KafkaChildError
+    from klatch_workers.torture.run import torture as run
+    from klatch_workers.up.children import ChildFailed
+
+    try:
+        return asyncio.run(run(folder, orders, _say))
+    except* (KafkaChildError, ChildFailed) as errors:
+        raise click.ClickException(f"{errors.exceptions[0]}\n(see {folder})") from errors
+
+
+def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
+    for violation in report.violations:
+        _say(f"{violation.kind}: {violation.request}: {violation.what} [{', '.join(violation.positions)}]")
+    facts = {"seed": orders.seed, "nodes": orders.nodes, "minutes": orders.minutes, **report.facts()}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:>18}  {value}")
+
+
+def _say(what: str) -> None:
+    click.echo(what, err=True)

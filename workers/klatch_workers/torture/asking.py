@@ -1,0 +1,164 @@
+"""The load: every conversation of the plan, each by a client that wants its answers whatever happens to klatch.
+
+Requests of one conversation are asked in order: the next when the one before it is acknowledged, or when it has
+ended. What is written over Kafka is written again, under the same id, until the log has it.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+
+from klatch_schemas import codec
+from klatch_schemas.events import ChatRequested, MemoryPolicy, StreamCancel
+from klatch_schemas.ids import RequestId, Tenant
+from klatch_schemas.records import Draft
+from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
+from klatch_streams.log import Log, LogError
+from klatch_workers.torture.door import HttpReader, body_of
+from klatch_workers.torture.evidence import Asked, Observation
+from klatch_workers.torture.live import LiveLog
+from klatch_workers.torture.load import Talk
+
+PATIENCE_S: Final = 150.0
+"""How long a client waits for the end of one reply before it gives up; then the reply counts as lost."""
+_AGAIN_S: Final = 0.3
+
+
+@dataclass(slots=True)
+class Load:
+    """Clients, and what they saw."""
+
+    log: Log
+    live: LiveLog
+    session: aiohttp.ClientSession
+    namespace: Namespace
+    door: str
+    keys: Mapping[Tenant, str]
+    asked: dict[RequestId, Asked] = field(default_factory=dict[RequestId, Asked])
+    acknowledged: set[RequestId] = field(default_factory=set[RequestId])
+    http: list[Observation] = field(default_factory=list[Observation])
+    troubles: Counter[str] = field(default_factory=Counter[str])
+    """What made clients try again."""
+
+    async def run(self, talks: Sequence[Talk]) -> None:
+        """Hold all conversations, each at its time."""
+        began = asyncio.get_running_loop().time()
+        async with asyncio.TaskGroup() as holding:
+            for talk in talks:
+                holding.create_task(self._hold(talk, began))
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not concluded."""
+        return sum(not self.live.reader(request).concluded for request in self.acknowledged)
+
+    async def _hold(self, talk: Talk, began: float) -> None:
+        await asyncio.sleep(began + talk.at_s - asyncio.get_running_loop().time())
+        async with asyncio.TaskGroup() as turns:
+            for turn in talk.turns:
+                asked = self.asked[turn.request] = Asked(talk.tenant, talk.conversation, turn)
+                acknowledged, over = asyncio.Event(), asyncio.Event()
+                ask = self._over_http if talk.edge == "http" else self._over_kafka
+                turns.create_task(self._patiently(ask(asked, acknowledged), acknowledged, over))
+                await (over if turn.waits else acknowledged).wait()
+
+    async def _patiently(
+        self, asking: Coroutine[None, None, None], acknowledged: asyncio.Event, over: asyncio.Event
+    ) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await asking
+        except TimeoutError:
+            self.troubles["gave up"] += 1
+        finally:
+            acknowledged.set()
+            over.set()
+
+    # --- over Kafka
+
+    async def _over_kafka(self, asked: Asked, acknowledged: asyncio.Event) -> None:
+        turn, reader = asked.turn, self.live.reader(asked.turn.request)
+        draft = codec.draft(self.namespace.of(CHAT_REQUESTS), asked.tenant, _request(asked))
+        await self._append(draft)
+        self.acknowledged.add(turn.request)
+        acknowledged.set()
+        if turn.twice:
+            await self._append(draft)
+        if turn.trouble.cancel:
+            await reader.until(lambda: reader.over or reader.chunks >= turn.trouble.cancel_after)
+            await self._append(self._cancel(asked))
+        await reader.until(lambda: reader.over)
+
+    def _cancel(self, asked: Asked) -> Draft:
+        cancel = StreamCancel(
+            request=asked.turn.request, tenant=asked.tenant, conversation=asked.conversation, by="torture"
+        )
+        return codec.draft(self.namespace.of(CHAT_STREAM), asked.conversation, cancel)
+
+    async def _append(self, draft: Draft) -> None:
+        while True:
+            try:
+                await self.log.append([draft])
+            except LogError as error:
+                self.troubles[type(error).__name__] += 1
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                return
+
+    # --- over HTTP
+
+    def reader(self, asked: Asked, name: str = "http", *, resumes_only: bool = False) -> HttpReader:
+        """A reader of a reply over HTTP."""
+        key = self.keys[asked.tenant]
+        return HttpReader(self.session, self.door, key, asked, name, resumes_only=resumes_only, troubles=self.troubles)
+
+    async def _over_http(self, asked: Asked, acknowledged: asyncio.Event) -> None:
+        live, reader = self.live.reader(asked.turn.request), self.reader(asked)
+        noting = asyncio.create_task(self._note(reader, acknowledged))
+        try:
+            async with asyncio.TaskGroup() as reading:
+                reading.create_task(reader.read())
+                reading.create_task(self._cancel_over_http(reader))
+                if asked.turn.twice:
+                    reading.create_task(self._read_again(asked, reader))
+            if reader.acknowledged.is_set():
+                # The conversation goes on only after the end, also where this client went away before it.
+                await live.until(lambda: live.over)
+        finally:
+            noting.cancel()
+            self.http.append(reader.observation())
+
+    async def _note(self, reader: HttpReader, acknowledged: asyncio.Event) -> None:
+        await reader.acknowledged.wait()
+        self.acknowledged.add(reader.asked.turn.request)
+        acknowledged.set()
+
+    async def _read_again(self, asked: Asked, first: HttpReader) -> None:
+        await first.shown(1)
+        again = self.reader(asked, "second http")
+        await again.read()
+        self.http.append(again.observation())
+
+    async def _cancel_over_http(self, reader: HttpReader) -> None:
+        trouble = reader.asked.turn.trouble
+        if trouble.cancel in {"record", "delete"}:
+            await reader.shown(trouble.cancel_after)
+            await (self._append(self._cancel(reader.asked)) if trouble.cancel == "record" else reader.cancel())
+
+
+def _request(asked: Asked) -> ChatRequested:
+    turn = asked.turn
+    timeout_ms = turn.trouble.timeout_ms
+    return ChatRequested(
+        request=turn.request,
+        tenant=asked.tenant,
+        conversation=asked.conversation,
+        body=body_of(asked),
+        memory=MemoryPolicy(recent=2),
+        deadline_ms=None if timeout_ms is None else time.time_ns() // 1_000_000 + timeout_ms,
+    )

@@ -1,0 +1,287 @@
+"""The judge: from what was read back and what clients saw to the report. Pure, and it believes nobody.
+
+Each check reads one promise of docs/reliability.md; a promise that nothing could break here would be no check, so a
+test plants a lie for every one of them.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from klatch_schemas.events import ChatAdmitted, ChatRefused, ChatRequested, TurnFinished, UsageSettled
+from klatch_schemas.ids import Conversation, RequestId
+from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation
+from klatch_workers.torture.recovery import recoveries_s
+from klatch_workers.torture.report import Report, Violation
+from klatch_workers.torture.tokens import faults_of, tokens_of
+from klatch_workers.torture.told import Told, fold_stream, resumed
+
+GRACE_MS: Final = 1_000.0
+"""How long a process may take to hear of a cancel or an end before a call that it makes is one too many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One accepted request, with all that is known of it."""
+
+    request: RequestId
+    asked: Asked
+    acknowledged: bool
+    published: Sequence[Entry]
+    decisions: Sequence[Entry]
+    told: Told
+    settlements: Sequence[Entry]
+    turns: Sequence[Entry]
+    calls: Sequence[ModelCall]
+    observations: Sequence[Observation]
+
+    def broke(self, kind: str, what: str, *entries: Entry | None) -> Violation:
+        """A broken promise, with where to look."""
+        positions = tuple(entry.position for entry in (*entries, self.told.ended) if entry)
+        return Violation(kind, self.request, what, positions)  # type: ignore[arg-type]
+
+
+def judge(evidence: Evidence) -> Report:
+    """What the evidence comes to."""
+    cases = _cases(evidence)
+    violations = [violation for case in cases.values() for violation in _of_one(case)]
+    violations += _of_conversations(cases)
+    violations += [
+        Violation("dead", position, "a dead letter: the load has none", (position,)) for position in evidence.dead
+    ]
+    ended_twice = {violation.request for violation in violations if violation.kind == "ended_twice"}
+    return Report(
+        accepted=len(cases),
+        ended_once=sum(case.told.ended is not None and case.request not in ended_twice for case in cases.values()),
+        violations=violations,
+        recoveries_s=recoveries_s(evidence.struck, _waiting(cases)),
+        outcomes=Counter(str(case.told.outcome) for case in cases.values()),
+        checked=_checked(evidence, cases),
+    )
+
+
+# --- what is known of each -------------------------------------------------------------------------------------------
+
+
+def _cases(evidence: Evidence) -> dict[RequestId, Case]:
+    published, settlements = _by_request(evidence.requests, ChatRequested), _by_request(evidence.requests, UsageSettled)
+    decisions = defaultdict[RequestId, list[Entry]](list)
+    for entry in evidence.admitted:
+        match entry.said:
+            case ChatAdmitted():
+                decisions[entry.said.request.request].append(entry)
+            case ChatRefused():
+                decisions[entry.said.request].append(entry)
+            case _:
+                pass
+    stream, turns = _by_request(evidence.stream), _by_request(evidence.turns, TurnFinished)
+    calls, observations = defaultdict[RequestId, list[ModelCall]](list), defaultdict[RequestId, list[Observation]](list)
+    for call in evidence.calls:
+        calls[call.request].append(call)
+    for observation in evidence.observations:
+        observations[observation.request].append(observation)
+    return {
+        request: Case(
+            request,
+            asked,
+            request in evidence.acknowledged,
+            published[request],
+            decisions[request],
+            fold_stream(stream[request]),
+            settlements[request],
+            turns[request],
+            calls[request],
+            observations[request],
+        )
+        for request, asked in evidence.asked.items()
+        if request in published or request in evidence.acknowledged
+    }
+
+
+def _by_request(entries: Sequence[Entry], of: type | None = None) -> defaultdict[RequestId, list[Entry]]:
+    found = defaultdict[RequestId, list[Entry]](list)
+    for entry in entries:
+        if of is None or isinstance(entry.said, of):
+            found[RequestId(str(getattr(entry.said, "request", "")))].append(entry)
+    return found
+
+
+def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, int]:
+    told = [case.told for case in cases.values()]
+    return {
+        "faults": len(evidence.struck),
+        "readers": len(evidence.observations),
+        "voided": sum(len(one.voided) for one in evidence.observations),
+        "model_calls": len(evidence.calls),
+        "published_twice": sum(len(case.published) > 1 for case in cases.values()),
+        "superseded": sum(one.attempts > 1 for one in told),
+        "ignored_deltas": sum(one.ignored for one in told),
+        "settled_twice": sum(len(case.settlements) > 1 for case in cases.values()),
+        "repeated_admissions": sum(len(case.decisions) > 1 for case in cases.values()),
+        "repeated_turns": sum(len(case.turns) > 1 for case in cases.values()),
+    }
+
+
+# --- one request -----------------------------------------------------------------------------------------------------
+
+
+def _of_one(case: Case) -> Iterator[Violation]:
+    yield from _lost(case)
+    yield from _ended_twice(case)
+    yield from _outcome(case)
+    yield from _text(case)
+    yield from _redone(case)
+    yield from _missettled(case)
+
+
+def _lost(case: Case) -> Iterator[Violation]:
+    if not case.published:
+        yield case.broke("lost", "acknowledged, and not in the log")
+    elif not case.decisions:
+        yield case.broke("lost", "admission never decided", *case.published[:1])
+    if case.told.ended is None:
+        yield case.broke("lost", "no end", *case.published[:1], *case.told.entries[-1:])
+    elif case.told.text and not case.turns:
+        yield case.broke("lost", "its turn is not in the log", *case.decisions[:1])
+    for seen in case.observations:
+        if seen.outcome is None and not seen.left:
+            yield case.broke("lost", f"its {seen.reader} reader heard of no end", *case.published[:1])
+
+
+def _ended_twice(case: Case) -> Iterator[Violation]:
+    for what, entries in (("admission decided", case.decisions), ("turns", case.turns)):
+        if len({entry.event_id for entry in entries}) > 1:
+            yield case.broke("ended_twice", f"{what} more than once, under different ids", *entries)
+    for seen in (*case.observations, *resumed(case.request, case.told.entries)):
+        if len(seen.outcomes) > 1:
+            yield case.broke("ended_twice", f"its {seen.reader} reader was told {' and '.join(seen.outcomes)}")
+        elif seen.outcome is not None and seen.outcome != case.told.outcome:
+            yield case.broke("ended_twice", f"{seen.outcome} for its {seen.reader} reader, {case.told.outcome} later")
+        elif seen.outcome is not None and seen.text != case.told.text:
+            said, stands = len(tokens_of(seen.text)), len(tokens_of(case.told.text))
+            yield case.broke("ended_twice", f"{said} tokens for its {seen.reader} reader, others or {stands} later")
+
+
+def _outcome(case: Case) -> Iterator[Violation]:
+    trouble, outcome = case.asked.turn.trouble, case.told.outcome
+    fair = {
+        "completed": True,
+        "cancelled": trouble.cancel is not None,
+        "expired": trouble.timeout_ms is not None,
+        "failed": bool(trouble.upstream),
+    }
+    if outcome == "broken":
+        yield case.broke("spliced", "the log lacks deltas of the attempt that stands")
+    elif outcome is not None and not fair.get(outcome, False):
+        yield case.broke("failed", f"{outcome}, for nothing that was done to it")
+    spoke = len(tokens_of(case.told.text))
+    if outcome == "completed" and spoke != case.asked.turn.tokens:
+        yield case.broke("spliced", f"completed with {spoke} of {case.asked.turn.tokens} tokens")
+
+
+def _text(case: Case) -> Iterator[Violation]:
+    shown = {case.told.text: "every late"}
+    for seen in (*case.observations, *resumed(case.request, case.told.entries)):
+        for text in (seen.text, *seen.voided):
+            shown.setdefault(text, seen.reader)
+    for entry in case.turns:
+        if isinstance(entry.said, TurnFinished):
+            text = "".join(str(message.get("content") or "") for message in entry.said.reply)
+            if text != case.told.text:
+                yield case.broke("spliced", "its turn holds another text than its stream", entry)
+    for text, reader in shown.items():
+        for fault, what in faults_of(text):
+            yield case.broke(fault, f"{what}, for its {reader} reader", *case.told.entries[:1])
+
+
+def _redone(case: Case) -> Iterator[Violation]:
+    ended = case.told.ended
+    for call in case.calls:
+        if ended and call.started_ms > ended.timestamp_ms + GRACE_MS:
+            late = (call.started_ms - ended.timestamp_ms) / 1000
+            yield case.broke("redone", f"model call {call.id} began {late:.1f} s after it was {case.told.outcome}")
+        deadline = _deadline_ms(case)
+        if deadline is not None and call.started_ms > deadline + GRACE_MS:
+            late = (call.started_ms - deadline) / 1000
+            yield case.broke("redone", f"model call {call.id} began {late:.1f} s after its deadline")
+
+
+def _deadline_ms(case: Case) -> int | None:
+    said = case.published[0].said if case.published else None
+    return said.deadline_ms if isinstance(said, ChatRequested) else None
+
+
+# --- money -----------------------------------------------------------------------------------------------------------
+
+
+def _missettled(case: Case) -> Iterator[Violation]:
+    admitted = any(isinstance(entry.said, ChatAdmitted) for entry in case.decisions)
+    ids = {entry.event_id for entry in case.settlements}
+    if len(ids) != admitted:
+        yield case.broke("missettled", f"{len(ids)} settlements, not {int(admitted)}", *case.settlements)
+    settled = [entry.said for entry in case.settlements if isinstance(entry.said, UsageSettled)]
+    if len({(one.status, one.usage.model_dump_json()) for one in settled}) > 1:
+        yield case.broke("missettled", "a repeated settlement says something else", *case.settlements)
+    if settled and (problem := _wrong_amount(case, settled[0])):
+        # The first in the log counts: admission drops the reservation with it.
+        yield case.broke("missettled", problem, case.settlements[0])
+
+
+def _wrong_amount(case: Case, settled: UsageSettled) -> str | None:
+    told, charged = case.told, settled.usage.completion_tokens
+    end = told.assembly.end
+    if settled.status != told.outcome:
+        return f"settled as {settled.status}, ended as {told.outcome}"
+    if end and end.usage and end.usage != settled.usage:
+        return "settled is another usage than the end's"
+    if told.outcome == "completed" and not settled.usage.estimated and charged != case.asked.turn.tokens:
+        return f"{charged} tokens settled of {case.asked.turn.tokens}"
+    spoke = len(tokens_of(told.text))
+    if not spoke <= charged <= max(told.written, spoke):
+        return f"{charged} tokens settled; {spoke} stand, and {told.written} deltas were written"
+    return None
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def _of_conversations(cases: Mapping[RequestId, Case]) -> Iterator[Violation]:
+    talks = defaultdict[Conversation, list[Case]](list)
+    for case in cases.values():
+        if case.published:
+            talks[case.asked.conversation].append(case)
+    for talk in talks.values():
+        yield from _order(sorted(talk, key=lambda case: case.published[0].offset))
+
+
+def _order(talk: Sequence[Case]) -> Iterator[Violation]:
+    """`talk` stands in the order of the requests in the log."""
+    # Of one that nobody acknowledged its client does not know when it was accepted, or whether.
+    for before, case in pairwise([case for case in talk if case.acknowledged]):
+        if case.asked.turn.number < before.asked.turn.number:
+            yield case.broke("reordered", "published before a turn that was asked earlier", case.published[0])
+    # Refusals are admission's, and wait for nobody.
+    running = [case for case in talk if case.told.opened]
+    for before, case in pairwise(running):
+        opened, ended = case.told.opened, before.told.ended
+        if opened and ended and opened.offset < ended.offset:
+            yield case.broke("reordered", "opened before the turn before it had ended", opened, ended)
+    told = [(case.turns[0].offset, case) for case in talk if case.turns]
+    for (offset_before, _), (offset, case) in pairwise(told):
+        if offset < offset_before:
+            yield case.broke("reordered", "its turn stands before that of an earlier request", *case.turns)
+
+
+def _waiting(cases: Mapping[RequestId, Case]) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """Of each request that nothing but faults of klatch can hold up: its turn to speak, its end, when it spoke."""
+    free_ms = defaultdict[Conversation, int](int)
+    for case in sorted((one for one in cases.values() if one.published), key=lambda one: one.published[0].offset):
+        told, published = case.told, case.published[0].timestamp_ms
+        if told.ended is None:
+            continue
+        began = max(published, free_ms[case.asked.conversation])
+        free_ms[case.asked.conversation] = max(began, told.ended.timestamp_ms)
+        if case.asked.turn.plain and told.spoken_ms:
+            yield began, told.ended.timestamp_ms, told.spoken_ms

@@ -1,0 +1,159 @@
+"""Readers of the log while the run goes on: one fold a request, as any Kafka client makes it, from before it is asked.
+
+One connection follows all partitions for all readers. When the log is away it is opened again where it was left, so
+that no reader misses a record.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from klatch_schemas import codec
+from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing
+from klatch_schemas.codec import Unreadable
+from klatch_schemas.errors import StreamBroken, Superseded
+from klatch_schemas.events import StreamEnd, UsageSettled
+from klatch_schemas.ids import RequestId
+from klatch_schemas.records import Partition, Record
+from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
+from klatch_streams.log import Log, LogError
+from klatch_workers.torture.evidence import Observation
+from klatch_workers.torture.told import text_of
+
+_AGAIN_S = 0.5
+
+
+@dataclass(slots=True)
+class LiveReader:
+    """One reader of one stream."""
+
+    request: RequestId
+    chunks: int = 0
+    """How many it was shown since it last began."""
+    outcomes: list[str] = field(default_factory=list[str])
+    refused: bool = False
+    settled: bool = False
+    _reply: ReplyReader = field(default_factory=ReplyReader)
+    _heard: list[tuple[int, Said]] = field(default_factory=list[tuple[int, Said]])
+    _shown: list[Standing] = field(default_factory=list[Standing])
+    _voided: list[str] = field(default_factory=list[str])
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        # It is there before the first record: whatever comes is shown as it comes.
+        self._reply.go_live()
+
+    @property
+    def over(self) -> bool:
+        """Whether it was told of an end."""
+        return bool(self.outcomes)
+
+    @property
+    def concluded(self) -> bool:
+        """Whether nothing more is to come: the end, and the bill."""
+        return self.over and (self.settled or self.refused)
+
+    def hear(self, offset: int, said: Said) -> None:
+        """Take a record of the stream."""
+        self._heard.append((offset, said))
+        self.refused = self.refused or (
+            isinstance(said, StreamEnd) and said.attempt == 0 and said.writer == "admission"
+        )
+        try:
+            self._show(self._reply.hear(offset, said))
+        except Superseded:
+            self._begin_anew()
+        except StreamBroken:
+            self.outcomes.append("broken")
+        self._news.set()
+
+    def settle(self) -> None:
+        """Its usage is settled."""
+        self.settled = True
+        self._news.set()
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        """Wait until `true()`, which is asked again after every record."""
+        while not true():
+            self._news.clear()
+            await self._news.wait()
+
+    def observation(self) -> Observation:
+        """What it was shown."""
+        outcome = self.outcomes[-1] if self.outcomes else None
+        voided, outcomes = tuple(self._voided), tuple(self.outcomes)
+        return Observation("live", self.request, text_of(self._shown), outcome, voided, outcomes)
+
+    def _show(self, heard: Standing | Ended | None) -> None:
+        match heard:
+            case Standing():
+                self._shown.append(heard)
+                self.chunks += 1
+            case Ended(status):
+                self.outcomes.append(status)
+            case None:
+                pass
+
+    def _begin_anew(self) -> None:
+        """Do what the contract says: what was shown is void, read again from the start."""
+        self._voided.append(text_of(self._shown))
+        self._shown, self._reply, self.chunks = [], ReplyReader(), 0
+        for offset, said in self._heard:
+            self._reply.hear(offset, said)
+        for shown in self._reply.go_live():
+            self._show(shown)
+
+
+class LiveLog:
+    """Follows `chat.stream` and `chat.requests` for all readers."""
+
+    def __init__(self, log: Log, namespace: Namespace) -> None:
+        self._log = log
+        self._stream, self._requests = namespace.of(CHAT_STREAM), namespace.of(CHAT_REQUESTS)
+        self._readers = dict[str, LiveReader]()
+        self._positions = dict[Partition, int]()
+
+    def reader(self, request: RequestId) -> LiveReader:
+        """The reader of a request's stream, there from now on."""
+        return self._readers.setdefault(request, LiveReader(request))
+
+    async def locate(self) -> None:
+        """Take the place from which all is read. Raises LogError."""
+        for topic in (self._stream, self._requests):
+            for number in range(await self._log.partitions(topic)):
+                partition = Partition(topic, number)
+                self._positions[partition] = (await self._log.bounds(partition))[1]
+
+    async def follow(self) -> None:
+        """Read until cancelled."""
+        while True:
+            with suppress(LogError):
+                await self._read()
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _read(self) -> None:
+        tail = await self._log.tail()
+        try:
+            for partition, offset in self._positions.items():
+                tail.follow(partition, offset)
+            while True:
+                for record in await tail.read(1000):
+                    if record.offset >= self._positions[record.partition]:
+                        self._positions[record.partition] = record.offset + 1
+                        self._hear(record)
+        finally:
+            await tail.close()
+
+    def _hear(self, record: Record) -> None:
+        try:
+            said = codec.decode(record.value)
+        except Unreadable:
+            return
+        reader = self._readers.get(str(getattr(said, "request", "")))
+        if reader is None:
+            return
+        if record.partition.topic == self._stream:
+            reader.hear(record.offset, said)
+        elif isinstance(said, UsageSettled):
+            reader.settle()

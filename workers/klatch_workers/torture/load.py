@@ -1,0 +1,144 @@
+"""What is asked while the faults strike: conversations of several turns, planned as a pure function of the seed.
+
+Every reply is made of tokens that name the model call they come from (`<<c17:0>>`), so that text put together from
+two calls cannot pass for one. Some turns are cancelled, have a deadline, are sent twice, are read in pieces, or meet
+a model server that fails.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, Literal
+from urllib.parse import urlencode
+
+from klatch_schemas.ids import Conversation, RequestId, Tenant, request_id_for_key
+
+TENANTS: Final = (Tenant("torture-a"), Tenant("torture-b"))
+
+Edge = Literal["kafka", "http"]
+Cancel = Literal["record", "delete", "disconnect"]
+_EDGES: Final[tuple[Edge, ...]] = ("kafka", "http")
+_TURNS: Final = (1, 2, 2, 3, 4, 6)
+_FAULTS: Final[tuple[dict[str, object], ...]] = (
+    {"status": 500},
+    {"status": 429, "retry_after": "0"},
+    {"fault": "drop"},
+    {"fault": "drop", "fault_after": 0},
+    {"fault": "reset"},
+    {"fault": "stall"},
+    {"fault": "garbage"},
+    {"fault": "error-event"},
+)
+"""Ways in which the model server fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What goes wrong with a request, beside what happens to klatch."""
+
+    upstream: dict[str, object] = field(default_factory=dict[str, object])
+    """How the model server fails; empty: it does not."""
+    cancel: Cancel | None = None
+    cancel_after: int = 0
+    """After so many chunks; 0: as soon as it is published."""
+    timeout_ms: int | None = None
+    """The deadline, from the moment of asking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request of a conversation."""
+
+    number: int
+    request: RequestId
+    tokens: int
+    rate: float
+    trouble: Trouble = Trouble()
+    twice: bool = False
+    """Whether the producer sends it again, as after a doubtful failure."""
+    leaves_after: tuple[int, ...] = ()
+    """After how many chunks its reader goes away, to come back and resume."""
+    waits: bool = True
+    """Whether it is asked only when the turn before it has ended."""
+
+    @property
+    def model(self) -> str:
+        """The model's name, which carries the script for the model server."""
+        return "fake?" + urlencode(
+            {"reply": "unique", "tokens": self.tokens, "rate": self.rate, **self.trouble.upstream}
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether it must be completed: nobody cancels, nothing runs out, and the model server does its work."""
+        return self.trouble == Trouble()
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """A conversation: its turns, in the order of their asking."""
+
+    at_s: float
+    """When it begins, in seconds after the load began."""
+    tenant: Tenant
+    conversation: Conversation
+    edge: Edge
+    turns: tuple[Turn, ...]
+
+
+def plan(seed: int, minutes: float, requests_per_second: float) -> list[Talk]:
+    """All conversations of a load, in the order of their beginnings."""
+    chance = random.Random(f"load {seed}")  # noqa: S311 - no secret
+    every = sum(_TURNS) / len(_TURNS) / requests_per_second
+    at, talks = 0.0, list[Talk]()
+    while (at := at + chance.expovariate(1 / every)) < minutes * 60:
+        talks.append(_talk(chance, seed, len(talks), round(at, 3)))
+    return talks
+
+
+def _talk(chance: random.Random, seed: int, number: int, at: float) -> Talk:
+    tenant = chance.choice(TENANTS)
+    conversation = Conversation(f"talk-{seed}-{number}")
+    edge = chance.choice(_EDGES)
+    turns = tuple(_turn(chance, tenant, conversation, edge, number) for number in range(chance.choice(_TURNS)))
+    return Talk(at, tenant, conversation, edge, turns)
+
+
+def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, number: int) -> Turn:
+    tokens = chance.randint(20, 40)
+    # One in ten speaks long enough for several faults to meet it.
+    tokens, rate = (3 * tokens, 15.0) if chance.random() < 0.1 else (tokens, 40.0)
+    key = f"{conversation}.{number}"
+    return Turn(
+        number=number,
+        # Over HTTP a request is named by its idempotency key, so that whoever lost the answer can ask again.
+        request=request_id_for_key(tenant, key) if edge == "http" else RequestId(key),
+        tokens=tokens,
+        rate=rate,
+        trouble=_trouble(chance, edge, tokens),
+        twice=chance.random() < 0.1,
+        leaves_after=tuple(sorted(_leaving(chance, tokens))) if edge == "http" else (),
+        waits=chance.random() < 0.6,
+    )
+
+
+def _leaving(chance: random.Random, tokens: int) -> Iterator[int]:
+    while chance.random() < 0.2:
+        yield chance.randint(1, tokens)
+
+
+def _trouble(chance: random.Random, edge: Edge, tokens: int) -> Trouble:
+    """What goes wrong with one request in three."""
+    match chance.choices(("none", "cancel", "deadline", "upstream"), (66, 14, 8, 12))[0]:
+        case "cancel":
+            ways: tuple[Cancel, ...] = ("record", "delete", "disconnect") if edge == "http" else ("record",)
+            after = 0 if chance.random() < 0.25 else chance.randint(1, tokens)
+            return Trouble(cancel=chance.choice(ways), cancel_after=after)
+        case "deadline":
+            return Trouble(timeout_ms=chance.choice((1, 100, 400, 3_000, 20_000)))
+        case "upstream":
+            fault = chance.choice(_FAULTS)
+            # Nobody waits for the end of a silence but a deadline.
+            return Trouble(upstream=fault, timeout_ms=3_000 if fault.get("fault") == "stall" else None)
+        case _:
+            return Trouble()

@@ -1,0 +1,70 @@
+"""What a run comes to: counts of requests, the violations behind them, and how long the worst recovery took.
+
+The JSON of a report holds ids and positions in the log, and message text only if it was asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+Broken = Literal["lost", "ended_twice", "reordered", "spliced", "duplicated", "redone", "missettled", "failed", "dead"]
+"""A promise that was broken; docs/reliability.md defines each."""
+
+BROKEN: Final[tuple[Broken, ...]] = (
+    "lost",
+    "ended_twice",
+    "reordered",
+    "spliced",
+    "duplicated",
+    "redone",
+    "missettled",
+    "failed",
+    "dead",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken promise."""
+
+    kind: Broken
+    request: str
+    what: str
+    """In a few words, without message text."""
+    positions: tuple[str, ...] = ()
+    """Where in the log to look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run came to. A count is a number of requests, however often each was offended."""
+
+    accepted: int
+    ended_once: int
+    violations: Sequence[Violation] = ()
+    recoveries_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    """The longest recovery from each sort of fault."""
+    outcomes: Mapping[str, int] = field(default_factory=dict[str, int])
+    checked: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How much was looked at: a run that met nothing proves nothing."""
+
+    def count(self, kind: Broken) -> int:
+        """How many requests were offended in this way."""
+        return len({violation.request for violation in self.violations if violation.kind == kind})
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found, and there was something to find."""
+        return not self.violations and self.accepted > 0
+
+    def facts(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        return {
+            "accepted": self.accepted,
+            "ended_once": self.ended_once,
+            **{kind: self.count(kind) for kind in BROKEN},
+            "worst_recovery_s": round(max(self.recoveries_s.values(), default=0.0), 2),
+            "recoveries_s": {what: round(seconds, 2) for what, seconds in self.recoveries_s.items()},
+            "outcomes": dict(self.outcomes),
+            "checked": dict(self.checked),
+        }

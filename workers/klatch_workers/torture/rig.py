@@ -1,0 +1,116 @@
+"""What is tortured: Kafka, the stages as processes of their own, and a model server that writes another text each time.
+
+Each stage is a pool of `klatch worker STAGE` children on leashes. A child that dies is started again at once, as a
+supervisor would do; the model server and the clients live in this process, which nobody kills.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.events import Limits
+from klatch_schemas.ids import Tenant
+from klatch_schemas.topics import Namespace
+from klatch_streams.kafka.options import KafkaOptions
+from klatch_streams.kafka_log import KafkaLog
+from klatch_streams.topic_admin import Partitions, create_topics
+from klatch_workers.kafka import Cluster, Options
+from klatch_workers.settings import PREFIX
+from klatch_workers.tenants import tenant_configured, write_tenants
+from klatch_workers.torture.load import TENANTS
+from klatch_workers.up.children import Child
+from klatch_workers.up.everything import PARTITIONS, free_address
+
+STAGES: Final = ("admission", "screening", "generation", "http")
+_DRAIN_S: Final = 3.0
+_START_S: Final = 120.0
+"""A worker may have to wait for a broker that is being tortured too."""
+_CALLS: Final = 1_000_000
+
+Say = Callable[[str], None]
+"""Told in a few words what goes on."""
+
+
+@dataclass(slots=True)
+class Rig:
+    """What runs."""
+
+    folder: Path
+    cluster: Cluster
+    upstream: Upstream
+    door: str
+    keys: Mapping[Tenant, str]
+    namespace: Namespace = Namespace()
+    pools: dict[str, list[Child]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    _numbers: "count[int]" = field(default_factory=count)
+
+    async def add(self, stage: str) -> Child:
+        """Start one more worker of a stage; returns when it serves. Raises ChildFailed."""
+        name = f"{stage}-{next(self._numbers)}"
+        child = Child(
+            name=name,
+            module="klatch_workers",
+            arguments=("worker", stage, "--json"),
+            environment=self._environment(),
+            log_file=self.folder / f"{name}.log",
+            patience_s=_START_S,
+        )
+        self.pools[stage].append(child)
+        await child.start()
+        return child
+
+    async def retire(self, stage: str, child: Child) -> None:
+        """Stop one worker in good order."""
+        self.pools[stage].remove(child)
+        await child.stop(_DRAIN_S + 7.0)
+
+    async def stop(self) -> None:
+        """Stop all workers: the door first, so that its clients are told."""
+        for stage in reversed(STAGES):
+            await asyncio.gather(*(self.retire(stage, child) for child in list(self.pools[stage])))
+
+    def _environment(self) -> dict[str, str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        settings = {
+            "KAFKA": self.cluster.bootstrap,
+            "HTTP": self.door.removeprefix("http://"),
+            "MODEL_URL": self.upstream.url,
+            "DATA": str(self.folder),
+            "DRAIN_S": str(_DRAIN_S),
+        }
+        return {**ours, **{PREFIX + name: value for name, value in settings.items()}}
+
+
+@asynccontextmanager
+async def rig(folder: Path, nodes: int, say: Say) -> AsyncGenerator[Rig, None]:
+    """Start everything, one worker a stage, and stop it again. Raises ChildFailed, KafkaChildError, LogError."""
+    async with AsyncExitStack() as running:
+        say(f"starting Kafka with {nodes} node{'s' if nodes > 1 else ''}")
+        cluster = await running.enter_async_context(Cluster(folder / "kafka", Options(nodes=nodes)))
+        upstream = await running.enter_async_context(Upstream(keep=_CALLS))
+        keys = {tenant: f"key-of-{tenant}-{os.urandom(8).hex()}" for tenant in TENANTS}
+        await _furnish(cluster, nodes, keys)
+        started = Rig(folder, cluster, upstream, f"http://{free_address()}", keys)
+        running.push_async_callback(started.stop)
+        say("starting the stages")
+        async with asyncio.TaskGroup() as starting:
+            for stage in STAGES:
+                starting.create_task(started.add(stage))
+        yield started
+
+
+async def _furnish(cluster: Cluster, nodes: int, keys: Mapping[Tenant, str]) -> None:
+    namespace = Namespace()
+    await create_topics(cluster.bootstrap, namespace, Partitions(PARTITIONS, PARTITIONS), replication=nodes)
+    log = await KafkaLog.open(KafkaOptions(cluster.bootstrap))
+    try:
+        tenants = [tenant_configured(tenant, [key], Limits()) for tenant, key in keys.items()]
+        await write_tenants(log, namespace, tenants, by="klatch torture")
+    finally:
+        await log.close()

@@ -1,0 +1,138 @@
+"""One run: start, load and strike, let everything come to rest, read back, judge.
+
+The judge is given what the log holds once all stages have ended, what every client saw, and the model server's own
+record of its calls; nothing that a stage said about itself.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+
+from klatch_agents.testing.upstream import Call
+from klatch_schemas.ids import RequestId
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS
+from klatch_streams.kafka.options import KafkaOptions
+from klatch_streams.kafka_log import KafkaLog
+from klatch_streams.log import Log
+from klatch_workers.torture.asking import Load
+from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Struck
+from klatch_workers.torture.judge import judge
+from klatch_workers.torture.live import LiveLog
+from klatch_workers.torture.load import plan
+from klatch_workers.torture.readback import entries, read_back
+from klatch_workers.torture.report import Report
+from klatch_workers.torture.rig import Rig, Say, rig
+from klatch_workers.torture.schedule import Fault
+from klatch_workers.torture.strike import Striker
+
+_QUIET_S: Final = 120.0
+"""How long everything may take to come to rest after the last client has ended."""
+_LATE_READERS: Final = 100
+_PROGRESS_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a run is to be."""
+
+    seed: int
+    minutes: float
+    faults: Sequence[Fault]
+    nodes: int = 1
+    requests_per_second: float = 8.0
+
+
+async def torture(folder: Path, orders: Orders, say: Say) -> Report:
+    """Run it. Raises what a part raises that does not start."""
+    async with rig(folder, orders.nodes, say) as tortured, _load(tortured) as load:
+        striker = Striker(tortured, say)
+        talks = plan(orders.seed, orders.minutes, orders.requests_per_second)
+        say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
+        telling = asyncio.create_task(_tell(load, say))
+        async with asyncio.TaskGroup() as going:
+            going.create_task(load.run(talks))
+            going.create_task(striker.run(orders.faults))
+        await _rest(load, say)
+        late = await _late_readers(load, orders.seed)
+        telling.cancel()
+        await tortured.stop()
+        say("reading everything back")
+        evidence = await _evidence(load, tortured, striker.struck, late)
+    report = await asyncio.to_thread(judge, evidence)
+    checked = {**report.checked, **{f"client: {what}": number for what, number in load.troubles.items()}}
+    return replace(report, checked=checked)
+
+
+@asynccontextmanager
+async def _load(tortured: Rig) -> AsyncGenerator[Load, None]:
+    log = await KafkaLog.open(KafkaOptions(tortured.cluster.bootstrap))
+    live = LiveLog(log, tortured.namespace)
+    await live.locate()
+    following = asyncio.create_task(live.follow())
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            yield Load(log, live, session, tortured.namespace, tortured.door, tortured.keys)
+    finally:
+        following.cancel()
+        await asyncio.wait([following])
+        await log.close()
+
+
+async def _tell(load: Load, say: Say) -> None:
+    while True:
+        await asyncio.sleep(_PROGRESS_S)
+        say(f"          {len(load.acknowledged)} accepted, {load.waiting} not concluded")
+
+
+async def _rest(load: Load, say: Say) -> None:
+    """Until every accepted request has its end and its bill; what has none by then is the judge's."""
+    say(f"waiting for {load.waiting} requests to be concluded")
+    try:
+        async with asyncio.timeout(_QUIET_S):
+            for request in sorted(load.acknowledged):
+                reader = load.live.reader(request)
+                await reader.until(lambda reader=reader: reader.concluded)  # type: ignore[misc]
+    except TimeoutError:
+        say(f"{load.waiting} requests have not been concluded")
+
+
+async def _late_readers(load: Load, seed: int) -> list[Observation]:
+    """Some streams once more over HTTP, from their beginnings, by readers that come when all is over."""
+    chosen = random.Random(f"late {seed}").sample(sorted(load.acknowledged), min(_LATE_READERS, len(load.acknowledged)))  # noqa: S311
+    readers = [load.reader(load.asked[request], "late http", resumes_only=True) for request in chosen]
+    try:
+        async with asyncio.timeout(_QUIET_S), asyncio.TaskGroup() as reading:
+            for reader in readers:
+                reading.create_task(reader.read())
+    except TimeoutError:
+        pass  # Who was told of no end says so itself.
+    return [reader.observation() for reader in readers]
+
+
+async def _evidence(load: Load, tortured: Rig, struck: Sequence[Struck], late: Sequence[Observation]) -> Evidence:
+    log: Log = load.log
+    live = [load.live.reader(request).observation() for request in sorted(load.acknowledged)]
+    topics = (CHAT_REQUESTS, CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS)
+    requests, admitted, stream, turns, dead = [await read_back(log, tortured.namespace, topic) for topic in topics]
+    return Evidence(
+        asked=load.asked,
+        acknowledged=load.acknowledged,
+        requests=entries(requests),
+        admitted=entries(admitted),
+        stream=entries(stream),
+        turns=entries(turns),
+        dead=[f"{record.partition.topic}/{record.partition.number}/{record.offset}" for record in dead],
+        observations=[*live, *load.http, *late],
+        calls=[_call(call) for call in tortured.upstream.calls],
+        struck=struck,
+    )
+
+
+def _call(call: Call) -> ModelCall:
+    return ModelCall(call.id, RequestId(str(call.body.get("user", ""))), call.started * 1000)
