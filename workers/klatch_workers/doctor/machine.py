@@ -49,13 +49,19 @@ def _python() -> Finding:
 def _extras() -> Iterator[Finding]:
     missing = dict[str, list[str]]()
     for line in requires("klatch") or ():
-        if (match := _REQUIREMENT.match(line)) and match[2] in _EXTRAS and not _installed(match[1]):
-            missing.setdefault(match[2], []).append(match[1])
+        if (found := extra_of(line)) and found[1] in _EXTRAS and not _installed(found[0]):
+            missing.setdefault(found[1], []).append(found[0])
     for extra, packages in missing.items():
         lacks = f"the extra {extra} lacks {', '.join(packages)}: {_EXTRAS[extra]}"
         yield Finding("packages", "warning", lacks, f"pip install 'klatch[{extra}]'")
     if not missing:
         yield Finding("packages", "ok", "every extra that `klatch up` needs is installed")
+
+
+def extra_of(requirement: str) -> tuple[str, str] | None:
+    """Package and extra of a `Requires-Dist` line; None for what the bare install has."""
+    match = _REQUIREMENT.match(requirement)
+    return (match[1], match[2]) if match else None
 
 
 def _installed(package: str) -> bool:

@@ -1,0 +1,253 @@
+"""What `klatch tail` follows, and how it shows it."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from klatch_schemas import codec
+from klatch_schemas.events import Event, Status, StreamAttempt, StreamCancel, StreamEnd, StreamRetract, Usage
+from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
+from klatch_schemas.records import Draft, Record
+from klatch_schemas.topics import CHAT_STREAM, Namespace
+from klatch_streams.memory_log import MemoryLog
+from klatch_workers.cli.tail import Wanted, follow, tail
+from klatch_workers.cli.tail_view import JsonView, RawView, Said, TextView, View
+
+TOPIC = CHAT_STREAM.name
+
+
+class Town:
+    """A log with streams in it."""
+
+    def __init__(self) -> None:
+        self.now_ms = 1_000
+        self.log = MemoryLog({TOPIC: 4}, now_ms=lambda: self.now_ms)
+        self._seq = dict[str, int]()
+
+    async def event(self, conversation: str, event: Event) -> None:
+        await self.log.append([codec.draft(TOPIC, conversation, event)])
+
+    async def open(self, request: str, attempt: int = 1, conversation: str = "c") -> None:
+        self._seq[request] = 0
+        names = {"request": request, "conversation": conversation, "tenant": "acme"}
+        opened = StreamAttempt.model_validate({**names, "attempt": attempt, "writer": f"w{attempt}"})
+        await self.event(conversation, opened)
+
+    async def say(self, request: str, text: str, attempt: int = 1, conversation: str = "c") -> None:
+        chunk = codec.dumps({"choices": [{"index": 0, "delta": {"content": text}}]})
+        prefix = codec.delta_prefix(request, attempt, f"w{attempt}")
+        value = codec.encode_delta(prefix, self._seq[request], chunk)
+        await self.log.append([codec.delta_draft(TOPIC, conversation.encode(), None, value)])
+        self._seq[request] += 1
+
+    def restart(self, request: str) -> None:
+        """The next delta has number 0 again."""
+        self._seq[request] = 0
+
+    async def end(self, request: str, status: Status = "completed", attempt: int = 1, conversation: str = "c") -> None:
+        end = StreamEnd(
+            request=RequestId(request),
+            tenant=Tenant("acme"),
+            conversation=Conversation(conversation),
+            attempt=attempt,
+            writer=Writer(f"w{attempt}"),
+            seq=self._seq.get(request, 0),
+            status=status,
+            usage=Usage(completion_tokens=2),
+        )
+        await self.event(conversation, end)
+
+    async def cancel(self, request: str, conversation: str = "c") -> None:
+        names: dict[str, Any] = {"request": request, "tenant": "acme", "conversation": conversation}
+        await self.event(conversation, StreamCancel.model_validate({**names, "by": "me"}))
+
+    async def shown(self, wanted: Wanted, view: View | None = None) -> None:
+        """Follow from the beginning until the wanted request has ended."""
+        async with asyncio.timeout(20):
+            await follow(self.log, Namespace(), wanted, "beginning", view or TextView())
+
+
+@pytest.fixture
+def town() -> Town:
+    return Town()
+
+
+async def test_the_text_of_a_request_stands_under_its_id_until_its_end(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.open("r1")
+    for word in ("Hello ", "world"):
+        await town.say("r1", word)
+    await town.end("r1")
+    await town.shown(Wanted(request="r1"))
+    assert capsys.readouterr().out == "── r1  c\nHello world\n── completed, 2 tokens\n"
+
+
+async def test_a_restart_and_a_retraction_are_said_where_they_happen(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.open("r1")
+    await town.say("r1", "void")
+    await town.open("r1", attempt=2)
+    await town.say("r1", "late", attempt=1)
+    town.restart("r1")
+    await town.say("r1", "stands", attempt=2)
+    retract = StreamRetract(request=RequestId("r1"), tenant=Tenant("acme"), conversation=Conversation("c"), from_seq=0)
+    await town.event("c", retract)
+    await town.end("r1", attempt=2)
+    await town.shown(Wanted(request="r1"))
+    out = capsys.readouterr().out
+    assert "void\n── attempt 2: what was said before is void\nstands\n── taken back from delta 0 on\n" in out
+    assert "late" not in out
+
+
+async def test_two_replies_at_once_are_shown_one_after_the_other(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for request in ("r1", "r2"):
+        await town.open(request)
+    for one, other in (("a", "1"), ("b", "2"), ("c", "3")):
+        await town.say("r1", one)
+        await town.say("r2", other)
+    await town.end("r1")
+    await town.end("r2")
+    await _all(town, TextView())
+    assert capsys.readouterr().out == ("── r1  c\nabc\n── completed, 2 tokens\n── r2  c\n123\n── completed, 2 tokens\n")
+
+
+async def test_a_reply_that_pauses_gives_way(town: Town, capsys: pytest.CaptureFixture[str]) -> None:
+    for request in ("r1", "r2"):
+        await town.open(request)
+    await town.say("r1", "thinking…")
+    town.now_ms += 1_500
+    await town.say("r2", "quick")
+    await town.end("r2")
+    await town.say("r1", " done")
+    await town.end("r1")
+    await _all(town, TextView())
+    assert capsys.readouterr().out == (
+        "── r1  c\nthinking…\n── r2  c\nquick\n── completed, 2 tokens\n"
+        "── r1  c  (goes on)\n done\n── completed, 2 tokens\n"
+    )
+
+
+async def test_the_end_after_a_cancel_is_not_a_stream_of_its_own(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.open("r1")
+    await town.say("r1", "half")
+    await town.cancel("r1")
+    await town.end("r1", "cancelled")
+    await _all(town, TextView())
+    assert capsys.readouterr().out == "── r1  c\nhalf\n── cancelled\n"
+
+
+async def test_of_a_stream_that_began_earlier_nothing_is_said_to_stand(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.open("r1")
+    await town.say("r1", "before")
+    view = TextView()
+    for record in town.log.records(TOPIC)[1:]:
+        said = codec.decode(record.value)
+        assert isinstance(said, codec.Delta)
+        view.show(record, said)
+    assert capsys.readouterr().out == ""
+
+
+async def test_only_one_conversation_is_shown(town: Town, capsys: pytest.CaptureFixture[str]) -> None:
+    for request, conversation in (("r1", "c"), ("r2", "d")):
+        await town.open(request, conversation=conversation)
+        await town.say(request, f"in {conversation}", conversation=conversation)
+        await town.end(request, conversation=conversation)
+    await _all(town, TextView(), Wanted(conversation="d"))
+    assert capsys.readouterr().out == "── r2  d\nin d\n── completed, 2 tokens\n"
+
+
+async def test_json_is_one_object_a_record_with_its_place(town: Town, capsys: pytest.CaptureFixture[str]) -> None:
+    await town.open("r1")
+    await town.say("r1", "hi")
+    await town.end("r1")
+    await town.shown(Wanted(request="r1"), JsonView())
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["kind"] for line in lines] == ["stream.attempt.v1", "stream.delta.v1", "stream.end.v1"]
+    assert [line["offset"] for line in lines] == [0, 1, 2]
+    assert lines[1]["chunk"] == {"choices": [{"index": 0, "delta": {"content": "hi"}}]}
+    assert lines[2]["status"] == "completed"
+
+
+async def test_raw_is_what_stands_in_the_log_whatever_it_is(town: Town, capsysbinary: Any) -> None:
+    await town.log.append([Draft(TOPIC, b"c", b"no json")])
+    await town.open("r1")
+    await _all(town, RawView())
+    out: bytes = capsysbinary.readouterr().out
+    assert out.splitlines() == [record.value for record in town.log.records(TOPIC)[:2]]
+
+
+async def test_a_record_that_cannot_be_read_is_named_and_the_rest_goes_on(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.log.append([Draft(TOPIC, b"c", b"no json")])
+    await town.open("r1")
+    await town.say("r1", "hi")
+    await town.end("r1")
+    await _all(town, TextView())
+    heard = capsys.readouterr()
+    assert "cannot be read: the value is not JSON" in heard.err
+    assert "hi" in heard.out
+
+
+async def test_retention_that_overtakes_the_reader_is_survived(town: Town, capsys: pytest.CaptureFixture[str]) -> None:
+    class Overtaken(MemoryLog):
+        async def tail(self) -> Any:
+            # Between the question where the log begins and the first read, retention takes what was there.
+            self.truncate_before(town.log.records(TOPIC)[0].partition, 2)
+            return await super().tail()
+
+    town.log = Overtaken({TOPIC: 4})
+    await town.open("r1")
+    await town.say("r1", "hi")
+    await town.open("r2")
+    await town.say("r2", "later")
+    await town.end("r2")
+    await town.shown(Wanted(request="r2"))
+    assert "later" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["yesterday", "10m", "-10", "-1y"])
+def test_a_place_that_is_none_is_refused_with_those_there_are(place: str) -> None:
+    said = CliRunner().invoke(tail, ["--from", place])
+    assert said.exit_code == 2
+    assert "beginning, end" in said.output
+
+
+class _Until:
+    """A view up to a marker, which is not shown."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.reached = asyncio.Event()
+
+    def show(self, record: Record, said: Said) -> None:
+        if said.request == "marker":
+            self.reached.set()
+        else:
+            self._view.show(record, said)
+
+    def unreadable(self, record: Record, reason: str) -> None:
+        self._view.unreadable(record, reason)
+
+
+async def _all(town: Town, view: View, wanted: Wanted | None = None) -> None:
+    """Show all there is in a conversation."""
+    wanted = wanted or Wanted()
+    until = _Until(view)
+    await town.cancel("marker", wanted.conversation or "c")
+    following = asyncio.create_task(follow(town.log, Namespace(), wanted, "beginning", until))
+    async with asyncio.timeout(20):
+        await until.reached.wait()
+    following.cancel()
+    await asyncio.wait([following])
