@@ -218,15 +218,16 @@ class GenerationOwner:
     async def _bring_to_its_end(self, admitted: ChatAdmitted, record: Record) -> None:
         request = admitted.request
         traceparent = record.header(codec.TRACEPARENT)
+        tracked = self._means.table.take(request.tenant, request.request)
         under_way = RequestUnderWay(
             means=self._means,
             admitted=admitted,
             cause=Cause(record.partition, record.offset, 0),
             traceparent=traceparent.decode() if traceparent else None,
-            tracked=self._means.table.take(request.tenant, request.request),
+            tracked=tracked,
         )
         await under_way.run()
-        self._means.table.forget(request.tenant, request.request)
+        self._means.table.conclude(tracked, record.offset)
 
     async def _before_commit(self, low_water: int) -> None:
         table, conversations = self._means.table, self._means.conversations
@@ -239,7 +240,7 @@ class GenerationOwner:
             _, source, last = self._causes.popleft()
             self._durably_seen[source] = last
         await self._bury(table)
-        position = _Position(*table.floors(), self._durably_seen)
+        position = _Position(*table.floors(low_water), self._durably_seen)
         changed, conversations.changed = conversations.changed, set()
         heads = [_head(key, conversations.heads[key]) for key in sorted(changed)]
         await self._snapshots.write([(_POSITION, low_water, position.parts()), *heads])

@@ -76,6 +76,8 @@ class Table:
         self.unreadable: list[tuple[Record, str]] = []
         """Records that no reader can use: for the dead letters, at the next checkpoint."""
         self._concluded: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._uncommitted: dict[int, tuple[int, int]] = {}
+        """Floors of concluded requests, by their offset on chat.admitted: after a crash they are met again."""
         self._passed: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
 
@@ -159,8 +161,14 @@ class Table:
             tracked.verdict_floor = self.verdict_position
         return tracked
 
+    def conclude(self, tracked: Tracked, admitted_at: int) -> None:
+        """The request is concluded; a successor needs its records until `admitted_at` is committed."""
+        if tracked.stream_floor is not None and tracked.verdict_floor is not None:
+            self._uncommitted[admitted_at] = (tracked.stream_floor, tracked.verdict_floor)
+        self.forget(tracked.tenant, tracked.request)
+
     def forget(self, tenant: str, request: str) -> None:
-        """The request is concluded, or was refused: nothing of it is needed any more."""
+        """Nothing of the request is needed any more, by a successor either."""
         if tracked := self._tracked.pop((tenant, request), None):
             self._by_writer.pop(tracked.assembly.state.writer, None)
         self._concluded[tenant, request] = None
@@ -176,17 +184,17 @@ class Table:
 
     # --- asked by checkpoints
 
-    def floors(self) -> tuple[int, int]:
-        """The first offsets of chat.stream and trust.verdicts that a successor needs."""
-        stream = min(
-            (t.stream_floor for t in self._tracked.values() if t.stream_floor is not None),
-            default=self.stream_position,
+    def floors(self, low_water: int) -> tuple[int, int]:
+        """The first offsets of chat.stream and trust.verdicts that a successor from `low_water` on needs."""
+        for offset in [offset for offset in self._uncommitted if offset < low_water]:
+            del self._uncommitted[offset]
+        tracked, concluded = self._tracked.values(), self._uncommitted.values()
+        streams = [t.stream_floor for t in tracked if t.stream_floor is not None]
+        verdicts = [t.verdict_floor for t in tracked if t.verdict_floor is not None]
+        return (
+            min([self.stream_position, *streams, *(stream for stream, _ in concluded)]),
+            min([self.verdict_position, *verdicts, *(verdict for _, verdict in concluded)]),
         )
-        verdict = min(
-            (t.verdict_floor for t in self._tracked.values() if t.verdict_floor is not None),
-            default=self.verdict_position,
-        )
-        return min(stream, self.stream_position), min(verdict, self.verdict_position)
 
     def forget_concluded(self) -> None:
         """Drop what an earlier owner concluded: once all it may have left open was taken."""
