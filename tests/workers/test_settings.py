@@ -11,22 +11,18 @@ def test_a_misspelt_setting_is_an_error_that_names_the_nearest() -> None:
         read_settings({"KLATCH_MODLE_URL": "http://127.0.0.1/v1"})
 
 
-def test_options_go_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KLATCH_KAFKA", "one:9092")
-    monkeypatch.setenv("KLATCH_NAMESPACE", "test")
-    settings = read_settings(kafka="two:9092", namespace=None)
+def test_options_go_over_the_environment() -> None:
+    settings = read_settings({"KLATCH_KAFKA": "one:9092", "KLATCH_NAMESPACE": "test"}, kafka="two:9092", namespace=None)
     assert (settings.kafka, settings.namespace) == ("two:9092", "test")
 
 
-def test_a_value_of_the_wrong_form_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KLATCH_MAX_IN_FLIGHT", "many")
+def test_a_value_of_the_wrong_form_is_an_error_that_names_the_setting() -> None:
     with pytest.raises(ValidationError, match="max_in_flight"):
-        read_settings()
+        read_settings({"KLATCH_MAX_IN_FLIGHT": "many"})
 
 
-def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KLATCH_MODEL_KEY", "sk-very-secret")
-    assert "very-secret" not in repr(read_settings())
+def test_secrets_are_not_shown() -> None:
+    assert "very-secret" not in repr(read_settings({"KLATCH_MODEL_KEY": "sk-very-secret"}))
 
 
 @pytest.mark.parametrize(

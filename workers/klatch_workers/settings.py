@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
 PREFIX = "KLATCH_"
 
@@ -37,10 +36,10 @@ class UnknownSetting(ValueError):
     """A `KLATCH_` variable that no setting has."""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """What a process of klatch can be told. `KLATCH_MODEL_URL` sets `model_url`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     kafka: str = "127.0.0.1:9092"
     """Bootstrap servers of the Kafka cluster, `host:port[,host:port…]`."""
@@ -48,7 +47,7 @@ class Settings(BaseSettings):
     """Prefix of all topics and groups: `test` makes `test.chat.requests`."""
     http: Listen = "127.0.0.1:8080"
     """Where the HTTP door listens."""
-    data: Path = Path("~/.local/share/klatch").expanduser()
+    data: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/.local/share/klatch").expanduser()
     """Klatch's data folder: the embedded Kafka's log, the vector index, generated keys."""
     cache: Path | None = None
     """Where downloaded jars are kept; None: the platform's cache folder."""
@@ -101,11 +100,17 @@ class Settings(BaseSettings):
 
 
 def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -> Settings:
-    """The settings of this process; options that are None are left to the environment. Raises UnknownSetting."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(environment):
-        if name.startswith(PREFIX) and name.upper() not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UnknownSetting(f"{name} is not a setting of klatch{hint}")
-    return Settings(**{name: value for name, value in options.items() if value is not None})
+    """The settings of this process; options that are None are left to the environment.
+
+    Raises UnknownSetting, and pydantic's ValidationError for a value of the wrong form.
+    """
+    known = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    told: dict[str, Any] = {}
+    for variable in sorted(environment):
+        if variable.startswith(PREFIX):
+            if variable not in known:
+                near = difflib.get_close_matches(variable, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UnknownSetting(f"{variable} is not a setting of klatch{hint}")
+            told[known[variable]] = environment[variable]
+    return Settings(**told | {name: value for name, value in options.items() if value is not None})
