@@ -85,9 +85,12 @@ class RequestUnderWay:
     attempt: Attempt | None = None
     first_token_ms: int | None = None
     spoke: bool = False
+    given_up: int = 0
+    """Attempts up to this one are nobody's any more: their owner is succeeded, or said nothing for too long."""
 
     async def run(self) -> None:
         """Bring the request to its end and conclude it. Raises LogError."""
+        self.given_up = self.tracked.assembly.state.attempt
         policy = lifecycle(self.tracked.assembly.state)
         command: Command = next(policy)
         while True:
@@ -158,6 +161,10 @@ class RequestUnderWay:
         log.info("attempt.opened", request=request.request, attempt=number)
         return self.attempt if self._in_force() else None
 
+    def _is_anothers(self) -> bool:
+        state = self.tracked.assembly.state
+        return state.status is None and state.attempt > 0 and not self._in_force()
+
     def _in_force(self) -> bool:
         return self.attempt is not None and self.tracked.assembly.state.writer == self.attempt.opening.writer
 
@@ -207,6 +214,7 @@ class RequestUnderWay:
                     await tracked.until(lambda: tracked.assembly.state.status is not None)
             except TimeoutError:
                 if tracked.records == heard:
+                    self.given_up = tracked.assembly.state.attempt
                     return Stalled()
         return Ended() if tracked.assembly.state.settled else Interrupted("cancelled")
 
@@ -216,9 +224,9 @@ class RequestUnderWay:
         means, request = self.means, self.admitted.request
         if self.attempt:
             await means.table.passed(await self.attempt.opened.durable())
-        state = self.tracked.assembly.state
-        if state.status is None and state.attempt and not self._in_force():
+        if self._is_anothers() and (self.tracked.assembly.state.attempt > self.given_up or not await self._open()):
             return Interrupted("superseded")
+        state = self.tracked.assembly.state
         finished = self.attempt.finished if self.attempt else None
         end = StreamEnd(
             request=request.request,
