@@ -1,13 +1,13 @@
 """Self-clocked batches: many small records become few appends, without a timer a record.
 
-Records are collected per partition. A batch leaves when the one before it is acknowledged and at least `interval_s`
-has passed since that one left; an urgent record (a reply's first delta, an end) does not wait for the interval. The
-cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so they are spent on purpose.
+Records are collected per partition. A batch leaves when the one before it is acknowledged and the next beat has come
+(every `interval_s`, the same for all partitions), or at once after a pause; an urgent record (a reply's first delta, an
+end) does not wait for the beat. The cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so
+they are spent on purpose.
 """
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from klatch_schemas.records import Draft, Partition
@@ -101,12 +101,15 @@ class _Lane:
             self._task = None
 
     async def _interval(self) -> None:
-        wait = self._left_at + self._interval_s - asyncio.get_running_loop().time()
-        if wait > 0 and not self._urgent.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), wait)
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._left_at + self._interval_s and not self._urgent.is_set():
+            # All lanes leave at the same beats: then one request carries what they have, and one fetch brings it.
+            beat = (loop.time() // self._interval_s + 1) * self._interval_s
+            timer = loop.call_at(beat, self._urgent.set)
+            await self._urgent.wait()
+            timer.cancel()
         self._urgent.clear()
-        self._left_at = asyncio.get_running_loop().time()
+        self._left_at = loop.time()
 
     async def _leave(self, batch: _Batch) -> None:
         try:

@@ -20,6 +20,8 @@ from klatch_streams.log import LogError, OffsetGone, UnknownTopic
 # Connections to one node, opened when needed: so many partitions may be followed one by one within `fetch_wait_ms`
 # on an idle node without waiting.
 _LANES = 16
+# So many fetches in a row go without a rest: a request and the first tokens of its reply are not held up.
+_BURST = 4
 _BACKOFF_S = 0.1
 _UNKNOWN_S = 1.0
 
@@ -99,6 +101,7 @@ class Fetcher:
         self._asking = set[asyncio.Task[None]]()
         self._looking: asyncio.Task[None] | None = None
         self._rest_until = 0.0
+        self._owed_until = 0.0
         self._waited = 0.0
         self._bell = Bell()
         self._loop = asyncio.get_running_loop()
@@ -234,6 +237,7 @@ class Fetcher:
             return
         error = task.exception()
         if error is None:
+            self._rest(task.result())
             for fetched in task.result():
                 cursor = poll.cursors[fetched.partition]
                 if self._cursors.get(fetched.partition) is cursor and poll.covers(cursor) and not cursor.ready:
@@ -247,11 +251,20 @@ class Fetcher:
                 cursor.error = broken
         self._bell.ring()
 
+    def _rest(self, answer: list[Fetched]) -> None:
+        """Under load, let more arrive before the next poll; what comes now and then is fetched at once.
+
+        A fetch that brings something owes a pause; pauses are taken only for what is owed beyond `_BURST` of them.
+        """
+        if any(fetched.records for fetched in answer):
+            now = self._loop.time()
+            self._owed_until = max(now, self._owed_until) + self._pause_s
+            self._rest_until = self._owed_until - _BURST * self._pause_s
+
     def _heard(self, cursor: Cursor, fetched: Fetched) -> None:
         if fetched.error is None:
             if fetched.records:
                 cursor.ready = fetched.records
-                self._rest_until = self._loop.time() + self._pause_s
             elif fetched.end <= cursor.offset:
                 cursor.heard = self._waited
         elif wires.out_of_range(fetched.error):

@@ -35,8 +35,8 @@ class KafkaOptions:
 
     fetch_wait_ms: int = 250
     """How long an idle poll stays with the broker: the cost of an idle reader is four requests a second."""
-    pause_ms: int = 0
-    """How long a reader rests after a fetch that brought something: fewer, larger fetches under load."""
+    pause_ms: int = 5
+    """How long a reader rests after a fetch that brought something, under load: fewer, larger fetches."""
     read_limit: int = 500
     """The most records one `read` gives."""
 

@@ -90,22 +90,35 @@ class Producer:
                 async with self._place_order:
                     for topic in topics:
                         await self._wire.partitions(topic)
-                    return [self._placed(draft) for draft in drafts]
+                    return self._placed(drafts)
             finally:
                 self._placing -= 1
-        return [self._placed(draft) for draft in drafts]
+        return self._placed(drafts)
 
-    def _placed(self, draft: Draft) -> tuple[Partition, int]:
-        topic, key, value, headers, number = draft
+    def _placed(self, drafts: Sequence[Draft]) -> list[tuple[Partition, int]]:
+        # Most calls are many small records for one partition: what is the same for all is looked up once.
+        places, known = list[tuple[Partition, int]](), dict[tuple[str, int], Partition]()
+        limit = self._options.max_record_bytes
+        for topic, key, value, headers, asked in drafts:
+            number = self._number(topic, key) if asked is None else asked
+            partition = known.get((topic, number))
+            if partition is None:
+                partition = known[topic, number] = self._partition(topic, number)
+            size = _size_of(key, value, _listed(headers))
+            if size > limit:
+                raise RecordTooLarge(topic, size, limit)
+            places.append((partition, size))
+        return places
+
+    def _number(self, topic: str, key: bytes | None) -> int:
         partitions = self._wire.count(topic) or 0
-        if number is None:
-            number = next(self._keyless) % partitions if key is None else partition_of(key, partitions)
-        elif not 0 <= number < partitions:
+        return next(self._keyless) % partitions if key is None else partition_of(key, partitions)
+
+    def _partition(self, topic: str, number: int) -> Partition:
+        partitions = self._wire.count(topic) or 0
+        if not 0 <= number < partitions:
             raise UnknownTopic(f"topic {topic} has no partition {number}; it has {partitions}")
-        size = _size_of(key, value, _listed(headers))
-        if size > self._options.max_record_bytes:
-            raise RecordTooLarge(topic, size, self._options.max_record_bytes)
-        return Partition(topic, number), size
+        return Partition(topic, number)
 
     def _enqueue(
         self, partition: Partition, drafts: Sequence[Draft], places: Sequence[tuple[Partition, int]], at: list[int]
