@@ -53,8 +53,8 @@ class Sampler:
 
 
 def _name(code: CodeType) -> str:
-    folder, file = Path(code.co_filename).parts[-2:]
-    return f"{folder}/{file}:{code.co_qualname}"
+    # Two parts tell modules apart; what was frozen into the interpreter has no path.
+    return f"{Path(*Path(code.co_filename).parts[-2:])}:{code.co_qualname}"
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def _run(work: Coroutine[None, None, T]) -> T:
     try:
         return asyncio.run(work)
     except (ChildFailed, KafkaChildError, LogError, ReplyFailed, OSError, TimeoutError) as error:
-        click.echo(f"klatch bench: {error or type(error).__name__}", err=True)
+        click.echo(f"klatch bench: {str(error) or type(error).__name__}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
