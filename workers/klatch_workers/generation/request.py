@@ -68,8 +68,8 @@ class Means:
     batches: Batches
     gateway: Gateway
     preparer: Preparer
-    worker: str
-    """Unique to the process: writers are named after it."""
+    owner: str
+    """Unique to this owner of the partition: writers are named after it."""
 
 
 @dataclass(slots=True)
@@ -149,7 +149,7 @@ class RequestUnderWay:
             tenant=request.tenant,
             conversation=request.conversation,
             attempt=number,
-            writer=Writer(f"{means.worker}.{self.cause.partition.number}.{self.cause.offset}.{number}"),
+            writer=Writer(f"{means.owner}.{self.cause.partition.number}.{self.cause.offset}.{number}"),
             mode="restart",
         )
         draft = self._draft(_OPENING + 2 * number, CHAT_STREAM, request.conversation, opening)
@@ -233,7 +233,7 @@ class RequestUnderWay:
             tenant=request.tenant,
             conversation=request.conversation,
             attempt=state.attempt,
-            writer=Writer(state.writer or means.worker),
+            writer=Writer(state.writer or means.owner),
             seq=self.attempt.seq if self.attempt and self._in_force() else state.next_seq,
             status=command.status,
             finish_reason=finished.finish_reasons.get(0) if finished else None,

@@ -62,7 +62,6 @@ class GenerationStage:
         self.log, self.namespace = log, namespace
         self.gateway, self.preparer = gateway, preparer
         self.max_in_flight = max_in_flight
-        self.worker = uuid4().hex[:12]
         self.follower = Follower(log)
         self.batches = Batches(log)
         self._turns = TurnReader(log)
@@ -84,7 +83,8 @@ class GenerationStage:
             batches=self.batches,
             gateway=self.gateway,
             preparer=self.preparer,
-            worker=self.worker,
+            # Not the process's: what it wrote when it owned the partition before may still be on its way.
+            owner=uuid4().hex[:12],
         )
         _, end = await self.log.bounds(partition)
         stream, verdicts = self._beside(CHAT_STREAM, number), self._beside(TRUST_VERDICTS, number)
