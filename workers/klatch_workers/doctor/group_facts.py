@@ -44,8 +44,13 @@ async def cluster_admin(options: KafkaOptions) -> AsyncGenerator[AIOKafkaAdminCl
 
 async def groups(admin: AIOKafkaAdminClient, names: Sequence[str]) -> list[Group]:
     """The groups called so; one that does not exist has no members and has committed nothing."""
+    # Asking for the coordinator of a group that is none would have Kafka make its topic of offsets.
+    there = {listed[0] for listed in await admin.list_consumer_groups()}
     found = list[Group]()
     for name in names:
+        if name not in there:
+            found.append(Group(name, 0, {}))
+            continue
         response: Any = (await admin.describe_consumer_groups([name]))[0]
         # error, group, state, protocol type, protocol, members, …
         members = response.groups[0][5]
