@@ -24,7 +24,7 @@ import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
@@ -179,11 +179,15 @@ class Stack:
     namespace: Namespace
     keys: dict[str, str]
     """API keys by tenant."""
+    connections: DefaultAsyncHttpxClient
+    """Of the stock clients."""
 
     # --- asking
 
     def openai(self, tenant: str = "acme") -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.http}/v1", api_key=self.keys[tenant], max_retries=0)
+        return AsyncOpenAI(
+            base_url=f"{self.http}/v1", api_key=self.keys[tenant], max_retries=0, http_client=self.connections
+        )
 
     def session(self, tenant: str = "acme") -> aiohttp.ClientSession:
         return aiohttp.ClientSession(self.http, headers={"authorization": f"Bearer {self.keys[tenant]}"})
@@ -256,16 +260,30 @@ class Stack:
 
     async def story(self, request: str) -> "Story":
         """All that the log tells of a request, once its usage is settled."""
-        await self.until(CHAT_REQUESTS, lambda event: isinstance(event, UsageSettled) and event.request == request)
-        return await self._story(request)
+        [story] = await self.stories([request])
+        return story
+
+    async def stories(self, requests: Collection[str]) -> list["Story"]:
+        """All that the log tells of requests, once the usage of all is settled."""
+        left = set(requests)
+
+        def settled(event: Event | Delta) -> bool:
+            if isinstance(event, UsageSettled):
+                left.discard(event.request)
+            return not left
+
+        await self.until(CHAT_REQUESTS, settled)
+        return await self._stories(requests)
 
     async def story_of_end(self, request: str) -> "Story":
         """The same once its stream has ended: a refused request settles nothing."""
         await self.until(CHAT_STREAM, lambda event: isinstance(event, StreamEnd) and event.request == request)
-        return await self._story(request)
+        [story] = await self._stories([request])
+        return story
 
-    async def _story(self, request: str) -> "Story":
-        return Story(request, *[_of(request, await self.records(topic)) for topic in _TOLD])
+    async def _stories(self, requests: Collection[str]) -> list["Story"]:
+        told = [await self.records(topic) for topic in _TOLD]
+        return [Story(request, *[_of(request, records) for records in told]) for request in requests]
 
 
 _TOLD = (CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS)
@@ -323,8 +341,10 @@ async def opened(up: Up, upstream: Upstream, keys: Mapping[str, str] = KEYS) -> 
     facts = await up.ready()
     log = await KafkaLog.open(KafkaOptions(facts["bootstrap"]))
     known = {**keys, facts["tenant"]: facts["api_key"]}
+    namespace = Namespace.named(facts["namespace"])
     try:
-        yield Stack(up, upstream, facts["http"], facts["bootstrap"], log, Namespace.named(facts["namespace"]), known)
+        async with DefaultAsyncHttpxClient(timeout=60) as connections:
+            yield Stack(up, upstream, facts["http"], facts["bootstrap"], log, namespace, known, connections)
     finally:
         await log.close()
 
