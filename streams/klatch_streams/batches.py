@@ -29,13 +29,13 @@ class Batches:
         """Put a record in line; raises what made an earlier append to its partition fail."""
         assert draft.partition is not None  # noqa: S101 - a caller's mistake, seen in the first test
         lane = self._lanes.get(draft.partition)
-        if lane is None or lane.finished:
+        if lane is None:
             lane = self._lanes[draft.partition] = _Lane(self._log, self._interval_s, self._most)
         return lane.write(draft, urgent)
 
     async def close(self) -> None:
         """Append what is in line, then stop."""
-        await asyncio.gather(*(lane.drain() for lane in self._lanes.values()), return_exceptions=True)
+        await asyncio.gather(*(lane.drain() for lane in self._lanes.values()))
 
 
 class Written(NamedTuple):
@@ -52,10 +52,11 @@ class Written(NamedTuple):
 class _Batch:
     """Records that leave together."""
 
-    __slots__ = ("done", "drafts")
+    __slots__ = ("done", "drafts", "urgent")
 
     def __init__(self) -> None:
         self.drafts: list[Draft] = []
+        self.urgent = False
         self.done: asyncio.Future[Sequence[Place]] = asyncio.get_running_loop().create_future()
 
 
@@ -65,14 +66,11 @@ class _Lane:
     def __init__(self, log: Log, interval_s: float, most: int) -> None:
         self._log, self._interval_s, self._most = log, interval_s, most
         self._waiting: list[_Batch] = []
-        self._urgent = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._closing = False
         self._left_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self._failure is None and self._task is None and not self._waiting
 
     def write(self, draft: Draft, urgent: bool) -> Written:
         if self._failure:
@@ -81,14 +79,17 @@ class _Lane:
             self._waiting.append(_Batch())
         batch = self._waiting[-1]
         batch.drafts.append(draft)
+        if urgent:
+            batch.urgent = True
         if urgent or len(self._waiting) > 1:
-            self._urgent.set()
+            self._hurry.set()
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="batches")
         return Written(batch, len(batch.drafts) - 1)
 
     async def drain(self) -> None:
-        self._urgent.set()
+        self._closing = True
+        self._hurry.set()
         if self._task:
             await self._task
 
@@ -102,22 +103,23 @@ class _Lane:
 
     async def _interval(self) -> None:
         loop = asyncio.get_running_loop()
-        if loop.time() < self._left_at + self._interval_s and not self._urgent.is_set():
+        if loop.time() < self._left_at + self._interval_s and not self._in_a_hurry():
             # All lanes leave at the same beats: then one request carries what they have, and one fetch brings it.
             beat = (loop.time() // self._interval_s + 1) * self._interval_s
-            timer = loop.call_at(beat, self._urgent.set)
-            await self._urgent.wait()
+            self._hurry.clear()
+            timer = loop.call_at(beat, self._hurry.set)
+            await self._hurry.wait()
             timer.cancel()
-        self._urgent.clear()
         self._left_at = loop.time()
+
+    def _in_a_hurry(self) -> bool:
+        return self._closing or self._waiting[0].urgent or len(self._waiting) > 1
 
     async def _leave(self, batch: _Batch) -> None:
         try:
-            places = await self._log.append(batch.drafts)
-        except Exception as error:
+            batch.done.set_result(await self._log.append(batch.drafts))
+        except Exception as error:  # noqa: BLE001 - whatever it is, every writer is told
             self._fail(batch, error)
-            raise
-        batch.done.set_result(places)
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
         # Whoever wrote to this partition may no longer write: what stands in the log is unknown until read back.
