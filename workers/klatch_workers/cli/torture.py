@@ -79,7 +79,12 @@ def _run(folder: Path, orders: "Orders") -> "Report":
     try:
         return asyncio.run(run(folder, orders, _say))
     except* (KafkaChildError, ChildFailed) as errors:
-        raise click.ClickException(f"{errors.exceptions[0]}\n(see {folder})") from errors
+        raise click.ClickException(f"{_first(errors)}\n(see {folder})") from errors
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:

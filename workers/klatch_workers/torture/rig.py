@@ -61,14 +61,15 @@ class Rig:
             log_file=self.folder / f"{name}.log",
             patience_s=_START_S,
         )
-        self.pools[stage].append(child)
         await child.start()
+        self.pools[stage].append(child)
         return child
 
     async def retire(self, stage: str, child: Child) -> None:
-        """Stop one worker in good order."""
-        self.pools[stage].remove(child)
-        await child.stop(_DRAIN_S + 7.0)
+        """Stop one worker in good order, if it still works."""
+        if child in self.pools[stage]:
+            self.pools[stage].remove(child)
+            await child.stop(_DRAIN_S + 7.0)
 
     async def stop(self) -> None:
         """Stop all workers: the door first, so that its clients are told."""

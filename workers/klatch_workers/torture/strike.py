@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from klatch_workers.torture.evidence import Struck
-from klatch_workers.torture.rig import Rig, Say
+from klatch_workers.torture.rig import STAGES, Rig, Say
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.up.children import Child
 
@@ -32,6 +32,8 @@ class Striker:
     _stopped: set[str] = field(default_factory=set[str])
     _wanted: dict[str, int] = field(default_factory=dict[str, int])
     _broker: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _changing: dict[str, asyncio.Lock] = field(default_factory=lambda: {stage: asyncio.Lock() for stage in STAGES})
+    """Processes of a stage come and go one change at a time."""
 
     async def run(self, faults: Sequence[Fault]) -> None:
         """Strike each at its time; returns when all are over. Raises ChildFailed, KafkaChildError."""
@@ -55,8 +57,9 @@ class Striker:
             case "broker":
                 return await self._kill_broker(fault)
             case "scale":
-                self._wanted[fault.target] = fault.count
-                await self._resize(fault.target)
+                async with self._changing[fault.target]:
+                    self._wanted[fault.target] = fault.count
+                    await self._resize(fault.target)
                 return True
             case "kill" | "stop" | "roll":
                 child = self._chosen(fault)
@@ -74,8 +77,9 @@ class Striker:
             os.kill(child.pid, signal.SIGKILL)
 
     async def _roll(self, fault: Fault, child: Child) -> None:
-        await self.rig.retire(fault.target, child)
-        await self._resize(fault.target)
+        async with self._changing[fault.target]:
+            await self.rig.retire(fault.target, child)
+            await self._resize(fault.target)
 
     async def _stop(self, fault: Fault, child: Child) -> None:
         zombie = child.pid
@@ -83,17 +87,19 @@ class Striker:
         os.kill(zombie, signal.SIGSTOP)
         try:
             # Somebody must be there to take over.
-            successor, _ = await asyncio.gather(self.rig.add(fault.target), asyncio.sleep(fault.lasts_s))
+            successor, _ = await asyncio.gather(self._add(fault.target), asyncio.sleep(fault.lasts_s))
         finally:
             with suppress(ProcessLookupError):
                 os.kill(zombie, signal.SIGCONT)
             self._stopped.discard(child.name)
         await asyncio.sleep(_AWAKE_S)
-        for one in (successor, child) if fault.which % 2 else (child, successor):
-            if one in self.rig.pools[fault.target]:
-                await self.rig.retire(fault.target, one)
-                break
-        await self._resize(fault.target)
+        async with self._changing[fault.target]:
+            await self.rig.retire(fault.target, successor if fault.which % 2 else child)
+            await self._resize(fault.target)
+
+    async def _add(self, stage: str) -> Child:
+        async with self._changing[stage]:
+            return await self.rig.add(stage)
 
     async def _resize(self, stage: str) -> None:
         """As many workers as are wanted, not counting those that are stopped."""
