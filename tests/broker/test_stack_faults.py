@@ -72,6 +72,11 @@ async def stream_of(stack: "Stack", request: str) -> Stream:
     )
 
 
+def pids_in_run_file(data: Path) -> dict[str, int]:
+    """What commands beside `up` are told."""
+    return dict(json.loads((data / "run.json").read_text())["pids"])
+
+
 async def text_of(client: Client, stream: Stream) -> str:
     return "".join([shown.text async for shown in client.read(stream)])
 
@@ -147,6 +152,7 @@ async def test_every_other_stage_killed_with_requests_in_flight_loses_and_double
         await publish()
     for story in await stack.stories([stream.request for stream in streams]):
         told_once(story)
+    assert pids_in_run_file(stack.up.data) == stack.up.pids
 
 
 async def test_a_reader_of_a_killed_door_reads_on_at_the_next_with_exactly_the_rest(stack: "Stack") -> None:
@@ -180,7 +186,7 @@ async def test_the_broker_killed_is_started_again_and_nothing_acknowledged_is_lo
         streams = [await client.publish(one) for one in asked]
         await stack.upstream.changed(lambda: sum(call.outcome == "open" for call in stack.upstream.calls) >= 4)
         await stack.up.kill("broker")
-        await stack.up.heard("died", process="broker")
+        assert pids_in_run_file(stack.up.data) == stack.up.pids
     async with stack.client() as client:
         streams += [await client.publish(client.request({"model": SLOW, "messages": HI})) for _ in range(4)]
         for story in await stack.stories([stream.request for stream in streams]):

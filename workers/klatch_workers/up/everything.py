@@ -98,8 +98,14 @@ async def everything(settings: Settings, wanted: Wanted, say: Say) -> AsyncGener
         _see_whether_free(settings.http)
         keys = load_keys(data)
         running = Everything(_complete(settings, wanted, keys), keys, wanted.kafka or "", settings.model_url is None)
+
+        def tell(event: str, facts: Mapping[str, Any]) -> None:
+            if event == "restarted":
+                _renew_run_file(running)
+            say(event, facts)
+
         try:
-            await _start(running, wanted, tenants, say)
+            await _start(running, wanted, tenants, tell)
             yield running
         finally:
             await _stop(running)
@@ -158,6 +164,7 @@ async def keep_broker(running: Everything, say: Say) -> None:
         for node in running.cluster.nodes:
             await node.stop()
             await node.start()
+        _renew_run_file(running)
         say("restarted", {"process": "broker", "pid": running.cluster.nodes[0].pid})
 
 
@@ -251,6 +258,12 @@ async def _write_prompt(kafka: KafkaLog, namespace: Namespace) -> None:
 def _write_run_file(running: Everything) -> None:
     facts = {**running.facts(), "internal_key": running.keys.internal}
     write_private(running.settings.data / "run.json", json.dumps(facts, indent=1))
+
+
+def _renew_run_file(running: Everything) -> None:
+    """Name the processes that run now, for commands beside us; not while we start or stop."""
+    if (running.settings.data / "run.json").exists():
+        _write_run_file(running)
 
 
 def _take(lock: Any, data: Path) -> None:
