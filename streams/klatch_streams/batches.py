@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from klatch_schemas.records import Draft, Partition
-from klatch_streams.log import Log
+from klatch_streams.log import Log, RecordTooLarge
 
 Place = tuple[Partition, int]
 
@@ -45,8 +45,11 @@ class Written(NamedTuple):
     number: int
 
     async def durable(self) -> int:
-        """Its offset, once it is durable. Raises AppendFailed."""
-        return (await asyncio.shield(self.batch.done))[self.number][1]
+        """Its offset, once it is durable. Raises AppendFailed; RecordTooLarge concerns this record alone."""
+        place = (await asyncio.shield(self.batch.done))[self.number]
+        if isinstance(place, RecordTooLarge):
+            raise place
+        return place[1]
 
 
 class _Batch:
@@ -57,7 +60,7 @@ class _Batch:
     def __init__(self) -> None:
         self.drafts: list[Draft] = []
         self.urgent = False
-        self.done: asyncio.Future[Sequence[Place]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[Sequence[Place | RecordTooLarge]] = asyncio.get_running_loop().create_future()
 
 
 class _Lane:
@@ -117,9 +120,18 @@ class _Lane:
 
     async def _leave(self, batch: _Batch) -> None:
         try:
-            batch.done.set_result(await self._log.append(batch.drafts))
+            batch.done.set_result(await self._appended(batch.drafts))
         except Exception as error:  # noqa: BLE001 - whatever it is, every writer is told
             self._fail(batch, error)
+
+    async def _appended(self, drafts: Sequence[Draft]) -> Sequence[Place | RecordTooLarge]:
+        try:
+            return await self._log.append(drafts)
+        except RecordTooLarge as error:
+            # Found before anything was sent. It concerns one record: the others are somebody else's.
+            if len(drafts) == 1:
+                return [error]
+        return [place for draft in drafts for place in await self._appended([draft])]
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
         # Whoever wrote to this partition may no longer write: what stands in the log is unknown until read back.

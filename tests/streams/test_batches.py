@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.batches import Batches, Written
-from klatch_streams.log import AppendFailed
+from klatch_streams.log import AppendFailed, RecordTooLarge
 from klatch_streams.memory_log import MemoryLog
 
 INTERVAL_S = 0.010
@@ -183,6 +183,20 @@ def test_a_failure_that_nobody_waits_for_disturbs_nobody(caplog: pytest.LogCaptu
 
     clocked(story())
     assert not caplog.records
+
+
+def test_a_record_that_is_too_large_fails_alone() -> None:
+    async def story() -> None:
+        watched = Watched()
+        one, wide, other = watched.write("a", "x" * 2_000_000, "b")
+        assert await one.durable() == 0
+        assert await other.durable() == 1
+        with pytest.raises(RecordTooLarge):
+            await wide.durable()
+        [later] = watched.write("c")
+        assert await later.durable() == 2
+
+    clocked(story())
 
 
 def test_whoever_stops_waiting_does_not_stop_the_append() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.events import Finding, PromptPublished, PromptReference, StreamCancel, TrustVerdict
-from klatch_schemas.topics import CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS
 from klatch_workers.generation.conclude import reply_of
 
 
@@ -204,3 +204,26 @@ async def test_an_admission_repeated_to_the_next_worker_is_answered_once(generat
         await generation.settled(other)
     assert len(generation.upstream.calls) == 2
     assert len(await generation.held(CHAT_ADMITTED)) == 3
+
+
+async def test_a_chunk_that_the_log_cannot_hold_fails_its_own_request_and_no_other(generation: Any) -> None:
+    async with generation.worker():
+        neighbour = await generation.admit("fake?tokens=50&rate=100", conversation="c2")
+        await generation.assembled(neighbour, lambda assembly: len(assembly.standing) > 3)
+        request = await generation.admit("fake?big=1200000")
+        ended = await generation.ended(request)
+        settled = await generation.settled(request)
+        assert (await generation.ended(neighbour)).state.status == "completed"
+    assert (ended.state.status, ended.gap) == ("failed", None)
+    assert settled.status == "failed"
+    assert not await generation.held(DEAD_LETTERS)
+
+
+async def test_a_turn_that_the_log_cannot_hold_is_settled_all_the_same(generation: Any) -> None:
+    body = {"model": "fake?big=300000", "messages": [{"role": "user", "content": "x" * 800_000}]}
+    async with generation.worker():
+        request = await generation.admit("", body=body)
+        after = await generation.admit("fake?text=next")
+        assert (await generation.settled(request)).status == "completed"
+        assert (await generation.turn(after)).previous is None
+    assert not await generation.held(DEAD_LETTERS)

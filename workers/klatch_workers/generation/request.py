@@ -6,7 +6,7 @@ the model's reply closes its connection. Nothing is decided here; see `klatch_st
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never, cast
 
@@ -18,7 +18,7 @@ from klatch_schemas import codec
 from klatch_schemas.chunks import Json
 from klatch_schemas.events import ChatAdmitted, Event, StreamAttempt, StreamEnd, StreamError, Usage
 from klatch_schemas.ids import Writer
-from klatch_schemas.records import Cause, Draft
+from klatch_schemas.records import Cause, Draft, Partition
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, Namespace, Topic
 from klatch_streams.batches import Batches
 from klatch_streams.generation import (
@@ -36,7 +36,7 @@ from klatch_streams.generation import (
     Watch,
     lifecycle,
 )
-from klatch_streams.log import Log
+from klatch_streams.log import Log, RecordTooLarge
 from klatch_workers.generation.conclude import Asked, Timing, settlement, turn, usage_without_count
 from klatch_workers.generation.prepare import Prepared, Preparer, PreparingFailed, asked_before
 from klatch_workers.generation.speak import Attempt
@@ -139,6 +139,8 @@ class RequestUnderWay:
         except ModelError as error:
             log.info("model.failed", request=self.admitted.request.request, code=error.code, seq=attempt.seq)
             return Broken(said_of(error))
+        except RecordTooLarge as error:
+            return Broken(StreamError(code="model_error", message=f"the model sent what the log cannot hold: {error}"))
         return Spoken()
 
     async def _open(self) -> Attempt | None:
@@ -273,8 +275,8 @@ class RequestUnderWay:
         # A turn that is the conversation's last already was appended before a crash.
         if finished and not (head and head.request == request.request):
             drafts.append(self._draft(_TURN, CHAT_TURNS, request.conversation, finished))
-        places = await means.log.append(drafts)
-        if finished and len(drafts) == 2:
+        places = await self._append(drafts)
+        if finished and len(places) == 2:
             means.conversations.append(places[1][1], finished, self.cause.offset)
         log.info(
             "request.concluded",
@@ -287,6 +289,14 @@ class RequestUnderWay:
             total_ms=settled.total_ms,
         )
         return Ended()
+
+    async def _append(self, drafts: Sequence[Draft]) -> Sequence[tuple[Partition, int]]:
+        try:
+            return await self.means.log.append(drafts)
+        except RecordTooLarge as error:
+            # A turn repeats the request's messages beside the whole reply. The settlement must not fail with it.
+            log.warning("turn.too_large", request=self.admitted.request.request, size=error.size, limit=error.limit)
+            return await self.means.log.append(drafts[:1])
 
     def _asked(self) -> Asked:
         if self.prepared:

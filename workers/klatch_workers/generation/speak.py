@@ -15,11 +15,14 @@ from klatch_schemas import codec
 from klatch_schemas.events import StreamAttempt
 from klatch_schemas.records import Draft
 from klatch_streams.batches import Batches, Written
+from klatch_streams.log import RecordTooLarge
 
 log = structlog.get_logger(__name__)
 
 TRIES = 3
 LONGEST_RETRY_AFTER_S = 10.0
+WIDE_BYTES = 100_000
+"""A chunk so wide may be too large for the log: nothing is written after it before it stands."""
 
 
 class Attempt:
@@ -38,7 +41,7 @@ class Attempt:
         """Event loop time of the first chunk that spoke."""
 
     async def stream(self, gateway: Gateway, call: ModelCall) -> None:
-        """Stream the model's answer. Raises ModelError, LogError."""
+        """Stream the model's answer. Raises ModelError, LogError; RecordTooLarge for a chunk, which is left out."""
         for left in reversed(range(TRIES)):
             try:
                 await self._stream(gateway, call)
@@ -59,17 +62,27 @@ class Attempt:
                     if chunk.usage_only:
                         self.trailer.append(chunk.raw)
                     else:
-                        self._write(prefix, chunk)
+                        written = self._write(prefix, chunk)
+                        if len(chunk.raw) > WIDE_BYTES:
+                            await self._stands(written)
             self.finished = reply.finished
 
-    def _write(self, prefix: bytes, chunk: Chunk) -> None:
+    async def _stands(self, written: Written) -> None:
+        try:
+            await written.durable()
+        except RecordTooLarge:
+            self.seq -= 1
+            raise
+
+    def _write(self, prefix: bytes, chunk: Chunk) -> Written:
         first = chunk.speaks and self.first_token_at is None
         if first:
             self.first_token_at = asyncio.get_running_loop().time()
         topic, key, partition = self._draft.topic, self._draft.key, self._draft.partition
         value = codec.encode_delta(prefix, self.seq, chunk.raw)
-        self._batches.write(codec.delta_draft(topic, key, partition, value), urgent=first)
+        written = self._batches.write(codec.delta_draft(topic, key, partition, value), urgent=first)
         self.seq += 1
+        return written
 
 
 def _wait(error: ModelError, tries: int) -> float:
