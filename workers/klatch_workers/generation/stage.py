@@ -5,11 +5,10 @@ every stream and verdict that is not concluded; nothing is fed before that is co
 the runner's: what is done stands in the log, then the snapshot, then the offset.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from klatch_agents.gateway.port import Gateway
@@ -34,7 +33,7 @@ from klatch_streams.log import Log
 from klatch_streams.snapshots import Snapshots
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.request import Means, RequestUnderWay
-from klatch_workers.generation.table import Table
+from klatch_workers.generation.table import Table, source_of
 from klatch_workers.generation.turns import Conversations, Head, TurnReader
 
 _POSITION: Final = "position"
@@ -73,7 +72,8 @@ class GenerationStage:
         position = _Position.load(snapshots)
         conversations = Conversations(self._beside(CHAT_TURNS, number), self._turns)
         conversations.heads = _heads(snapshots)
-        table = Table()
+        stream, verdicts = self._beside(CHAT_STREAM, number), self._beside(TRUST_VERDICTS, number)
+        table = Table(position.stream_floor, position.verdict_floor)
         means = Means(
             log=self.log,
             namespace=self.namespace,
@@ -86,12 +86,17 @@ class GenerationStage:
             # Not the process's: what it wrote when it owned the partition before may still be on its way.
             owner=uuid4().hex[:12],
         )
-        _, end = await self.log.bounds(partition)
-        stream, verdicts = self._beside(CHAT_STREAM, number), self._beside(TRUST_VERDICTS, number)
-        await self.follower.follow(stream, position.stream_floor, table.hear_stream)
-        await self.follower.follow(verdicts, position.verdict_floor, table.hear_verdict)
-        addresses = Addresses(CHAT_ADMITTED, await self.log.partitions(self.topic))
-        return GenerationOwner(self, means, snapshots, position.seen, committed, end, addresses)
+        try:
+            await self.follower.follow(stream, position.stream_floor, table.hear_stream)
+            await self.follower.follow(verdicts, position.verdict_floor, table.hear_verdict)
+            # In this order: whatever was opened before `opened` was admitted before `admitted`.
+            opened = table.stream_position
+            _, admitted = await self.log.bounds(partition)
+            addresses = Addresses(CHAT_ADMITTED, await self.log.partitions(self.topic))
+        except BaseException:
+            self.give_up(number)
+            raise
+        return GenerationOwner(self, means, snapshots, position, committed, _Ends(admitted, opened), addresses)
 
     def give_up(self, number: int) -> None:
         """Follow a partition's topics no longer."""
@@ -115,17 +120,27 @@ class _Position:
     stream_floor: int
     verdict_floor: int
     seen: Seen
+    applied: int = 0
+    """All before this offset of chat.admitted is done: the floors know nothing of it any more."""
 
     @classmethod
     def load(cls, snapshots: Snapshots) -> "_Position":
         saved = snapshots.saved.get(_POSITION)
         at: Any = saved.parts["at"] if saved else {"stream": 0, "verdicts": 0, "seen": {}}
         seen = {source: (int(offset), int(effect)) for source, (offset, effect) in at["seen"].items()}
-        return cls(at["stream"], at["verdicts"], seen)
+        return cls(at["stream"], at["verdicts"], seen, saved.applied if saved else 0)
 
     def parts(self) -> dict[str, object]:
         seen = {source: list(last) for source, last in self.seen.items()}
         return {"at": {"stream": self.stream_floor, "verdicts": self.verdict_floor, "seen": seen}}
+
+
+class _Ends(NamedTuple):
+    """Up to where the log was read when the partition was restored."""
+
+    admitted: int
+    opened: int
+    """On chat.stream."""
 
 
 def _heads(snapshots: Snapshots) -> dict[str, Head]:
@@ -149,15 +164,17 @@ class GenerationOwner:
         stage: GenerationStage,
         means: Means,
         snapshots: Snapshots,
-        seen: Seen,
+        restored: _Position,
         committed: int,
-        end_when_restored: int,
+        ends: _Ends,
         addresses: Addresses,
     ) -> None:
         self._stage, self._means, self._snapshots, self._addresses = stage, means, snapshots, addresses
-        self._end_when_restored = end_when_restored
+        self._ends = ends
         self._caught_up = False
-        self._seen, self._durably_seen = dict(seen), seen
+        self._written = restored
+        self._seen, self._durably_seen = dict(restored.seen), dict(restored.seen)
+        self._done_before = restored.applied
         self._repeated: set[int] = set()
         self._causes: deque[tuple[int, str, tuple[int, int]]] = deque()
         doing = Doing(stage.name, self._handle, max_in_flight=stage.max_in_flight, before_commit=self._before_commit)
@@ -166,7 +183,10 @@ class GenerationOwner:
     async def take(self, records: Sequence[Record]) -> None:
         """Accept admitted requests; those that an admission repeated after a crash are dropped by their cause."""
         for record in records:
-            self._look_at_cause(record)
+            if record.offset < self._done_before:
+                self._repeated.add(record.offset)
+            else:
+                self._look_at_cause(record)
         await self._doer.take(records)
 
     async def checkpoint(self) -> int:
@@ -187,7 +207,7 @@ class GenerationOwner:
             cause = Cause.parse(header.decode())
         except ValueError:
             return
-        source = f"{cause.partition.topic}/{cause.partition.number}"
+        source = source_of(cause)
         last = (cause.offset, cause.effect)
         if last <= self._seen.get(source, (-1, -1)):
             self._repeated.add(record.offset)
@@ -227,23 +247,25 @@ class GenerationOwner:
             tracked=tracked,
         )
         await under_way.run()
-        self._means.table.conclude(tracked, record.offset)
+        self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
 
     async def _before_commit(self, low_water: int) -> None:
         table, conversations = self._means.table, self._means.conversations
-        if not self._caught_up and low_water >= self._end_when_restored:
+        if not self._caught_up and low_water >= self._ends.admitted:
             # All that an earlier owner may have left open has been brought to its end: the rest was concluded.
             self._caught_up = True
-            table.forget_concluded()
-        table.forget_orphans(int(time.time() * 1000))
+            table.forget_concluded(self._ends.opened)
         while self._causes and self._causes[0][0] < low_water:
             _, source, last = self._causes.popleft()
             self._durably_seen[source] = last
+        table.commit(low_water, self._durably_seen)
         await self._bury(table)
-        position = _Position(*table.floors(low_water), self._durably_seen)
+        position = _Position(*table.floors(), dict(self._durably_seen), low_water)
         changed, conversations.changed = conversations.changed, set()
         heads = [_head(key, conversations.heads[key]) for key in sorted(changed)]
-        await self._snapshots.write([(_POSITION, low_water, position.parts()), *heads])
+        if heads or position != self._written:
+            await self._snapshots.write([(_POSITION, low_water, position.parts()), *heads])
+            self._written = position
 
     async def _bury(self, table: Table) -> None:
         unreadable, table.unreadable = table.unreadable, []

@@ -8,9 +8,10 @@ floors that the stage's snapshot keeps.
 import asyncio
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 import structlog
 
@@ -24,15 +25,30 @@ from klatch_schemas.events import (
     StreamRetract,
     TrustVerdict,
 )
-from klatch_schemas.records import Record
+from klatch_schemas.records import Cause, Record
 
 log = structlog.get_logger(__name__)
 
 ORPHAN_MS = 3_600_000
-"""How long a cancel or a verdict waits for its request to be admitted."""
+"""A cancel or a verdict is nobody's once requests that were asked so much later have been brought to their end.
+
+Not measured by a clock: after an outage, of admission or of this stage, everything that waits is old.
+"""
 
 REMEMBERED = 10_000
 """How many concluded requests are remembered, so that what comes late for them is ignored."""
+
+
+Seen = Mapping[str, tuple[int, int]]
+"""By source partition: offset and effect of the last admission."""
+
+
+class _Concluded(NamedTuple):
+    """What a successor needs of a concluded request, until that is committed."""
+
+    stream_floor: int
+    verdict_floor: int
+    asked_ms: int
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +59,8 @@ class Tracked:
     request: str
     assembly: Assembly = field(default_factory=Assembly)
     verdict: TrustVerdict | None = None
+    asked_at: Cause | None = None
+    """The request's place on chat.requests, as its verdict tells."""
     stream_floor: int | None = None
     """Where its stream begins."""
     verdict_floor: int | None = None
@@ -68,16 +86,19 @@ class Tracked:
 class Table:
     """The requests of one partition."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream_position: int = 0, verdict_position: int = 0) -> None:
+        """The positions are those from which the two topics are going to be read."""
         self._tracked: dict[tuple[str, str], Tracked] = {}
         self._by_writer: dict[str, Tracked] = {}
-        self.stream_position = 0
-        self.verdict_position = 0
+        self.stream_position = stream_position
+        self.verdict_position = verdict_position
         self.unreadable: list[tuple[Record, str]] = []
         """Records that no reader can use: for the dead letters, at the next checkpoint."""
         self._concluded: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._uncommitted: dict[int, tuple[int, int]] = {}
-        """Floors of concluded requests, by their offset on chat.admitted: after a crash they are met again."""
+        self._uncommitted: dict[int, _Concluded] = {}
+        """By their offset on chat.admitted: after a crash they are met again."""
+        self._progress_ms = 0
+        """When the latest request was asked that is committed."""
         self._passed: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
 
@@ -107,10 +128,14 @@ class Table:
             return
         if verdict.stage != "input":
             return
+        if (verdict.tenant, verdict.request) in self._concluded:
+            return
         tracked = self.of(verdict.tenant, verdict.request)
         tracked.last_ms = record.timestamp_ms
         if tracked.verdict is None:
-            tracked.verdict, tracked.verdict_floor = verdict, record.offset
+            tracked.verdict, tracked.asked_at = verdict, _cause_of(record)
+            if tracked.verdict_floor is None:
+                tracked.verdict_floor = record.offset
             tracked.tell()
 
     def _hear(self, record: Record, said: Said) -> None:
@@ -152,6 +177,7 @@ class Table:
 
     def take(self, tenant: str, request: str) -> Tracked:
         """The request itself was met: its records are needed until `forget`."""
+        self._concluded.pop((tenant, request), None)
         tracked = self.of(tenant, request)
         tracked.taken = True
         # What it will say comes from here on, if nothing has been heard yet.
@@ -161,19 +187,24 @@ class Table:
             tracked.verdict_floor = self.verdict_position
         return tracked
 
-    def conclude(self, tracked: Tracked, admitted_at: int) -> None:
-        """The request is concluded; a successor needs its records until `admitted_at` is committed."""
-        if tracked.stream_floor is not None and tracked.verdict_floor is not None:
-            self._uncommitted[admitted_at] = (tracked.stream_floor, tracked.verdict_floor)
+    def conclude(self, tracked: Tracked, admitted_at: int, asked_ms: int) -> None:
+        """The request, taken from `admitted_at`, is concluded; a successor needs its records until that is committed."""
+        assert tracked.stream_floor is not None  # noqa: S101 - `take` has set them
+        assert tracked.verdict_floor is not None  # noqa: S101
+        self._uncommitted[admitted_at] = _Concluded(tracked.stream_floor, tracked.verdict_floor, asked_ms)
         self.forget(tracked.tenant, tracked.request)
 
     def forget(self, tenant: str, request: str) -> None:
-        """Nothing of the request is needed any more, by a successor either."""
-        if tracked := self._tracked.pop((tenant, request), None):
-            self._by_writer.pop(tracked.assembly.state.writer, None)
+        """Nothing of the request is needed any more, by a successor either; what comes late for it is ignored."""
+        if tracked := self._tracked.get((tenant, request)):
+            self._drop(tracked)
         self._concluded[tenant, request] = None
         if len(self._concluded) > REMEMBERED:
             self._concluded.popitem(last=False)
+
+    def _drop(self, tracked: Tracked) -> None:
+        del self._tracked[tracked.tenant, tracked.request]
+        self._by_writer.pop(tracked.assembly.state.writer, None)
 
     async def passed(self, offset: int) -> None:
         """Wait until the record of `chat.stream` at `offset` has been read back."""
@@ -184,27 +215,46 @@ class Table:
 
     # --- asked by checkpoints
 
-    def floors(self, low_water: int) -> tuple[int, int]:
-        """The first offsets of chat.stream and trust.verdicts that a successor from `low_water` on needs."""
+    def commit(self, low_water: int, seen: Seen) -> None:
+        """All before `low_water` on chat.admitted is done; `seen` are the last places on chat.requests among it."""
         for offset in [offset for offset in self._uncommitted if offset < low_water]:
-            del self._uncommitted[offset]
+            self._progress_ms = max(self._progress_ms, self._uncommitted.pop(offset).asked_ms)
+        for tracked in list(self._tracked.values()):
+            if not tracked.taken and self._is_orphan(tracked, seen):
+                self._drop(tracked)
+
+    def _is_orphan(self, tracked: Tracked, seen: Seen) -> bool:
+        if place := tracked.asked_at:
+            # Admission decides in order: what it has not passed on, while later requests came, it never will.
+            return seen.get(source_of(place), (-1, -1))[0] >= place.offset
+        return tracked.last_ms < self._progress_ms - ORPHAN_MS
+
+    def floors(self) -> tuple[int, int]:
+        """The first offsets of chat.stream and trust.verdicts that a successor needs."""
         tracked, concluded = self._tracked.values(), self._uncommitted.values()
         streams = [t.stream_floor for t in tracked if t.stream_floor is not None]
         verdicts = [t.verdict_floor for t in tracked if t.verdict_floor is not None]
         return (
-            min([self.stream_position, *streams, *(stream for stream, _ in concluded)]),
-            min([self.verdict_position, *verdicts, *(verdict for _, verdict in concluded)]),
+            min([self.stream_position, *streams, *(c.stream_floor for c in concluded)]),
+            min([self.verdict_position, *verdicts, *(c.verdict_floor for c in concluded)]),
         )
 
-    def forget_concluded(self) -> None:
-        """Drop what an earlier owner concluded: once all it may have left open was taken."""
-        self._forget(lambda tracked: tracked.assembly.state.attempt > 0 or tracked.assembly.state.settled)
-
-    def forget_orphans(self, now_ms: int) -> None:
-        """Drop cancels and verdicts whose request was not admitted within `ORPHAN_MS`."""
-        self._forget(lambda tracked: tracked.last_ms < now_ms - ORPHAN_MS)
-
-    def _forget(self, unneeded: Callable[[Tracked], bool]) -> None:
+    def forget_concluded(self, before: int) -> None:
+        """Drop what an earlier owner concluded: every stream begun before that offset which nobody takes up."""
         for tracked in list(self._tracked.values()):
-            if not tracked.taken and unneeded(tracked):
+            state, floor = tracked.assembly.state, tracked.stream_floor
+            if not tracked.taken and floor is not None and floor < before and (state.attempt or state.settled):
                 self.forget(tracked.tenant, tracked.request)
+
+
+def source_of(cause: Cause) -> str:
+    """The partition of a cause, as one string."""
+    return f"{cause.partition.topic}/{cause.partition.number}"
+
+
+def _cause_of(record: Record) -> Cause | None:
+    header = record.header(codec.CAUSE)
+    try:
+        return Cause.parse(header.decode()) if header else None
+    except ValueError:
+        return None
