@@ -87,6 +87,9 @@ class Settings(BaseModel):
     internal_key: SecretStr | None = None
     """Shared by klatch's own processes; without it, the memory and views workers answer nobody."""
 
+    instance: str | None = None
+    """A name for this process that is its own and stays: a restart gets its partitions back at once, not after the
+    group's session time-out (Kafka's static membership). Two processes of one name throw each other out."""
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
     """Requests under way at once, per partition."""
     drain_s: Annotated[float, Field(ge=0)] = 10.0

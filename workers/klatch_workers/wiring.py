@@ -212,7 +212,7 @@ async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
     from klatch_streams.kafka_log import KafkaLog
     from klatch_streams.topic_admin import check_topics
 
-    options = KafkaOptions(settings.kafka)
+    options = KafkaOptions(settings.kafka, instance_id=settings.instance)
     problems = await check_topics(options, Namespace.named(settings.namespace))
     # Topics that are missing may be made any moment, and are asked for again; those that differ stay so.
     if differing := [problem.says for problem in problems if problem.what != "missing"]:

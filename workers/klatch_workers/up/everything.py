@@ -181,6 +181,8 @@ def _complete(settings: Settings, wanted: Wanted, keys: Keys) -> Settings:
         "views": views,
         "views_url": f"http://{views}",
         "internal_key": keys.internal,
+        # One process a stage, started again when it dies: it need not wait until the group has missed it.
+        "instance": "up",
     }
     if settings.model_url is None:
         update |= {"model_url": f"http://{model}/v1", "model_key": keys.model}
