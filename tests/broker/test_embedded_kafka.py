@@ -51,6 +51,14 @@ async def test_the_shared_broker_gives_back_what_was_produced(kafka: Cluster) ->
     assert await consume(kafka.bootstrap, topic, 2) == [b"one", b"two"]
 
 
+async def test_a_cluster_whose_id_begins_with_a_dash_starts(tmp_path: Path) -> None:
+    layout = settle_layout(tmp_path, Options())
+    record = tmp_path / "cluster.json"
+    record.write_text(record.read_text().replace(layout.cluster_id, "-" + layout.cluster_id[1:]))
+    async with Cluster(tmp_path) as cluster:
+        assert cluster.running
+
+
 async def test_records_and_ports_outlast_a_restart(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as first:
         bootstrap = first.bootstrap

@@ -96,7 +96,8 @@ class Program:
         return [*self._java(log), *self._tuning(), "kafka.Kafka", str(config)]
 
     def formatter(self, config: Path, log: Path, cluster_id: str) -> list[str]:
-        tool = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(config)]
+        # One id in 64 begins with a dash: as an argument of its own it would be taken for an option.
+        tool = ["kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}", "-c", str(config)]
         return [*self._java(log), "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", *tool]
 
     def _java(self, log: Path) -> list[str]:
