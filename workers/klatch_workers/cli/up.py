@@ -7,6 +7,7 @@ end with 0; a second one does not wait.
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 from collections.abc import Mapping
@@ -59,6 +60,8 @@ def up(kafka: str | None, tenants: Path | None, as_json: bool, **options: Any) -
     except (UnknownSetting, ValueError) as error:
         raise click.UsageError(explain(error) if isinstance(error, ValidationError) else str(error)) from error
     configure_logs("warning")
+    # What it would log over and over while a broker is away is said once, by what fails for good.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     try:
         asyncio.run(_up(settings, Wanted(kafka, tenants), _Voice(as_json)))
     except* (AlreadyUp, TenantsFileError) as errors:
