@@ -117,9 +117,9 @@ class Up:
 
     async def ready(self) -> dict[str, Any]:
         """Its first line. Raises AssertionError with what it said on stderr."""
-        return await self.heard("ready", seconds=90)
+        return await self.heard("ready")
 
-    async def heard(self, event: str, *, after: int = 0, seconds: float = 60, **facts: Any) -> dict[str, Any]:
+    async def heard(self, event: str, *, after: int = 0, seconds: float = 120, **facts: Any) -> dict[str, Any]:
         """The first line from line `after` on that tells of `event` with these facts."""
 
         def found() -> dict[str, Any] | None:
@@ -242,7 +242,7 @@ class Stack:
         """The first event of the topic, old or new, that is `wanted`."""
         return await self.until_record(topic, lambda record: bool((event := read(record)) and wanted(event)))
 
-    async def until_record(self, topic: Topic, wanted: Callable[[Record], bool], seconds: float = 60) -> Record:
+    async def until_record(self, topic: Topic, wanted: Callable[[Record], bool], seconds: float = 120) -> Record:
         """The first record of the topic, old or new, that is `wanted`."""
         name = self.namespace.of(topic)
         tail = await self.log.tail()
