@@ -22,12 +22,21 @@ from klatch_schemas.codec import Delta
 from klatch_schemas.errors import Superseded
 from klatch_schemas.events import Event, TurnFinished, UsageSettled
 from klatch_schemas.records import Draft, Partition, Record
-from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS, GENERATION_STATE, TOPICS, Namespace
+from klatch_schemas.topics import (
+    CHAT_ADMITTED,
+    CHAT_REQUESTS,
+    CHAT_STREAM,
+    CHAT_TURNS,
+    DEAD_LETTERS,
+    GENERATION_STATE,
+    TOPICS,
+    Namespace,
+)
 from klatch_streams.log import Listener, LogError, Membership, Tail
 from klatch_streams.memory_group import MemoryMembership
 from klatch_streams.memory_log import MemoryLog
-from klatch_streams.snapshots import Snapshots
 from klatch_streams.runner import Runner, RunnerSettings
+from klatch_streams.snapshots import Snapshots
 from klatch_workers.generation.prepare import Preparer, PromptBook
 from klatch_workers.generation.stage import GenerationStage
 

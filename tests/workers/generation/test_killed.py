@@ -5,14 +5,9 @@ Every call of the model says something else, so that text of two calls in one re
 """
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
-
-import pytest
-from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import ChatRequested, StreamCancel, TrustVerdict
-from klatch_schemas.topics import CHAT_ADMITTED, CHAT_STREAM
 
 from tests.workers.generation.conftest import Generation
 from tests.workers.generation.mortal import (
@@ -28,6 +23,10 @@ from tests.workers.generation.mortal import (
     memory_log,
     text_of,
 )
+
+from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.events import ChatRequested, StreamCancel, TrustVerdict
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_STREAM
 
 # c1 and c2 are in one partition, c4 is in the other.
 STATUSES = {"r1": "completed", "r2": "completed", "r3": "completed", "r4": "cancelled", "r5": "blocked", "r6": "failed"}
@@ -62,9 +61,7 @@ def _block(request: ChatRequested) -> TrustVerdict:
 
 async def _cancel_once_it_speaks(generation: Generation, request: ChatRequested) -> None:
     await generation.assembled(request, lambda assembly: len(assembly.standing) > 2)
-    cancel = StreamCancel(
-        request=request.request, tenant=request.tenant, conversation=request.conversation, by="test"
-    )
+    cancel = StreamCancel(request=request.request, tenant=request.tenant, conversation=request.conversation, by="test")
     await generation.write(CHAT_STREAM, request.conversation, cancel)
 
 
@@ -142,3 +139,18 @@ def _each(stories: Callable[[int], Sequence[tuple[int, ...]]]) -> None:
 
 def test_a_worker_killed_at_any_step_leaves_a_log_that_does_not_show_it() -> None:
     _each(lambda steps: [(step,) for step in range(steps)])
+
+
+def test_a_worker_and_its_successor_killed_at_any_pair_of_steps_leave_no_trace_either() -> None:
+    dice = random.Random(7)  # noqa: S311 - no secret
+    _each(lambda steps: [(dice.randrange(steps), dice.randrange(steps)) for _ in range(60)])
+
+
+def test_successors_killed_while_they_restore_leave_no_trace_either() -> None:
+    # The first dies with much under way; restoring takes under 20 steps.
+    _each(lambda steps: [(steps // 2, step, step + 1) for step in range(20)])
+
+
+def test_owners_killed_again_and_again_come_to_an_end() -> None:
+    dice = random.Random(11)  # noqa: S311 - no secret
+    _each(lambda steps: [tuple(dice.randrange(10, steps // 2) for _ in range(8)) for _ in range(8)])

@@ -4,15 +4,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
-from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import ChatRequested, PromptReference, StreamAttempt
-from klatch_schemas.records import Draft
-from klatch_schemas.topics import CHAT_STREAM
-from klatch_streams.runner import Runner, RunnerSettings
-from klatch_workers.generation.prepare import Preparer
-from klatch_workers.generation.stage import GenerationStage
-
 from tests.workers.generation.conftest import NAMESPACE, Generation
 from tests.workers.generation.mortal import (
     GROUP,
@@ -24,6 +15,15 @@ from tests.workers.generation.mortal import (
     memory_log,
     text_of,
 )
+
+from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.events import ChatRequested, PromptReference, StreamAttempt
+from klatch_schemas.records import Draft
+from klatch_schemas.topics import CHAT_STREAM
+from klatch_streams.runner import Runner, RunnerSettings
+from klatch_workers.generation.prepare import Preparer
+from klatch_workers.generation.stage import GenerationStage
 
 
 async def leave_open(generation: Generation, request: ChatRequested, writer: str = "dead") -> None:
