@@ -1,7 +1,8 @@
 """A lean client of streamed chat completions over HTTP/1.1: notes when events come, and reads nothing into them.
 
 One connection a request, opened before the clock starts. All sides of a comparison are read by it, so that what it
-costs itself is the same for all. It is no client for applications: of a reply it keeps the times alone.
+costs itself is the same for all. It is no client for applications: of a reply it keeps the times alone, and it does not
+undo the transfer coding, whose chunks must not cut an event's first bytes apart (no server here does that).
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import msgspec
 _EVENT, _DONE = b"data: {", b"data: [DONE]"
 _CARRY = len(_DONE) - 1
 _SPEAKS = re.compile(rb'"content": ?"[^"]')
+_BODY_ENDS = b"\r\n0\r\n\r\n"
 _ERROR = b'data: {"error"'
 
 
@@ -116,6 +118,8 @@ class Reply(asyncio.Protocol):
             self._note(events, now)
         if _DONE in seen:
             self._end(None)
+        elif seen.endswith(_BODY_ENDS):
+            self._end(ReplyFailed(f"{self._name}: the reply ended after {self.chunks} chunks without [DONE]"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""

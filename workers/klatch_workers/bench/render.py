@@ -60,6 +60,7 @@ def tables(report: Report) -> list[Table]:
     return [
         _budgets(report),
         _first_token(report),
+        _path(report),
         _streams(report),
         _replies(report),
         _throughput(report),
@@ -82,6 +83,11 @@ def _first_token(report: Report) -> Table:
         rows += [(name, at, *_three(side)) for name, side in found.sides.items()]
         rows += [(f"{name}, added to {DIRECT}", at, *_three(side)) for name, side in found.added.items()]
     return "Time to first token, ms", ("side", "at once", "p50", "p95", "p99", "n"), rows
+
+
+def _path(report: Report) -> Table:
+    rows: list[Row] = [(step, *_three(found)) for step, found in report.path_ms.items()]
+    return "The path to the first token, idle, ms after the request", ("step", "p50", "p95", "p99", "n"), rows
 
 
 def _three(found: Quantiles) -> Row:

@@ -144,6 +144,8 @@ class Report(msgspec.Struct, frozen=True):
     seconds: float
     hops_ms: Quantiles
     """Three bare hops on aiokafka, one message at a time."""
+    path_ms: dict[str, Quantiles]
+    """From the client's sending to each step of klatch's path to the first token, idle."""
     first_token: list[FirstToken]
     streams: dict[str, Side]
     replies: dict[str, Whole]

@@ -17,6 +17,7 @@ from klatch_workers.bench import machine
 from klatch_workers.bench.budgets import budgets
 from klatch_workers.bench.client import Target
 from klatch_workers.bench.load import Paced, Seen, crowd, one, paced
+from klatch_workers.bench.path import path
 from klatch_workers.bench.processes import cpu_s, rss_mb, spent
 from klatch_workers.bench.recovery import recovery
 from klatch_workers.bench.relay import ThreeHops
@@ -81,6 +82,8 @@ async def measure(folder: Path, plan: Plan, say: Say) -> Report:
         rss_start = rss_mb(running.pids())
         idle = await _idle(running, plan)
         hops, first = await _first_tokens_idle(running, plan, say)
+        say("where the time to first token goes")
+        steps = await path(running, plan.idle_requests)
         replies, firsts = await _crowds(running, plan, say)
         streams = await _streams(running, plan, say)
         throughput = await _throughput(running, plan, say)
@@ -91,6 +94,7 @@ async def measure(folder: Path, plan: Plan, say: Say) -> Report:
         mode=plan.name,
         seconds=time.monotonic() - began,
         hops_ms=hops,
+        path_ms=steps,
         first_token=[first, *firsts],
         streams=streams,
         replies=replies,
