@@ -38,7 +38,7 @@ from klatch_workers import leash
 from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.load import Trouble, Turn, plan
-from klatch_workers.torture.recovery import recoveries_s
+from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
 from klatch_workers.torture.report import BROKEN, Report
 from klatch_workers.torture.schedule import Fault, from_json, schedule, to_json
 
@@ -477,8 +477,13 @@ def test_a_violation_names_positions_and_no_text() -> None:
 
 def test_recovery_is_from_the_fault_to_the_next_token_of_the_stream_that_waited_longest() -> None:
     struck = [Struck("kill generation", 1_000.0, 1_000.0), Struck("kill http", 60_000.0, 60_000.0)]
-    untouched, hit, later = (0, 9_000, [900, 1_020, 1_040]), (0, 9_000, [990, 8_500]), (3_000, 9_000, [8_600])
-    assert recoveries_s(struck, [untouched, hit, later]) == {"kill generation": 7.5}
+    streams = [
+        Speaking("untouched", 0, 9_000, [900, 1_020, 1_040]),
+        Speaking("hit", 0, 9_000, [990, 8_500]),
+        Speaking("asked later", 3_000, 9_000, [8_600]),
+        Speaking("over before", 0, 990, [10]),
+    ]
+    assert recoveries(struck, streams) == {"kill generation": Recovery(7.5, "hit"), "kill http": Recovery(0.0, "")}
 
 
 # --- a bounded run -----------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Strike as this file says, not as the seed does.",
 )
+@click.option("--static", is_flag=True, help="Make workers static members of their groups: quick to come back.")
 @click.option("--keep", is_flag=True, help="Keep Kafka's data and the logs of all workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def torture(
@@ -40,6 +41,7 @@ def torture(
     seed: int,
     requests_per_second: float,
     schedule_file: Path | None,
+    static: bool,
     keep: bool,
     as_json: bool,
 ) -> None:
@@ -60,7 +62,7 @@ def torture(
     faults = schedule(seed, minutes, int(nodes)) if given is None else given
     folder = Path(tempfile.mkdtemp(prefix="klatch-torture-"))
     (folder / "schedule.json").write_text(to_json(faults))
-    orders = Orders(seed, minutes, faults, int(nodes), requests_per_second)
+    orders = Orders(seed, minutes, faults, int(nodes), requests_per_second, static)
     _say(f"seed {seed}: {len(faults)} faults, in {folder / 'schedule.json'}")
     report = _run(folder, orders)
     _tell(report, orders, as_json=as_json)
@@ -90,6 +92,8 @@ def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
 def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
     for violation in report.violations:
         _say(f"{violation.kind}: {violation.request}: {violation.what} [{', '.join(violation.positions)}]")
+    for what, recovery in report.recoveries.items():
+        _say(f"recovered from {what} within {recovery.seconds:.1f} s: {recovery.request}")
     facts = {"seed": orders.seed, "nodes": orders.nodes, "minutes": orders.minutes, **report.facts()}
     if as_json:
         click.echo(json.dumps(facts))

@@ -53,9 +53,14 @@ class Load:
                 holding.create_task(self._hold(talk, began))
 
     @property
+    def accepted(self) -> list[RequestId]:
+        """Requests that the log holds, or that a client was told are accepted."""
+        return [one for one in self.asked if one in self.acknowledged or self.live.reader(one).published]
+
+    @property
     def waiting(self) -> int:
-        """Requests that are not concluded."""
-        return sum(not self.live.reader(request).concluded for request in self.acknowledged)
+        """Accepted requests that are not concluded."""
+        return sum(not self.live.reader(request).concluded for request in self.accepted)
 
     async def _hold(self, talk: Talk, began: float) -> None:
         await asyncio.sleep(began + talk.at_s - asyncio.get_running_loop().time())

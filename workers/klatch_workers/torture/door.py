@@ -150,7 +150,9 @@ class HttpReader:
             self._voided.append("".join(map(content_of, self._shown)))
             self._shown, self._last_id, self.chunks = [], None, 0
         elif code in _ENDS:
-            self.acknowledged.set()
+            if code != "cancelled":
+                # A cancel may be there before its request: then the door answers, and has nothing to accept.
+                self.acknowledged.set()
             self._outcomes.append(_ENDS[code])
         else:
             self.troubles[code] += 1

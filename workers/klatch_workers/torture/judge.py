@@ -13,7 +13,7 @@ from typing import Final
 from klatch_schemas.events import ChatAdmitted, ChatRefused, ChatRequested, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation
-from klatch_workers.torture.recovery import recoveries_s
+from klatch_workers.torture.recovery import Speaking, recoveries
 from klatch_workers.torture.report import Report, Violation
 from klatch_workers.torture.tokens import faults_of, tokens_of
 from klatch_workers.torture.told import Told, fold_stream, resumed
@@ -56,7 +56,7 @@ def judge(evidence: Evidence) -> Report:
         accepted=len(cases),
         ended_once=sum(case.told.ended is not None and case.request not in ended_twice for case in cases.values()),
         violations=violations,
-        recoveries_s=recoveries_s(evidence.struck, _waiting(cases)),
+        recoveries=recoveries(evidence.struck, _waiting(cases)),
         outcomes=Counter(str(case.told.outcome) for case in cases.values()),
         checked=_checked(evidence, cases),
     )
@@ -274,7 +274,7 @@ def _order(talk: Sequence[Case]) -> Iterator[Violation]:
             yield case.broke("reordered", "its turn stands before that of an earlier request", *case.turns)
 
 
-def _waiting(cases: Mapping[RequestId, Case]) -> Iterator[tuple[int, int, Sequence[int]]]:
+def _waiting(cases: Mapping[RequestId, Case]) -> Iterator[Speaking]:
     """Of each request that nothing but faults of klatch can hold up: its turn to speak, its end, when it spoke."""
     free_ms = defaultdict[Conversation, int](int)
     for case in sorted((one for one in cases.values() if one.published), key=lambda one: one.published[0].offset):
@@ -284,4 +284,4 @@ def _waiting(cases: Mapping[RequestId, Case]) -> Iterator[tuple[int, int, Sequen
         began = max(published, free_ms[case.asked.conversation])
         free_ms[case.asked.conversation] = max(began, told.ended.timestamp_ms)
         if case.asked.turn.plain and told.spoken_ms:
-            yield began, told.ended.timestamp_ms, told.spoken_ms
+            yield Speaking(case.request, began, told.ended.timestamp_ms, told.spoken_ms)

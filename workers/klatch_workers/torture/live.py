@@ -13,7 +13,7 @@ from klatch_schemas import codec
 from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import StreamBroken, Superseded
-from klatch_schemas.events import StreamEnd, UsageSettled
+from klatch_schemas.events import ChatRequested, StreamEnd, UsageSettled
 from klatch_schemas.ids import RequestId
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
@@ -32,6 +32,8 @@ class LiveReader:
     chunks: int = 0
     """How many it was shown since it last began."""
     outcomes: list[str] = field(default_factory=list[str])
+    published: bool = False
+    """Whether the log holds its request."""
     refused: bool = False
     settled: bool = False
     _reply: ReplyReader = field(default_factory=ReplyReader)
@@ -68,9 +70,10 @@ class LiveReader:
             self.outcomes.append("broken")
         self._news.set()
 
-    def settle(self) -> None:
-        """Its usage is settled."""
-        self.settled = True
+    def hear_request(self, said: Said) -> None:
+        """Take a record of `chat.requests`."""
+        self.published = self.published or isinstance(said, ChatRequested)
+        self.settled = self.settled or isinstance(said, UsageSettled)
         self._news.set()
 
     async def until(self, true: Callable[[], bool]) -> None:
@@ -155,5 +158,5 @@ class LiveLog:
             return
         if record.partition.topic == self._stream:
             reader.hear(record.offset, said)
-        elif isinstance(said, UsageSettled):
-            reader.settle()
+        else:
+            reader.hear_request(said)

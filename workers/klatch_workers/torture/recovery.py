@@ -6,9 +6,8 @@ overlap are not told apart: each is charged with the wait.
 """
 
 import bisect
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from klatch_workers.torture.evidence import Struck
 
@@ -16,18 +15,39 @@ _NOTICED_MS: Final = 10_000
 """A group's session time-out: whoever asks within it after a fault may meet its effects."""
 
 
-def recoveries_s(struck: Sequence[Struck], streams: Iterable[tuple[int, int, Sequence[int]]]) -> dict[str, float]:
-    """The longest recovery by sort of fault, in seconds.
+class Speaking(NamedTuple):
+    """A stream that nothing but faults of klatch can hold up; milliseconds since the epoch."""
 
-    A stream is: when it was its turn, when it ended, and when each of its tokens came; milliseconds since the epoch.
-    """
-    longest = defaultdict[str, float](float)
+    request: str
+    began: int
+    """When it was its turn."""
+    ended: int
+    spoken: Sequence[int]
+    """When each of its tokens came."""
+
+
+class Recovery(NamedTuple):
+    """How long a stream stood still."""
+
+    seconds: float
+    request: str
+
+
+def recoveries(struck: Sequence[Struck], streams: Iterable[Speaking]) -> dict[str, Recovery]:
+    """The longest recovery by sort of fault."""
+    longest = dict[str, Recovery]()
     under_way = list(streams)
     for fault in struck:
-        for began, ended, spoken in under_way:
-            if began <= fault.until_ms + _NOTICED_MS and fault.at_ms < ended:
-                since = max(float(began), fault.at_ms)
-                following = bisect.bisect_right(spoken, since)
-                if following < len(spoken):
-                    longest[fault.what] = max(longest[fault.what], (spoken[following] - since) / 1000)
-    return dict(longest)
+        waits = [found for stream in under_way if (found := _wait(fault, stream))]
+        longest[fault.what] = max([longest.get(fault.what, Recovery(0.0, "")), *waits])
+    return longest
+
+
+def _wait(fault: Struck, stream: Speaking) -> Recovery | None:
+    if stream.began > fault.until_ms + _NOTICED_MS or stream.ended <= fault.at_ms:
+        return None
+    since = max(float(stream.began), fault.at_ms)
+    following = bisect.bisect_right(stream.spoken, since)
+    if following == len(stream.spoken):
+        return None
+    return Recovery((stream.spoken[following] - since) / 1000, stream.request)

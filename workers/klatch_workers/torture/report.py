@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from klatch_workers.torture.recovery import Recovery
+
 Broken = Literal["lost", "ended_twice", "reordered", "spliced", "duplicated", "redone", "missettled", "failed", "dead"]
 """A promise that was broken; docs/reliability.md defines each."""
 
@@ -42,7 +44,7 @@ class Report:
     accepted: int
     ended_once: int
     violations: Sequence[Violation] = ()
-    recoveries_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    recoveries: Mapping[str, Recovery] = field(default_factory=dict[str, Recovery])
     """The longest recovery from each sort of fault."""
     outcomes: Mapping[str, int] = field(default_factory=dict[str, int])
     checked: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -63,8 +65,8 @@ class Report:
             "accepted": self.accepted,
             "ended_once": self.ended_once,
             **{kind: self.count(kind) for kind in BROKEN},
-            "worst_recovery_s": round(max(self.recoveries_s.values(), default=0.0), 2),
-            "recoveries_s": {what: round(seconds, 2) for what, seconds in self.recoveries_s.items()},
+            "worst_recovery_s": round(max((one.seconds for one in self.recoveries.values()), default=0.0), 2),
+            "recoveries_s": {what: round(one.seconds, 2) for what, one in self.recoveries.items()},
             "outcomes": dict(self.outcomes),
             "checked": dict(self.checked),
         }

@@ -46,6 +46,8 @@ class Rig:
     upstream: Upstream
     door: str
     keys: Mapping[Tenant, str]
+    static: bool
+    """Whether each worker has a name of its own that stays: Kafka's static membership."""
     namespace: Namespace = Namespace()
     pools: dict[str, list[Child]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
     _numbers: "count[int]" = field(default_factory=count)
@@ -57,7 +59,7 @@ class Rig:
             name=name,
             module="klatch_workers",
             arguments=("worker", stage, "--json"),
-            environment=self._environment(),
+            environment=self._environment(name),
             log_file=self.folder / f"{name}.log",
             patience_s=_START_S,
         )
@@ -76,7 +78,7 @@ class Rig:
         for stage in reversed(STAGES):
             await asyncio.gather(*(self.retire(stage, child) for child in list(self.pools[stage])))
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, name: str) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         settings = {
             "KAFKA": self.cluster.bootstrap,
@@ -84,12 +86,13 @@ class Rig:
             "MODEL_URL": self.upstream.url,
             "DATA": str(self.folder),
             "DRAIN_S": str(_DRAIN_S),
+            **({"INSTANCE": name} if self.static else {}),
         }
         return {**ours, **{PREFIX + name: value for name, value in settings.items()}}
 
 
 @asynccontextmanager
-async def rig(folder: Path, nodes: int, say: Say) -> AsyncGenerator[Rig, None]:
+async def rig(folder: Path, nodes: int, say: Say, *, static: bool = False) -> AsyncGenerator[Rig, None]:
     """Start everything, one worker a stage, and stop it again. Raises ChildFailed, KafkaChildError, LogError."""
     async with AsyncExitStack() as running:
         say(f"starting Kafka with {nodes} node{'s' if nodes > 1 else ''}")
@@ -97,7 +100,7 @@ async def rig(folder: Path, nodes: int, say: Say) -> AsyncGenerator[Rig, None]:
         upstream = await running.enter_async_context(Upstream(keep=_CALLS))
         keys = {tenant: f"key-of-{tenant}-{os.urandom(8).hex()}" for tenant in TENANTS}
         await _furnish(cluster, nodes, keys)
-        started = Rig(folder, cluster, upstream, f"http://{free_address()}", keys)
+        started = Rig(folder, cluster, upstream, f"http://{free_address()}", keys, static)
         running.push_async_callback(started.stop)
         say("starting the stages")
         async with asyncio.TaskGroup() as starting:

@@ -46,11 +46,13 @@ class Orders:
     faults: Sequence[Fault]
     nodes: int = 1
     requests_per_second: float = 8.0
+    static: bool = False
+    """Whether workers are static members of their groups."""
 
 
 async def torture(folder: Path, orders: Orders, say: Say) -> Report:
     """Run it. Raises what a part raises that does not start."""
-    async with rig(folder, orders.nodes, say) as tortured, _load(tortured) as load:
+    async with rig(folder, orders.nodes, say, static=orders.static) as tortured, _load(tortured) as load:
         striker = Striker(tortured, say)
         talks = plan(orders.seed, orders.minutes, orders.requests_per_second)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
@@ -87,7 +89,7 @@ async def _load(tortured: Rig) -> AsyncGenerator[Load, None]:
 async def _tell(load: Load, say: Say) -> None:
     while True:
         await asyncio.sleep(_PROGRESS_S)
-        say(f"          {len(load.acknowledged)} accepted, {load.waiting} not concluded")
+        say(f"          {len(load.accepted)} accepted, {load.waiting} not concluded")
 
 
 async def _rest(load: Load, say: Say) -> None:
@@ -95,7 +97,7 @@ async def _rest(load: Load, say: Say) -> None:
     say(f"waiting for {load.waiting} requests to be concluded")
     try:
         async with asyncio.timeout(_QUIET_S):
-            for request in sorted(load.acknowledged):
+            for request in load.accepted:
                 reader = load.live.reader(request)
                 await reader.until(lambda reader=reader: reader.concluded)  # type: ignore[misc]
     except TimeoutError:
@@ -104,7 +106,7 @@ async def _rest(load: Load, say: Say) -> None:
 
 async def _late_readers(load: Load, seed: int) -> list[Observation]:
     """Some streams once more over HTTP, from their beginnings, by readers that come when all is over."""
-    chosen = random.Random(f"late {seed}").sample(sorted(load.acknowledged), min(_LATE_READERS, len(load.acknowledged)))  # noqa: S311
+    chosen = random.Random(f"late {seed}").sample(load.accepted, min(_LATE_READERS, len(load.accepted)))  # noqa: S311
     readers = [load.reader(load.asked[request], "late http", resumes_only=True) for request in chosen]
     try:
         async with asyncio.timeout(_QUIET_S), asyncio.TaskGroup() as reading:
@@ -117,7 +119,7 @@ async def _late_readers(load: Load, seed: int) -> list[Observation]:
 
 async def _evidence(load: Load, tortured: Rig, struck: Sequence[Struck], late: Sequence[Observation]) -> Evidence:
     log: Log = load.log
-    live = [load.live.reader(request).observation() for request in sorted(load.acknowledged)]
+    live = [load.live.reader(request).observation() for request in load.accepted]
     topics = (CHAT_REQUESTS, CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS)
     requests, admitted, stream, turns, dead = [await read_back(log, tortured.namespace, topic) for topic in topics]
     return Evidence(

@@ -5,6 +5,7 @@ knows how klatch made them.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -46,12 +47,9 @@ class Told:
 
     @property
     def written(self) -> int:
-        """Deltas of the attempt in force, those that came after the end included."""
-        state = self.assembly.state
-        return sum(
-            isinstance(one.said, Delta) and (one.said.attempt, one.said.writer) == (state.attempt, state.writer)
-            for one in self.entries
-        )
+        """Deltas of the attempt that wrote most, whether they count or not: what a model was made to say at once."""
+        said = [(one.said.attempt, one.said.writer) for one in self.entries if isinstance(one.said, Delta)]
+        return max(Counter(said).values(), default=0)
 
 
 def fold_stream(entries: Sequence[Entry]) -> Told:
