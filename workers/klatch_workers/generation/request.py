@@ -272,8 +272,8 @@ class RequestUnderWay:
         drafts = [self._draft(_SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
         finished = turn(self.admitted, assembly, asked, timing, head.offset if head else None)
-        # A turn that is the conversation's last already was appended before a crash.
-        if finished and not (head and head.request == request.request):
+        # In a conversation requests are concluded in order: the turns up to the last one's request were appended.
+        if finished and not (head and head.applied >= self.cause.offset):
             drafts.append(self._draft(_TURN, CHAT_TURNS, request.conversation, finished))
         places = await self._append(drafts)
         if finished and len(places) == 2:

@@ -7,14 +7,17 @@ process was restarted, and costs next to nothing while nobody speaks.
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from klatch_schemas import codec
 from klatch_schemas.events import TurnFinished
-from klatch_schemas.records import Partition
-from klatch_streams.log import Log, Tail
+from klatch_schemas.records import Partition, Record
+from klatch_streams.log import Log, LogError, OffsetGone, Tail
 
 CACHED = 2_000
+SILENT_S = 10
+"""How long a turn is waited for that should stand in the log."""
 
 
 class Head(NamedTuple):
@@ -54,8 +57,7 @@ class TurnReader:
         tail = self._tail = self._tail or await self._log.tail()
         tail.follow(partition, offset)
         try:
-            while not (records := await tail.read(1000)):
-                pass
+            records = await _first(tail)
         finally:
             tail.unfollow(partition)
         turn = codec.decode_as(TurnFinished, records[0].value)
@@ -66,6 +68,13 @@ class TurnReader:
         """Give back the connection."""
         if self._tail:
             await self._tail.close()
+
+
+async def _first(tail: Tail) -> Sequence[Record]:
+    for _ in range(SILENT_S):
+        if records := await tail.read(1000):
+            return records
+    raise LogError("a turn that its successor names is not in the log")
 
 
 class Conversations:
@@ -83,12 +92,18 @@ class Conversations:
         return self.heads.get(conversation_key(tenant, conversation))
 
     async def recent(self, tenant: str, conversation: str, most: int) -> list[TurnFinished]:
-        """The conversation's last turns, oldest first, at most `most`. Raises LogError, Unreadable."""
+        """The conversation's last turns, oldest first, at most `most`; those that retention has taken are left out.
+
+        Raises LogError, Unreadable.
+        """
         head = self.head(tenant, conversation)
         offset = head.offset if head else None
         turns: dict[str, TurnFinished] = {}
         while offset is not None and len(turns) < most:
-            turn = await self._reader.read(self._partition, offset)
+            try:
+                turn = await self._reader.read(self._partition, offset)
+            except OffsetGone:
+                break
             # A crash may have written one turn twice, the second following the first.
             turns.setdefault(turn.request, turn)
             offset = turn.previous
