@@ -6,10 +6,12 @@ the runner's: what is done stands in the log, then the snapshot, then the offset
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from uuid import uuid4
+
+import msgspec
 
 from klatch_agents.gateway.port import Gateway
 from klatch_schemas import codec
@@ -156,6 +158,29 @@ def _head(key: str, head: Head) -> tuple[str, int, dict[str, object]]:
     return f"{_TURNS}{key}", head.applied, {"last": {"offset": head.offset, "request": head.request}}
 
 
+class _Named(msgspec.Struct):
+    tenant: str
+
+
+class _Admitted(msgspec.Struct):
+    request: _Named
+
+
+_read_admitted: Final = msgspec.json.Decoder(_Admitted).decode
+
+
+def _conversation_of(record: Record) -> Hashable:
+    """Tenant and conversation: tenants that chose the same name do not wait for each other."""
+    value = record.value or b""
+    try:
+        try:
+            return _read_admitted(value).request.tenant, record.key
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return msgspec.convert(codec.loads(value), _Admitted).request.tenant, record.key
+    except (msgspec.ValidationError, Unreadable):
+        return "", record.key
+
+
 class GenerationOwner:
     """One partition of `chat.admitted`."""
 
@@ -177,7 +202,13 @@ class GenerationOwner:
         self._done_before = restored.applied
         self._repeated: set[int] = set()
         self._causes: deque[tuple[int, str, tuple[int, int]]] = deque()
-        doing = Doing(stage.name, self._handle, max_in_flight=stage.max_in_flight, before_commit=self._before_commit)
+        doing = Doing(
+            stage.name,
+            self._handle,
+            max_in_flight=stage.max_in_flight,
+            order_by=_conversation_of,
+            before_commit=self._before_commit,
+        )
         self._doer = KeyedOwner(doing, stage.log, stage.namespace, committed)
 
     async def take(self, records: Sequence[Record]) -> None:

@@ -188,7 +188,7 @@ class Table:
         return tracked
 
     def conclude(self, tracked: Tracked, admitted_at: int, asked_ms: int) -> None:
-        """The request, taken from `admitted_at`, is concluded; a successor needs its records until that is committed."""
+        """The request, taken from `admitted_at`, is concluded; a successor needs it until that is committed."""
         assert tracked.stream_floor is not None  # noqa: S101 - `take` has set them
         assert tracked.verdict_floor is not None  # noqa: S101
         self._uncommitted[admitted_at] = _Concluded(tracked.stream_floor, tracked.verdict_floor, asked_ms)

@@ -1,0 +1,154 @@
+"""A conversation's past, read from the log: in order, once, as far as retention leaves it, and for its tenant only."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from klatch_schemas import codec
+from klatch_schemas.events import TurnFinished, Usage
+from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.records import Partition
+from klatch_schemas.topics import CHAT_TURNS
+from klatch_streams.memory_log import MemoryLog
+from klatch_workers.generation import turns as module
+from klatch_workers.generation.turns import Conversations, TurnReader
+
+from tests.workers.generation.conftest import Generation
+from tests.workers.generation.mortal import text_of
+
+PARTITION = Partition(CHAT_TURNS.name, 0)
+
+
+class Written:
+    """Turns in a log, and who reads them."""
+
+    def __init__(self) -> None:
+        self.log = MemoryLog({CHAT_TURNS.name: 1})
+        self.reader = TurnReader(self.log)
+        self.conversations = Conversations(PARTITION, self.reader)
+
+    async def turn(self, request: str, conversation: str = "c", tenant: str = "acme", previous: int | None = -1) -> int:
+        """Append the next turn of a conversation; `previous` of -1 is the last one."""
+        head = self.conversations.head(tenant, conversation)
+        before = (head.offset if head else None) if previous == -1 else previous
+        turn = TurnFinished(
+            request=RequestId(request),
+            tenant=Tenant(tenant),
+            conversation=Conversation(conversation),
+            status="completed",
+            messages=(),
+            reply=(),
+            usage=Usage(),
+            attempt=1,
+            started_ms=0,
+            finished_ms=0,
+            previous=before,
+        )
+        [(_, offset)] = await self.log.append([codec.draft(CHAT_TURNS.name, conversation, turn)])
+        self.conversations.append(offset, turn, offset)
+        return offset
+
+    def forget(self) -> None:
+        """What a restart keeps are the heads."""
+        heads = self.conversations.heads
+        self.reader = TurnReader(self.log)
+        self.conversations = Conversations(PARTITION, self.reader)
+        self.conversations.heads = heads
+
+    async def recent(self, most: int = 10, conversation: str = "c", tenant: str = "acme") -> Sequence[str]:
+        return [turn.request for turn in await self.conversations.recent(tenant, conversation, most)]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_the_last_turns_come_oldest_first_whatever_stands_between_them(restarted: bool) -> None:
+    written = Written()
+    for number in range(6):
+        await written.turn(f"r{number}")
+        await written.turn(f"o{number}", conversation="other")
+    if restarted:
+        written.forget()
+    assert await written.recent() == [f"r{number}" for number in range(6)]
+    assert await written.recent(2) == ["r4", "r5"]
+    assert await written.recent(conversation="nobody's") == []
+
+
+async def test_a_turn_that_a_crash_wrote_twice_is_read_once() -> None:
+    written = Written()
+    for request in ("r1", "r2", "r2", "r3", "r3", "r4"):
+        await written.turn(request)
+    written.forget()
+    assert await written.recent() == ["r1", "r2", "r3", "r4"]
+    assert await written.recent(3) == ["r2", "r3", "r4"]
+
+
+async def test_turns_that_retention_took_end_the_list_and_leave_the_rest() -> None:
+    written = Written()
+    for number in range(5):
+        await written.turn(f"r{number}")
+    written.forget()
+    written.log.truncate_before(PARTITION, 3)
+    assert await written.recent() == ["r3", "r4"]
+    written.log.truncate_before(PARTITION, 5)
+    written.forget()
+    assert await written.recent() == []
+    # The reader lives on.
+    await written.turn("r5")
+    assert await written.recent() == ["r5"]
+
+
+async def test_a_request_whose_past_is_gone_is_answered_without_it(generation: Generation) -> None:
+    async with generation.worker():
+        first = await generation.admit("fake?text=gone")
+        await generation.turn(first)
+    for partition in generation.log.records_of(CHAT_TURNS.name):  # type: ignore[attr-defined]
+        generation.log.truncate_before(partition, 1)  # type: ignore[attr-defined]
+    async with generation.worker():
+        second = await generation.admit("fake?reply=echo-messages", memory={"recent": 5})
+        ended = await generation.ended(second)
+    assert ended.state.status == "completed"
+    assert "gone" not in text_of(ended.standing)
+
+
+async def test_tenants_that_chose_the_same_name_never_see_each_others_turns(generation: Generation) -> None:
+    memory = {"recent": 10}
+    async with generation.worker():
+        for tenant in ("acme", "zeta"):
+            first = await generation.admit(f"fake?text=secret of {tenant}", tenant=tenant, memory=memory)
+            await generation.turn(first)
+    async with generation.worker():
+        for tenant, other in (("acme", "zeta"), ("zeta", "acme")):
+            second = await generation.admit("fake?reply=echo-messages", tenant=tenant, memory=memory)
+            text = text_of((await generation.ended(second)).standing)
+            assert f"secret of {tenant}" in text
+            assert f"secret of {other}" not in text
+
+
+async def test_tenants_that_chose_the_same_name_do_not_wait_for_each_other(generation: Generation) -> None:
+    async with generation.worker(), asyncio.timeout(5):
+        slow = await generation.admit("fake?first_delay=60", tenant="acme")
+        await generation.assembled(slow, lambda assembly: assembly.state.attempt == 1)
+        quick = await generation.admit("fake?text=quick", tenant="zeta")
+        assert (await generation.ended(quick)).state.status == "completed"
+
+
+async def test_what_is_cached_is_bounded_and_what_is_not_cached_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHED", 4)  # a setting, made small enough to reach
+    written = Written()
+    for number in range(20):
+        await written.turn(f"r{number}")
+    assert await written.recent(20) == [f"r{number}" for number in range(20)]
+    assert len(written.reader._cache) <= 4
+
+
+async def test_a_turn_that_is_named_and_not_there_is_an_error_and_not_a_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SILENT_S", 1)  # a setting, made short enough to wait for
+    written = Written()
+    offset = await written.turn("r1")
+    await written.turn("r2", conversation="other", previous=offset + 2)
+    written.conversations.heads["acme/other"] = written.conversations.heads["acme/c"]._replace(offset=offset + 2)
+    with pytest.raises(Exception, match="not in the log"):
+        await written.recent(conversation="other")
+
+
