@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
+
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.batches import Batches, Written
 from klatch_streams.log import AppendFailed, RecordTooLarge

@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from tests.workers.generation.conftest import Generation
+from tests.workers.generation.mortal import text_of
+
 from klatch_schemas import codec
 from klatch_schemas.events import TurnFinished, Usage
 from klatch_schemas.ids import Conversation, RequestId, Tenant
@@ -12,9 +15,6 @@ from klatch_schemas.topics import CHAT_TURNS
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.generation import turns as module
 from klatch_workers.generation.turns import Conversations, TurnReader
-
-from tests.workers.generation.conftest import Generation
-from tests.workers.generation.mortal import text_of
 
 PARTITION = Partition(CHAT_TURNS.name, 0)
 
@@ -150,5 +150,3 @@ async def test_a_turn_that_is_named_and_not_there_is_an_error_and_not_a_wait_for
     written.conversations.heads["acme/other"] = written.conversations.heads["acme/c"]._replace(offset=offset + 2)
     with pytest.raises(Exception, match="not in the log"):
         await written.recent(conversation="other")
-
-
