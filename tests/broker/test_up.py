@@ -217,6 +217,8 @@ async def test_on_another_cluster_the_local_model_answers_and_sigterm_lets_it_fi
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip()
         assert await up.ended() == 0
     assert [line["event"] for line in up.lines] == ["ready", "stopping", "stopped"]
+    logs = {path.stem: path.read_text() for path in (tmp_path / "data" / "logs").glob("*.log")}
+    assert [stage for stage, said in logs.items() if "supervisor.failed" in said] == []
     assert kit.running(up.pids.values()) == set()
     assert not (tmp_path / "data" / "run.json").exists()
     assert kafka.running
