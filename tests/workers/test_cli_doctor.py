@@ -167,12 +167,12 @@ async def test_servers_that_are_away_are_problems_and_unnamed_ones_warnings(ther
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         away = Endpoint(f"http://127.0.0.1:{free.getsockname()[1]}")
-        for check in ("model", "memory", "door"):
+        for check in ("model", "memory server", "door"):
             found = await at_servers(setup(tmp_path, model=away, memory=away, door=away), check)
             assert found.level == "problem", check
             assert "does not answer" in found.says
-    assert (await at_servers(setup(tmp_path, door=away), "memory")).level == "warning"
-    assert (await at_servers(setup(tmp_path, memory=Endpoint(there.url), door=away), "memory")).level == "ok"
+    assert (await at_servers(setup(tmp_path, door=away), "memory server")).level == "warning"
+    assert (await at_servers(setup(tmp_path, memory=Endpoint(there.url), door=away), "memory server")).level == "ok"
 
 
 async def test_the_door_must_know_the_key(there: Servers, tmp_path: Path) -> None:

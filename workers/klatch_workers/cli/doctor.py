@@ -53,9 +53,9 @@ def _say(finding: Finding, *, as_json: bool) -> None:
         say_json(asdict(finding))
         return
     mark, color = _MARKS[finding.level]
-    click.echo(f"{click.style(f'{mark:<8}', fg=color)} {finding.check:<13} {finding.says}")
+    click.echo(f"{click.style(f'{mark:<8}', fg=color)} {finding.check:<14} {finding.says}")
     if finding.fix:
-        click.echo(f"{'':<22} {click.style('→ ' + finding.fix, dim=True)}")
+        click.echo(f"{'':<23} {click.style('→ ' + finding.fix, dim=True)}")
 
 
 def _setup(context: Context) -> Setup:

@@ -15,8 +15,8 @@ _TOKEN_PATIENCE_S: Final = 60.0
 async def servers(setup: Setup) -> Findings:
     """Everything that answers over HTTP."""
     yield await model(setup)
-    yield await _healthy("memory", setup.memory, "requests get no recalled memories, and the door no embeddings")
-    yield await _healthy("views", setup.views, "`klatch top` has nothing to show")
+    yield await _healthy(setup, "memory", setup.memory, "requests get no recalled memories, and the door no embeddings")
+    yield await _healthy(setup, "views", setup.views, "`klatch top` has nothing to show")
     yield await door(setup.door)
 
 
@@ -58,20 +58,20 @@ def _first_id(listed: Answer) -> str:
         return "default"
 
 
-async def _healthy(name: str, server: Endpoint, without: str) -> Finding:
+async def _healthy(setup: Setup, name: str, server: Endpoint, without: str) -> Finding:
+    check, start = f"{name} server", f"start `klatch worker {name}`"
     if server.url is None:
-        variable = f"KLATCH_{name.upper()}_URL"
-        return Finding(
-            name, "warning", f"no {name} worker is named here: {without}", f"set {variable}, or ask where it runs"
-        )
-    start = f"start `klatch worker {name}`"
+        if name in setup.pids:
+            return Finding(check, "ok", f"`klatch up` runs the {name} worker")
+        fix = f"set KLATCH_{name.upper()}_URL, or ask where it runs"
+        return Finding(check, "warning", f"no {name} worker is named here: {without}", fix)
     try:
         answer = await _ask("GET", f"{server.url.rstrip('/')}/healthz", None)
     except Unreached as error:
-        return Finding(name, "problem", f"the {name} worker: {error}; {without}", start)
+        return Finding(check, "problem", f"the {name} worker: {error}; {without}", start)
     if answer.status != 200:
-        return Finding(name, "problem", f"the {name} worker at {server.url} says: {answer.reason}", start)
-    return Finding(name, "ok", f"the {name} worker answers at {server.url}")
+        return Finding(check, "problem", f"the {name} worker at {server.url} says: {answer.reason}", start)
+    return Finding(check, "ok", f"the {name} worker answers at {server.url}")
 
 
 async def door(door: Endpoint) -> Finding:
