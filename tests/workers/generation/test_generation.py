@@ -227,3 +227,18 @@ async def test_a_turn_that_the_log_cannot_hold_is_settled_all_the_same(generatio
         assert (await generation.settled(request)).status == "completed"
         assert (await generation.turn(after)).previous is None
     assert not await generation.held(DEAD_LETTERS)
+
+
+async def test_instructions_of_an_earlier_request_are_not_repeated_to_the_model(generation: Any) -> None:
+    def body(model: str, system: str) -> dict[str, Any]:
+        said = [{"role": "system", "content": system}, {"role": "user", "content": "hello"}]
+        return {"model": model, "messages": said}
+
+    memory = {"recent": 10}
+    async with generation.worker():
+        first = await generation.admit("", body=body("fake?text=hi", "Speak like a heron."), memory=memory)
+        await generation.turn(first)
+        second = await generation.admit("", body=body("fake?reply=echo-messages", "Be brief."), memory=memory)
+        heard = text_of(await generation.ended(second))
+    assert "Be brief." in heard
+    assert "heron" not in heard

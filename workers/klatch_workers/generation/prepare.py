@@ -134,7 +134,7 @@ class Preparer:
         own = _messages(body)
         prompt, system = self._system(request)
         if system or recalled or recent:
-            past = [message for turn in recent for message in (*turn.messages, *turn.reply[:1])]
+            past = [message for turn in recent for message in (*_said(turn), *turn.reply[:1])]
             composed = compose_messages(own, system, [memory.text for memory in recalled], past)
             body = {**body, "messages": composed}
         return Prepared(
@@ -163,6 +163,11 @@ class Preparer:
             return prompt, self.renderer.render(prompt, wanted.variables)
         except PromptFailed as error:
             raise PreparingFailed(StreamError(code=error.code, message=error.message)) from error
+
+
+def _said(turn: TurnFinished) -> list[Json]:
+    # Instructions are this request's to give: those of earlier ones would pile up, and contradict.
+    return [message for message in turn.messages if message.get("role") not in {"system", "developer"}]
 
 
 async def _recent(request: ChatRequested, conversations: Conversations) -> Sequence[TurnFinished]:

@@ -258,7 +258,14 @@ async def _write_prompt(kafka: KafkaLog, namespace: Namespace) -> None:
 
 
 def _write_run_file(running: Everything) -> None:
-    facts = {**running.facts(), "internal_key": running.keys.internal}
+    settings = running.settings
+    facts = {
+        **running.facts(),
+        "internal_key": running.keys.internal,
+        "memory_url": settings.memory_url,
+        "model_url": settings.model_url,
+        "model_key": settings.model_key.get_secret_value() if settings.model_key else None,
+    }
     write_private(running.settings.data / "run.json", json.dumps(facts, indent=1))
 
 
