@@ -1,225 +1,71 @@
-"""Batches: the order of writes, one append at a time and partition, the interval, urgency, failures, and the close."""
+"""Self-clocked batches: what leaves together, what does not wait, and what a failure leaves behind."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
 from klatch_schemas.records import Draft, Partition
-from klatch_streams.batches import Batches, Written
-from klatch_streams.log import AppendFailed, RecordTooLarge
+from klatch_streams.batches import Batches, Place
+from klatch_streams.log import AppendFailed
 from klatch_streams.memory_log import MemoryLog
 
-INTERVAL_S = 0.010
 
-
-class Clocked(asyncio.SelectorEventLoop):
-    """An event loop whose clock stands until a timer is all that it waits for; then it jumps there."""
+class Watched(MemoryLog):
+    """A log that keeps the event loop's time and the records of every append, and can refuse."""
 
     def __init__(self) -> None:
-        self.now = 1.0
-        super().__init__()
-        self._selector: Any = self._selector  # type: ignore[has-type]
-        select = self._selector.select
-        self._selector.select = lambda timeout=None: self._jump(select, timeout)
+        super().__init__({"t": 4})
+        self.appends: list[tuple[float, list[Draft]]] = []
+        self.refuses = False
 
-    def _jump(self, select: Callable[[float], list[Any]], timeout: float | None) -> list[Any]:
-        assert timeout is not None, "a deadlock"
-        self.now += timeout
-        return select(0)
-
-    def time(self) -> float:
-        return self.now
+    async def append(self, drafts: Sequence[Draft]) -> Sequence[Place]:
+        self.appends.append((asyncio.get_running_loop().time(), list(drafts)))
+        if self.refuses:
+            raise AppendFailed("refused")
+        return await super().append(drafts)
 
 
-class Watched:
-    """A log whose appends take `takes_s` each, and which remembers when each began and what it held."""
-
-    def __init__(self, takes_s: float = 0.001, most: int = 4) -> None:
-        self.log = MemoryLog({"t": 2}, appending=self._append)
-        self.batches = Batches(self.log, INTERVAL_S, most)
-        self.appends: list[tuple[float, int, list[str]]] = []
-        self.under_way: list[int] = []
-        self.takes_s = takes_s
-
-    def write(self, *names: str, partition: int = 0, urgent: bool = False) -> list[Written]:
-        return [self.batches.write(Draft("t", None, name.encode(), (), partition), urgent=urgent) for name in names]
-
-    def held(self, partition: int = 0) -> list[str]:
-        return [(one.value or b"").decode() for one in self.log.held(Partition("t", partition)).records]
-
-    @property
-    def leaving(self) -> list[tuple[int, list[str]]]:
-        """Milliseconds since the first append, and what left."""
-        return [(round((at - self.appends[0][0]) * 1000), names) for at, _, names in self.appends]
-
-    async def _append(self, drafts: Sequence[Draft]) -> None:
-        partition = drafts[0].partition or 0
-        assert partition not in self.under_way, "two appends to one partition at a time"
-        self.under_way.append(partition)
-        now = asyncio.get_running_loop().time()
-        self.appends.append((now, partition, [(draft.value or b"").decode() for draft in drafts]))
-        await asyncio.sleep(self.takes_s)
-        self.under_way.remove(partition)
+def draft(partition: int, value: bytes = b"v") -> Draft:
+    return Draft("t", b"k", value, partition=partition)
 
 
-def clocked(story: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=Clocked) as runner:
-        runner.run(story)
+async def test_what_comes_within_a_beat_leaves_in_one_append_a_partition_all_at_the_same_time() -> None:
+    log = Watched()
+    batches = Batches(log, interval_s=0.2)
+    for partition in (0, 1):
+        # Each has left at a time of its own; from the next beat on they leave together.
+        await asyncio.sleep(partition * 0.07)
+        await batches.write(draft(partition)).durable()
+    log.appends.clear()
+    written = [batches.write(draft(partition, b"%d" % number)) for number in range(5) for partition in (0, 1)]
+    offsets = [await one.durable() for one in written]
+    assert offsets == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [len(drafts) for _, drafts in log.appends] == [5, 5]
+    (first, _), (second, _) = log.appends
+    assert second - first < 0.05
 
 
-def test_what_is_written_after_a_pause_leaves_at_once_and_what_follows_leaves_together_after_the_interval() -> None:
-    async def story() -> None:
-        watched = Watched()
-        [first] = watched.write("a")
-        await first.durable()
-        watched.write("b")
-        await asyncio.sleep(0.002)  # the clock is virtual
-        [last] = watched.write("c")
-        assert await last.durable() == 2
-        assert [names for _, names in watched.leaving] == [["a"], ["b", "c"]]
-        assert 1 < watched.leaving[1][0] <= 10
-
-    clocked(story())
+async def test_an_urgent_record_leaves_at_once_and_takes_along_what_waits() -> None:
+    log = Watched()
+    batches = Batches(log, interval_s=3600)
+    await batches.write(draft(0)).durable()
+    waiting = batches.write(draft(0))
+    urgent = batches.write(draft(0), urgent=True)
+    async with asyncio.timeout(10):
+        assert [await waiting.durable(), await urgent.durable()] == [1, 2]
+    assert [len(drafts) for _, drafts in log.appends] == [1, 2]
 
 
-def test_a_trickle_of_single_records_costs_one_append_an_interval() -> None:
-    async def story() -> None:
-        watched = Watched(takes_s=0.000_5, most=500)
-        for number in range(100):
-            watched.write(str(number))
-            await asyncio.sleep(0.002)  # longer than an append: nothing is in line in between
-        await watched.batches.close()
-        assert len(watched.appends) <= 23, "200 ms are 20 intervals"
-
-    clocked(story())
-
-
-def test_an_urgent_record_does_not_wait_for_the_interval_and_takes_along_what_waits() -> None:
-    async def story() -> None:
-        watched = Watched()
-        [first] = watched.write("a")
-        await first.durable()
-        watched.write("b")
-        [urgent] = watched.write("c", urgent=True)
-        await urgent.durable()
-        assert watched.leaving[1] == (1, ["b", "c"])
-
-    clocked(story())
-
-
-def test_an_urgent_record_behind_a_full_batch_does_not_wait_either() -> None:
-    async def story() -> None:
-        watched = Watched()
-        watched.write("a")
-        await asyncio.sleep(0)
-        watched.write("b", "c", "d", "e", "f")
-        [urgent] = watched.write("g", urgent=True)
-        await urgent.durable()
-        assert watched.leaving == [(0, ["a"]), (1, ["b", "c", "d", "e"]), (2, ["f", "g"])]
-
-    clocked(story())
-
-
-def test_records_of_many_writers_stand_in_the_order_of_their_writes() -> None:
-    async def story() -> None:
-        watched = Watched()
-        written = list[Written]()
-        for number in range(60):
-            written += watched.write(str(number), partition=number % 2, urgent=number % 7 == 0)
-            if number % 3 == 0:
-                await asyncio.sleep(0.001)  # the clock is virtual
-        offsets = [await one.durable() for one in written]
-        assert watched.held(0) == [str(number) for number in range(0, 60, 2)]
-        assert watched.held(1) == [str(number) for number in range(1, 60, 2)]
-        assert offsets == [number // 2 for number in range(60)]
-
-    clocked(story())
-
-
-def test_one_slow_partition_holds_up_no_other() -> None:
-    async def story() -> None:
-        watched = Watched()
-        watched.takes_s = 60
-        watched.write("slow")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        watched.takes_s = 0.001
-        [quick] = watched.write("quick", partition=1)
-        await quick.durable()
-        assert watched.held(0) == []
-
-    clocked(story())
-
-
-@pytest.mark.parametrize("stands", [False, True])
-def test_a_failed_append_reaches_everybody_who_waits_and_everybody_who_writes_later(stands: bool) -> None:
-    async def story() -> None:
-        watched = Watched()
-        watched.log.fail_next_append(stands=stands)
-        [leaving] = watched.write("a")
-        await asyncio.sleep(0)
-        in_line = watched.write("b", "c", "d", "e", "f")
-        for one in (leaving, *in_line):
-            with pytest.raises(AppendFailed):
-                await one.durable()
-        with pytest.raises(AppendFailed):
-            watched.write("g")
-        assert watched.held() == (["a"] if stands else [])
-        # Other partitions are not concerned, and closing does not hang.
-        [other] = watched.write("h", partition=1)
-        await watched.batches.close()
-        assert await other.durable() == 0
-
-    clocked(story())
-
-
-def test_a_failure_that_nobody_waits_for_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> None:
-        watched = Watched()
-        watched.log.fail_next_append()
-        watched.write("a")
-        await watched.batches.close()
-
-    clocked(story())
-    assert not caplog.records
-
-
-def test_a_record_that_is_too_large_fails_alone() -> None:
-    async def story() -> None:
-        watched = Watched()
-        one, wide, other = watched.write("a", "x" * 2_000_000, "b")
-        assert await one.durable() == 0
-        assert await other.durable() == 1
-        with pytest.raises(RecordTooLarge):
-            await wide.durable()
-        [later] = watched.write("c")
-        assert await later.durable() == 2
-
-    clocked(story())
-
-
-def test_whoever_stops_waiting_does_not_stop_the_append() -> None:
-    async def story() -> None:
-        watched = Watched()
-        [one] = watched.write("a")
-        waiting = asyncio.create_task(one.durable())
-        await asyncio.sleep(0)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert await one.durable() == 0
-
-    clocked(story())
-
-
-def test_closing_appends_all_that_is_in_line_without_waiting_for_intervals() -> None:
-    async def story() -> None:
-        watched = Watched()
-        watched.write(*"abcdefghij")
-        await watched.batches.close()
-        assert watched.held() == list("abcdefghij")
-        assert watched.leaving[-1][0] <= 2
-
-    clocked(story())
+async def test_after_a_refused_append_the_partition_takes_nothing_more_and_others_do() -> None:
+    log = Watched()
+    batches = Batches(log)
+    log.refuses = True
+    refused = batches.write(draft(0))
+    with pytest.raises(AppendFailed):
+        await refused.durable()
+    log.refuses = False
+    with pytest.raises(AppendFailed):
+        batches.write(draft(0))
+    assert await batches.write(draft(1)).durable() == 0
+    assert log.appends[-1][1][0].partition == Partition("t", 1).number

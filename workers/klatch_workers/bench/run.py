@@ -43,6 +43,7 @@ from klatch_workers.bench.starts import starts
 RATE = 50.0
 """Tokens a second of a paced reply: about what people are served."""
 _REST_S = 1.0
+_IDLE_REST_S = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Plan:
     """0: none."""
 
 
-FULL = Plan("full", 2, 100, 4, 4.0, (16, 64), 64, 6.0, 3.0, 16, 5.0, 40_000, 16)
+FULL = Plan("full", 2, 60, 3, 2.5, (16, 64), 64, 4.0, 2.5, 16, 5.0, 40_000, 16)
 QUICK = Plan("quick", 1, 20, 2, 2.0, (16,), 64, 3.0, 2.0, 16, 2.0, 10_000, 8)
 TINY = Plan("tiny", 0, 2, 1, 0.3, (2,), 2, 0.5, 0.3, 1, 0.2, 200, 0)
 
@@ -154,7 +155,7 @@ async def _first_tokens_idle(running: Rig, plan: Plan, say: Say) -> tuple[Quanti
             for name, target in targets.items():
                 took[name].append(await one(target, model))
                 # The conclusion of one reply must not be in the way of the next.
-                await asyncio.sleep(0.03)
+                await asyncio.sleep(_IDLE_REST_S)
             hops.append(await three.send())
     sides = {name: quantiles(values) for name, values in took.items()}
     added = {
