@@ -114,8 +114,16 @@ class Reborn:
     after: dict[str, Any]
     left: set[int]
     """Processes of the first that outlived it."""
+    failed: list[str]
+    """Stages that failed before the kill."""
     cut: str
     """The request whose reply was under way."""
+
+
+def failed_stages(data: Path) -> list[str]:
+    """Stages that had to be started again inside their process."""
+    logs = {path.stem: path.read_text() for path in (data / "logs").glob("*.log")}
+    return [stage for stage, said in logs.items() if "supervisor.failed" in said]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -129,6 +137,7 @@ async def reborn(kit: "Kit", tmp_path_factory: pytest.TempPathFactory, upstream:
         await stack.text("fake?text=Noted.", "I am allergic to peanuts.", conversation="health", **told)
         async with stack.ask("fake?reply=unique&tokens=400&rate=20", tenant="local") as answer:
             await answer.content.readline()
+            failed = failed_stages(data)
             first.process.kill()
             pids = set(first.pids.values())
             assert await first.ended() == -signal.SIGKILL
@@ -136,9 +145,13 @@ async def reborn(kit: "Kit", tmp_path_factory: pytest.TempPathFactory, upstream:
             cut = answer.headers["x-request-id"]
     second = await kit.up.launch(data, *options, "--model", "fake?reply=echo-messages")
     async with kit.opened(second, upstream) as stack:
-        yield Reborn(stack, first.lines[0], second.lines[0], left, cut)
+        yield Reborn(stack, first.lines[0], second.lines[0], left, failed, cut)
     assert await second.terminate() == 0
     assert kit.running(second.pids.values()) == set()
+
+
+async def test_no_stage_fails_on_a_kafka_that_is_new(reborn: Reborn) -> None:
+    assert reborn.failed == []
 
 
 async def test_a_sigkill_takes_every_process_with_it(reborn: Reborn) -> None:
@@ -217,8 +230,7 @@ async def test_on_another_cluster_the_local_model_answers_and_sigterm_lets_it_fi
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip()
         assert await up.ended() == 0
     assert [line["event"] for line in up.lines] == ["ready", "stopping", "stopped"]
-    logs = {path.stem: path.read_text() for path in (tmp_path / "data" / "logs").glob("*.log")}
-    assert [stage for stage, said in logs.items() if "supervisor.failed" in said] == []
+    assert failed_stages(tmp_path / "data") == []
     assert kit.running(up.pids.values()) == set()
     assert not (tmp_path / "data" / "run.json").exists()
     assert kafka.running
