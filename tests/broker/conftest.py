@@ -93,7 +93,7 @@ async def appears(path: Path, seconds: float = 60) -> None:
     """Return once there is a file of that name."""
     async with asyncio.timeout(seconds):
         while not os.access(path, os.F_OK):  # noqa: ASYNC110 - a file system tells nobody
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # so it is asked again and again
 
 
 @dataclass(slots=True)
