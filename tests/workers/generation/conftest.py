@@ -1,8 +1,10 @@
 """A partition's whole generation, for real: MemoryLog, the runner, the gateway, and an upstream on a port."""
+# pyright: basic, reportArgumentType=false
+# Events are made of plain strings, as a producer would; pydantic checks them.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +51,7 @@ class Book:
 
     prompts: dict[str, PromptPublished] = field(default_factory=dict[str, PromptPublished])
 
-    def find(self, tenant: str, name: str, version: int | None) -> PromptPublished | None:
+    def find(self, tenant: str, name: str, version: int | None) -> PromptPublished | None:  # noqa: ARG002 - one book
         return self.prompts.get(name)
 
 
@@ -112,7 +114,7 @@ class Generation:
         """Wait for the stream's settled end; returns what every reader assembles."""
         return await self.assembled(request, lambda assembly: assembly.state.settled)
 
-    async def assembled(self, request: ChatRequested, enough: Any) -> Assembly:
+    async def assembled(self, request: ChatRequested, enough: Callable[[Assembly], object]) -> Assembly:
         assembly = Assembly()
         async for offset, said in self.follow(CHAT_STREAM):
             if said.request == request.request:

@@ -1,25 +1,27 @@
-"""Workers that die at a chosen step, and what must hold of the log whenever they did.
+"""Workers that die at a chosen step.
 
 A `Life` counts what its worker asks of the log and of the model server; at its last step, before or after that step
 took effect, the worker is dead: nothing it does reaches the log any more, and its group expels it. Time is virtual
 but for sockets, so patience costs nothing.
 """
+# pyright: reportPrivateUsage=false
+# The broker's side of MemoryLog is looked at: where a draft goes, and what a group committed.
 
 import asyncio
-import re
 import selectors
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from tests.workers.generation.conftest import Generation
+
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.port import Chunk, ModelCall
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
-from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Said, Standing
+from klatch_schemas.assembly import Said
 from klatch_schemas.codec import Delta
-from klatch_schemas.errors import Superseded
 from klatch_schemas.events import Event, TurnFinished, UsageSettled
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import (
@@ -27,7 +29,6 @@ from klatch_schemas.topics import (
     CHAT_REQUESTS,
     CHAT_STREAM,
     CHAT_TURNS,
-    DEAD_LETTERS,
     GENERATION_STATE,
     TOPICS,
     Namespace,
@@ -78,7 +79,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 def memory_log(appending: Callable[[Sequence[Draft]], Awaitable[None]] | None = None) -> MemoryLog:
     """Every topic, with two partitions where there may be several."""
-    topics = {topic.name: 1 if topic.partitioning == "ledger" else 2 for topic in TOPICS}
+    topics = {str(topic.name): 1 if topic.partitioning == "ledger" else 2 for topic in TOPICS}
     return MemoryLog(topics, appending=appending)
 
 
@@ -243,7 +244,7 @@ class Mortal:
 class World:
     """One log, one model server, the workers that come and go, and the requests that were accepted."""
 
-    generation: Any
+    generation: Generation
     log: MemoryLog
     upstream: Upstream
     mortals: list[Mortal] = field(default_factory=list[Mortal])
@@ -266,9 +267,8 @@ class World:
 
     async def all_committed(self) -> None:
         """Wait until every admission is committed."""
-        # The log tells nobody of commits; the clock is virtual.
         while any(self.committed(part) < self.log.held(part).end for part in self.log.records_of(CHAT_ADMITTED.name)):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # nobody is told of commits; the clock is virtual
 
     async def heads(self) -> dict[tuple[Partition, str], int]:
         """The last turn of every conversation, as the next owner would find it."""
@@ -320,7 +320,7 @@ class World:
     def stream_of(self, request: str) -> list[tuple[int, Said]]:
         """Every record of a request's stream, deltas of nobody's attempts included."""
         return [
-            (record.offset, cast("Said", said))
+            (record.offset, said)
             for record, said in self.said(CHAT_STREAM.name)
             if getattr(said, "request", None) == request
         ]
@@ -339,93 +339,3 @@ class World:
             assert isinstance(said, TurnFinished)
             turns.setdefault(record.partition, {})[record.offset] = said
         return turns
-
-
-def text_of(standing: Sequence[Standing]) -> str:
-    """The text of choice 0."""
-    return "".join(_content(codec.loads(bytes(said.chunk))) for said in standing)
-
-
-def _content(chunk: Any) -> str:
-    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-
-
-def lineage(text: str) -> tuple[str | None, int]:
-    """Which call a `reply=unique` text is from and how many tokens it has; fails for any other text."""
-    tokens = re.findall(r"<<(\w+):(\d+)>>", text)
-    assert "".join(f"<<{call}:{number}>>" for call, number in tokens) == text, f"torn: {text}"
-    assert [int(number) for _, number in tokens] == list(range(len(tokens))), f"not in order: {text}"
-    assert len({call for call, _ in tokens}) <= 1, f"spliced: {text}"
-    return (tokens[0][0] if tokens else None), len(tokens)
-
-
-def assembled(stream: Sequence[tuple[int, Said]]) -> Assembly:
-    assembly = Assembly()
-    for offset, said in stream:
-        assembly.hear(offset, said)
-    return assembly
-
-
-def every_reader_agrees(stream: Sequence[tuple[int, Said]]) -> None:
-    """Whoever reads from wherever, and goes live whenever, sees the text that stands, or is told that it does not."""
-    whole = assembled(stream)
-    text, status = text_of(whole.standing), whole.state.status
-    for live_at in range(len(stream) + 1):
-        _reads(stream, live_at, None, text, status)
-    for offset, said in stream:
-        if isinstance(said, Delta):
-            _reads(stream, len(stream), offset, text, status)
-
-
-def _reads(stream: Sequence[tuple[int, Said]], live_at: int, after: int | None, text: str, status: object) -> None:
-    reader = ReplyReader(after)
-    shown = list[Standing | Ended]()
-    try:
-        for index, (offset, said) in enumerate(stream):
-            if index == live_at:
-                shown += reader.go_live()
-            if one := reader.hear(offset, said):
-                shown.append(one)
-        if live_at == len(stream):
-            shown += reader.go_live()
-    except Superseded:
-        # Told so; what was shown before was of one lineage.
-        lineage_or_part(text_of([one for one in shown if isinstance(one, Standing)]))
-        return
-    seen = text_of([one for one in shown if isinstance(one, Standing)])
-    assert seen == text if after is None else text.endswith(seen)
-    assert [one.status for one in shown if isinstance(one, Ended)] == [status]
-
-
-def lineage_or_part(text: str) -> None:
-    """Text of one call, from anywhere on."""
-    assert len({call for call, _ in re.findall(r"<<(\w+):(\d+)>>", text)}) <= 1, f"spliced: {text}"
-
-
-def check_settled_once(world: World, request: str) -> UsageSettled:
-    """One settlement, however often it was written."""
-    settlements = world.settlements(request)
-    assert settlements, f"{request} was never settled"
-    assert len({event_id for event_id, _ in settlements}) == 1
-    assert len({(said.status, said.usage) for _, said in settlements}) == 1, settlements
-    return settlements[0][1]
-
-
-def check_turns(world: World, heads: Mapping[tuple[Partition, str], int], wanted: Mapping[str, Sequence[str]]) -> None:
-    """Following `previous` from the last turns gives the wanted requests of each conversation, in order."""
-    turns = world.turns()
-    for (partition, conversation), head in heads.items():
-        chain, offset = list[str](), cast("int | None", head)
-        while offset is not None:
-            turn = turns[partition][offset]
-            assert turn.conversation == conversation
-            if turn.request not in chain:
-                chain.append(turn.request)
-            assert turn.previous is None or turn.previous < offset
-            offset = turn.previous
-        assert list(reversed(chain)) == list(wanted[conversation]), conversation
-    assert {conversation for _, conversation in heads} == {name for name, requests in wanted.items() if requests}
-
-
-def check_no_dead_letters(world: World) -> None:
-    assert not world.log.records(DEAD_LETTERS.name)

@@ -1,4 +1,6 @@
 """Generation as its neighbours see it: admissions and verdicts in, a stream, a settlement and a turn out."""
+# pyright: basic, reportArgumentType=false
+# Events are made of plain strings, as a producer would; pydantic checks them.
 
 from typing import Any
 

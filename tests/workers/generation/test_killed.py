@@ -10,17 +10,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from tests.workers.generation.conftest import Generation
-from tests.workers.generation.mortal import (
-    Life,
-    World,
+from tests.workers.generation.mortal import Life, World, in_virtual_time, memory_log
+from tests.workers.generation.readings import (
     assembled,
     check_no_dead_letters,
     check_settled_once,
     check_turns,
     every_reader_agrees,
-    in_virtual_time,
     lineage,
-    memory_log,
     text_of,
 )
 

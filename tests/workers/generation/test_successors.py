@@ -5,20 +5,13 @@ import time
 from collections.abc import Sequence
 
 from tests.workers.generation.conftest import NAMESPACE, Generation
-from tests.workers.generation.mortal import (
-    GROUP,
-    World,
-    assembled,
-    every_reader_agrees,
-    in_virtual_time,
-    lineage,
-    memory_log,
-    text_of,
-)
+from tests.workers.generation.mortal import GROUP, World, in_virtual_time, memory_log
+from tests.workers.generation.readings import assembled, every_reader_agrees, lineage, text_of
 
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas.events import ChatRequested, PromptReference, StreamAttempt
+from klatch_schemas.ids import Writer
 from klatch_schemas.records import Draft
 from klatch_schemas.topics import CHAT_STREAM
 from klatch_streams.runner import Runner, RunnerSettings
@@ -33,7 +26,7 @@ async def leave_open(generation: Generation, request: ChatRequested, writer: str
         tenant=request.tenant,
         conversation=request.conversation,
         attempt=1,
-        writer=writer,  # type: ignore[arg-type]
+        writer=Writer(writer),
     )
     await generation.write(CHAT_STREAM, request.conversation, opening)
 

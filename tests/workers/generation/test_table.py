@@ -1,4 +1,6 @@
 """The table: floors never pass what a successor needs, and nothing is kept of what is over."""
+# pyright: reportPrivateUsage=false
+# What is kept is what this is about.
 
 import json
 from dataclasses import dataclass, field

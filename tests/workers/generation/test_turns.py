@@ -1,11 +1,13 @@
 """A conversation's past, read from the log: in order, once, as far as retention leaves it, and for its tenant only."""
+# pyright: reportPrivateUsage=false
+# How much is cached is seen nowhere else.
 
 import asyncio
 from collections.abc import Sequence
 
 import pytest
 from tests.workers.generation.conftest import Generation
-from tests.workers.generation.mortal import text_of
+from tests.workers.generation.readings import text_of
 
 from klatch_schemas import codec
 from klatch_schemas.events import TurnFinished, Usage

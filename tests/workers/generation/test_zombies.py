@@ -9,17 +9,15 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import pytest
+from pydantic import JsonValue
 from tests.workers.generation.conftest import Generation
-from tests.workers.generation.mortal import (
-    Life,
-    World,
+from tests.workers.generation.mortal import Life, World, in_virtual_time, memory_log
+from tests.workers.generation.readings import (
     assembled,
     check_no_dead_letters,
     check_settled_once,
     every_reader_agrees,
-    in_virtual_time,
     lineage,
-    memory_log,
     text_of,
 )
 
@@ -93,8 +91,8 @@ def opening(request: ChatRequested, attempt: int, writer: str = "zombie") -> Str
 
 
 def delta(request: ChatRequested, attempt: int, seq: int, writer: str = "zombie") -> StreamDelta:
-    chunk = {"choices": [{"index": 0, "delta": {"content": f"<<{writer}:{seq}>>"}}]}
-    return StreamDelta(request=request.request, attempt=attempt, writer=Writer(writer), seq=seq, chunk=chunk)  # type: ignore[arg-type]
+    chunk: dict[str, JsonValue] = {"choices": [{"index": 0, "delta": {"content": f"<<{writer}:{seq}>>"}}]}
+    return StreamDelta(request=request.request, attempt=attempt, writer=Writer(writer), seq=seq, chunk=chunk)
 
 
 def end(request: ChatRequested, attempt: int, seq: int, writer: str = "zombie") -> StreamEnd:
@@ -135,8 +133,10 @@ def test_a_foreign_attempt_that_takes_over_and_finishes_is_settled_and_not_fough
             worker = world.worker(Life())
             await world.generation.assembled(request, lambda one: len(one.standing) > 2)
             await _says(world, request, opening(request, 2), delta(request, 2, 0), delta(request, 2, 1))
-            await asyncio.sleep(7)  # the clock is virtual: less than the patience of a watcher
-            await _says(world, request, delta(request, 2, 2), end(request, 2, 3))
+            for seq in (2, 3, 4):
+                await asyncio.sleep(7)  # the clock is virtual: less than the patience of a watcher
+                await _says(world, request, delta(request, 2, seq))
+            await _says(world, request, end(request, 2, 5))
             await world.generation.settled(request)
             await worker.stop()
             check(world, request, "completed", attempts=2)
