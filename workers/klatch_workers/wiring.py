@@ -1,6 +1,6 @@
 """The one place where parts are put together: each stage as a function of the settings that runs until it is told.
 
-`run_stage(name, settings, stop, ready)` opens what the stage needs, calls `ready` once it serves, and when `stop` is
+`run_stage(name, begin, stop, ready)` opens what the stage needs, calls `ready` once it serves, and when `stop` is
 set drains and closes everything in the reverse order. A failure of any part ends the stage and is raised: whoever
 runs it starts it anew. Imports are where they are used, since each stage has its own heavy parts.
 """
@@ -24,6 +24,9 @@ log = structlog.get_logger(__name__)
 
 E = TypeVar("E", bound=Event)
 
+Begin = Callable[[], Awaitable[Settings]]
+"""Gives the settings once the stage may begin: a stage imports its parts before it asks, since that takes a second."""
+
 Ready = Callable[[dict[str, Any]], None]
 """Told once that a stage serves, and what there is to know about it, such as its URL."""
 
@@ -42,34 +45,36 @@ class TopicsDiffer(WrongSetup):
     """The cluster's topics are not those of the table: starting on them would break promises."""
 
 
-async def run_stage(name: str, settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_stage(name: str, begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Run one stage until `stop` is set. Raises what made it fail; KeyError for a stage that does not exist."""
-    await STAGES[name](settings, stop, ready)
+    await STAGES[name](begin, stop, ready)
 
 
-async def run_admission(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_admission(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Quotas, deadlines, and each request once."""
     from klatch_streams.admission import Admission
     from klatch_streams.decider_owner import DeciderStage
 
+    settings = await begin()
     async with _log(settings) as kafka:
         stage = DeciderStage(Admission(), kafka, Namespace.named(settings.namespace))
         await _run(stage, kafka, settings, stop, ready)
 
 
-async def run_screening(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_screening(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Trust verdicts on what was asked."""
     from klatch_agents.trust.policy import load_policy
     from klatch_agents.trust.rules import RulesJudge
     from klatch_workers.screening import ScreeningStage
 
+    settings = await begin()
     policy = load_policy(settings.trust_policy)
     async with _log(settings) as kafka, _closing(RulesJudge()) as judge:
         stage = ScreeningStage(kafka, Namespace.named(settings.namespace), judge, policy)
         await _run(stage, kafka, settings, stop, ready)
 
 
-async def run_generation(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_generation(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Answers admitted requests."""
     from klatch_agents.gateway.openai_compatible import OpenAICompatible
     from klatch_schemas.events import PromptPublished
@@ -77,6 +82,7 @@ async def run_generation(settings: Settings, stop: asyncio.Event, ready: Ready) 
     from klatch_workers.generation.prepare import Preparer
     from klatch_workers.generation.stage import GenerationStage
 
+    settings = await begin()
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
@@ -90,7 +96,7 @@ async def run_generation(settings: Settings, stop: asyncio.Event, ready: Ready) 
         await _run(stage, kafka, settings, stop, ready, prompts.failed(), stage.follower.failure())
 
 
-async def run_memory(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_memory(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Remembers turns, and answers recall and embeddings over HTTP."""
     from aiohttp import web
 
@@ -98,6 +104,7 @@ async def run_memory(settings: Settings, stop: asyncio.Event, ready: Ready) -> N
     from klatch_workers.memory.service import application
     from klatch_workers.memory.stage import MemoryStage
 
+    settings = await begin()
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         embedder = await open_parts.enter_async_context(_closing(await _embedder(settings)))
@@ -113,14 +120,14 @@ async def run_memory(settings: Settings, stop: asyncio.Event, ready: Ready) -> N
         await _run(stage, kafka, settings, stop, lambda facts: ready({**facts, "url": url}))
 
 
-async def run_views(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_views(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Windowed counts by tenant and model, over HTTP."""
     from klatch_workers.views.run import run_views as run
 
-    await run(settings, stop, ready)
+    await run(await begin(), stop, ready)
 
 
-async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """The OpenAI-compatible door."""
     from klatch_agents.gateway.openai_compatible import OpenAICompatible
     from klatch_schemas.events import TenantConfigured
@@ -129,6 +136,7 @@ async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> Non
     from klatch_workers.http.door import Door
     from klatch_workers.http.other import TextEmbeddings
 
+    settings = await begin()
     host, port = host_port(settings.http)
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
@@ -154,7 +162,7 @@ async def run_http(settings: Settings, stop: asyncio.Event, ready: Ready) -> Non
         await _first_of(serving, tenants.failed())
 
 
-STAGES: Final[dict[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]]] = {
+STAGES: Final[dict[str, Callable[[Begin, asyncio.Event, Ready], Awaitable[None]]]] = {
     "admission": run_admission,
     "screening": run_screening,
     "generation": run_generation,

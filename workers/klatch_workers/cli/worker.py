@@ -17,7 +17,7 @@ import structlog
 from klatch_streams.supervise import supervise
 from klatch_workers.logs import configure_logs
 from klatch_workers.settings import Settings, UnknownSetting, read_settings
-from klatch_workers.wiring import STAGES, MissingSetting, WrongSetup, run_stage
+from klatch_workers.wiring import STAGES, Begin, MissingSetting, WrongSetup, run_stage
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +32,8 @@ log = structlog.get_logger(__name__)
 @click.option("--data", metavar="DIR", help="Klatch's data folder.  [KLATCH_DATA]")
 @click.option("--once", is_flag=True, help="End when the stage fails instead of starting it anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print facts as one JSON object a line.")
-def worker(stage: str, once: bool, as_json: bool, **options: Any) -> None:
+@click.option("--wait", is_flag=True, hidden=True, help="Begin when stdin says so, with a JSON object of settings.")
+def worker(stage: str, once: bool, as_json: bool, wait: bool, **options: Any) -> None:
     """Run one STAGE, or all of them, on a Kafka that exists.
 
     Several processes on several machines may run the same stage: they share its partitions.
@@ -44,20 +45,52 @@ def worker(stage: str, once: bool, as_json: bool, **options: Any) -> None:
     configure_logs(settings.log_level)
     names = list(STAGES) if stage == "all" else [stage]
     try:
-        asyncio.run(_work(names, settings, once=once, as_json=as_json))
+        begin = _told(settings) if wait else _at_once(settings)
+        asyncio.run(_work(names, begin, settings.drain_s, once=once, as_json=as_json))
     except* MissingSetting as errors:
         _fail(stage, errors, 2)
     except* WrongSetup as errors:
         _fail(stage, errors, 1)
 
 
-async def _work(names: list[str], settings: Settings, *, once: bool, as_json: bool) -> None:
+def _at_once(settings: Settings) -> Begin:
+    async def begin() -> Settings:
+        return settings
+
+    return begin
+
+
+def _told(settings: Settings) -> Begin:
+    """The settings, and what a line on stdin says over them, once it says it."""
+    told: list[Settings] = []
+    asking = asyncio.Lock()
+
+    async def begin() -> Settings:
+        async with asking:
+            if not told:
+                told.append(settings.model_copy(update=json.loads(await _line_of_stdin())))
+        return told[0]
+
+    return begin
+
+
+async def _line_of_stdin() -> bytes:
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    line = await reader.readline()
+    if not line:
+        raise WrongSetup("stdin was closed before it said that this may begin")
+    return line
+
+
+async def _work(names: list[str], begin: Begin, drain_s: float, *, once: bool, as_json: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
     async def run(name: str) -> None:
-        await run_stage(name, settings, stop, lambda facts: _say_ready(name, facts, as_json))
+        await run_stage(name, begin, stop, lambda facts: _say_ready(name, facts, as_json))
 
     async def keep_running(name: str) -> None:
         await supervise(lambda: run(name), name=name, gives_up=gives_up)
@@ -67,7 +100,7 @@ async def _work(names: list[str], settings: Settings, *, once: bool, as_json: bo
 
     async with asyncio.TaskGroup() as stages:
         for name in names:
-            stages.create_task(_until_stopped(keep_running(name), stop, settings.drain_s), name=name)
+            stages.create_task(_until_stopped(keep_running(name), stop, drain_s), name=name)
 
 
 async def _until_stopped(work: Any, stop: asyncio.Event, drain_s: float) -> None:

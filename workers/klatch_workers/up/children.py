@@ -8,7 +8,7 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ class Child:
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     log_file: Path
+    begin: Callable[[], Awaitable[Mapping[str, Any]]] | None = None
+    """What it waits for before it begins, and is then told on stdin: while it waits it imports what it needs."""
     patience_s: float = 60.0
     """How long it may take until it serves."""
     said: Callable[[str, Mapping[str, Any]], None] = lambda _event, _facts: None
@@ -80,10 +82,12 @@ class Child:
             self._process = await leash.spawn(
                 [sys.executable, "-m", self.module, *self.arguments],
                 env=self.environment,
-                stdin=DEVNULL,
+                stdin=PIPE if self.begin else DEVNULL,
                 stdout=PIPE,
                 stderr=stderr,
             )
+        if self.begin:
+            await _tell(self._process, await self.begin())
         try:
             async with asyncio.timeout(self.patience_s):
                 await self._until_ready(self._process)
@@ -133,3 +137,12 @@ class Child:
             lines = self.log_file.read_text(errors="replace").splitlines()[-15:]
             return "\n".join(["; its last lines:", *(f"    {line}" for line in lines), f"    ({self.log_file})"])
         return ""
+
+
+async def _tell(process: Process, facts: Mapping[str, Any]) -> None:
+    assert process.stdin  # noqa: S101 - it was started with a pipe
+    # A child that has died meanwhile is found when it is not ready.
+    with suppress(ConnectionError):
+        process.stdin.write(json.dumps(facts).encode() + b"\n")
+        await process.stdin.drain()
+        process.stdin.close()

@@ -1,8 +1,9 @@
 """Everything on one machine, in order: Kafka and the local model, topics and ledgers, the stages, the door.
 
-1. Take the data folder, so that no two of us use it. 2. Start Kafka and the model server side by side. 3. Make the
-topics, and write tenants and the default prompt into their ledgers. 4. Start the stages side by side. Stopping goes
-the other way: the door first, so that streams finish, Kafka last, so that everything written is kept.
+1. Take the data folder, so that no two of us use it. 2. Start Kafka, the model server and the stages side by side; the
+stages import what they need, and wait. 3. Make the topics, and write tenants and the default prompt into their ledgers.
+4. Let the stages begin. Stopping goes the other way: the door first, so that streams finish, Kafka last, so that
+everything written is kept.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -38,6 +39,8 @@ log = structlog.get_logger(__name__)
 STAGES: Final = ("admission", "screening", "generation", "memory", "views", "http")
 LOCAL_TENANT: Final = Tenant("local")
 PARTITIONS: Final = 8
+
+Begin = Callable[[], Awaitable[Mapping[str, Any]]]
 
 Say = Callable[[str, Mapping[str, Any]], None]
 """Told what happens: an event's name and its facts."""
@@ -112,17 +115,23 @@ async def everything(settings: Settings, wanted: Wanted, say: Say) -> AsyncGener
 
 
 async def _start(running: Everything, wanted: Wanted, tenants: list[TenantConfigured], say: Say) -> None:
+    furnished: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def begin() -> Mapping[str, Any]:
+        return await asyncio.shield(furnished)
+
     async with asyncio.TaskGroup() as starting:
-        if wanted.kafka is None:
-            starting.create_task(_start_kafka(running, say))
+        # Most of a stage's start is imports, so stages start beside Kafka, and begin when there is something to read.
+        for stage in STAGES:
+            starting.create_task(_start_child(running, _stage(running, stage, begin, say), say))
         if running.local_model:
             starting.create_task(_start_child(running, _model(running, say), say))
-    running.settings = running.settings.model_copy(update={"kafka": running.bootstrap})
-    await _furnish(running, tenants)
-    say("furnished", {})
-    async with asyncio.TaskGroup() as starting:
-        for stage in STAGES:
-            starting.create_task(_start_child(running, _stage(running, stage, say), say))
+        if wanted.kafka is None:
+            await _start_kafka(running, say)
+        running.settings = running.settings.model_copy(update={"kafka": running.bootstrap})
+        await _furnish(running, tenants)
+        furnished.set_result({"kafka": running.bootstrap})
+        say("furnished", {})
     _write_run_file(running)
 
 
@@ -203,11 +212,12 @@ def _model(running: Everything, say: Say) -> Child:
     )
 
 
-def _stage(running: Everything, stage: str, say: Say) -> Child:
+def _stage(running: Everything, stage: str, begin: Begin, say: Say) -> Child:
     return Child(
         name=stage,
         module="klatch_workers",
-        arguments=("worker", stage, "--json"),
+        arguments=("worker", stage, "--json", "--wait"),
+        begin=begin,
         environment=_environment(running.settings),
         log_file=running.settings.data / "logs" / f"{stage}.log",
         said=say,
