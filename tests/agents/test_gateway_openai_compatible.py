@@ -1,5 +1,8 @@
 """The gateway against a real server that is told how to fail. Numbers in brackets are traps of
-`STREAMING.md`."""
+`STREAMING.md`.
+
+Over 400 lines on purpose: one behaviour after the other, each a few lines, of one class.
+"""
 
 import asyncio
 import json

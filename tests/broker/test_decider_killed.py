@@ -100,6 +100,7 @@ class Producing:
             due = int((pace.time() - began) * EVENTS_PER_SECOND) - self.sent
             await self._say(*[event(self.sent + n) for n in range(due)])
             self.sent += due
+            # The load's own pace.
             await asyncio.sleep(0.01)
 
     async def ask_all(self) -> None:
@@ -148,6 +149,7 @@ async def all_decided(log: Log, namespace: Namespace) -> None:
     wanted, _ = await replayed(log, namespace)
     async with asyncio.timeout(30):
         while not {cause_of(record) for record in await effects_in(log, namespace)} >= wanted.keys():  # noqa: ASYNC110
+            # The log tells nobody that it grew; the time-out above bounds this.
             await asyncio.sleep(0.2)
 
 

@@ -72,6 +72,7 @@ class Town:
                 held = await admin.list_consumer_group_offsets(self.namespace.group("views"))
                 if all(tp in held and held[tp].offset >= end for tp, end in self.ends.items()):
                     return
+                # Kafka tells nobody of a commit: it has to be asked again.
                 await asyncio.sleep(0.1)
 
     @asynccontextmanager

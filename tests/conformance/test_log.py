@@ -178,6 +178,7 @@ async def test_a_partition_followed_while_a_read_waits_is_read_at_once(world: "W
     assert list(await tail.read(200)) == []
     for part in range(4):
         reading = asyncio.create_task(read_until(tail, 1))
+        # The read shall be waiting already; nothing tells when it is.
         await asyncio.sleep(0.05)
         started = time.monotonic()
         tail.follow(Partition(busy, part), 0)
@@ -248,6 +249,7 @@ async def test_a_cancelled_read_has_taken_nothing(world: "World") -> None:
                 await asyncio.sleep(0)
             reading.cancel()
             await asyncio.wait([reading])
+            # Between two cancelled reads, time for records to arrive.
             await asyncio.sleep(0.001)
     await writing
     for part in (0, 1):
@@ -289,6 +291,7 @@ async def test_one_partition_that_is_gone_does_not_swallow_records_of_another(wo
 async def test_a_time_finds_the_first_record_not_older(world: "World") -> None:
     topic = await world.topic()
     partition = await filled(world.log, topic, 2)
+    # Time passes between the timestamps that are looked up.
     await asyncio.sleep(0.02)
     await world.log.append(numbered(topic, 2))
     tail = await world.log.tail()
@@ -304,6 +307,7 @@ async def test_closing_a_tail_ends_a_read_in_progress(world: "World") -> None:
     tail = await world.log.tail()
     tail.follow(Partition(await world.topic(), 0), 0)
     reading = asyncio.create_task(tail.read(LONG_MS))
+    # The read shall be waiting already; nothing tells when it is.
     await asyncio.sleep(0.05)
     await tail.close()
     async with asyncio.timeout(2):

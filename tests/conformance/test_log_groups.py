@@ -165,6 +165,7 @@ async def test_a_resumed_partition_is_read_at_once(world: "World") -> None:
     member.pause(Partition(topic, 0))
     await fill(world, topic, 0)
     reading = asyncio.create_task(read_until(member, 4))
+    # Long enough for a paused partition's records to have come out, if they did.
     await asyncio.sleep(0.2)
     member.resume(Partition(topic, 0))
     # Kafka's long poll for the other partition is four seconds here.
@@ -221,6 +222,7 @@ async def test_nobody_is_assigned_what_another_has_not_let_go(world: "World") ->
     await world.log.join(group, topic, second)
     for told in (first, second):
         told.may_assign.clear()
+    # Long enough for records to come out too early, if they did.
     await asyncio.sleep(0.5)
     assert second.log == []
     let_go.set()
@@ -263,6 +265,7 @@ async def test_a_read_in_progress_ends_when_the_member_is_expelled(world: "World
     member = await world.log.join(group, topic, told := Told())
     await told.has(0)
     reading = asyncio.create_task(member.read(PATIENCE_S * 1000))
+    # The read shall be waiting already; nothing tells when it is.
     await asyncio.sleep(0.05)
     await world.expel(group, member)
     with pytest.raises(MembershipLost):
@@ -346,6 +349,7 @@ async def test_members_that_come_and_go_lose_and_double_nothing(world: "World") 
     async def write() -> None:
         for number in range(total):
             await world.log.append([Draft(topic, None, b"v", partition=number % 4)])
+            # The load's own pace.
             await asyncio.sleep(0.005)
 
     async with asyncio.timeout(60):

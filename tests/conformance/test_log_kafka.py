@@ -54,6 +54,7 @@ async def test_getting_ready_may_take_longer_than_a_session(kafka: Cluster) -> N
     class Slow(Listener):
         async def assigned(self, partitions: Sequence[Partition]) -> None:
             del partitions
+            # Longer than the group's session time-out: that is what is tested.
             await asyncio.sleep(8)
 
         async def revoked(self, partitions: Sequence[Partition]) -> None: ...

@@ -3,6 +3,8 @@
 Whatever the log holds afterwards, its effects, told apart by their causes, are those of one undisturbed `fold`, and
 so is the state that the next owner restores. `Life` runs tasks step by step and stops them for ever at the n-th, as
 SIGKILL does: no `finally` runs. Time is virtual, so no timer decides how a run goes.
+
+Over 400 lines on purpose: the harness and the laws it checks are read together.
 """
 # pyright: basic
 # The harness passes coroutines of any type through; there is nothing to gain from naming them.
@@ -267,6 +269,7 @@ def admission_script() -> list[Event]:
 
 async def _round_trip(_: Sequence[Draft]) -> None:
     """An append takes a while, in which other tasks go on and timers come up."""
+    # Virtual time: it costs nothing, and lets others go on.
     await asyncio.sleep(0.001)
 
 
@@ -316,6 +319,7 @@ class World(Generic[S]):
     async def committed_all(self) -> None:
         """Wait until every input record is committed."""
         while any(self.committed(part) < self.log.held(part).end for part in self.log.records_of(REQUESTS)):  # noqa: ASYNC110
+            # Virtual time: it costs nothing.
             await asyncio.sleep(0.005)
 
     def committed(self, partition: Partition) -> int:
@@ -526,10 +530,12 @@ def test_the_harness_sees_a_snapshot_written_before_its_effects(monkeypatch: pyt
         for record in records:
             self._decide(record, batch)
         accept(self, batch, records)
+        # Virtual time; the planted bug has to leave room for a kill.
         await asyncio.sleep(0.02)
         if batch.drafts:
             await append(cast("Any", self._log)._log, batch.drafts)
 
+    # The bug that the harness has to find is planted here, in this test alone.
     monkeypatch.setattr(DeciderOwner, "_settle", early)
     with pytest.raises(AssertionError):
         test_a_runner_killed_at_any_await_leaves_effects_and_state_as_if_it_had_not_been(Counting(), counting_script())

@@ -81,6 +81,7 @@ async def running(log: MemoryLog, stage: Collecting, settings: RunnerSettings = 
 async def until(ready: Callable[[], object]) -> None:
     """Poll a condition of the system under test; the test's timeout bounds it."""
     while not ready():  # noqa: ASYNC110 - what is waited for tells nobody
+        # What is waited for tells nobody.
         await asyncio.sleep(0.002)
 
 
@@ -144,6 +145,7 @@ async def test_a_slow_stage_is_given_no_more_than_its_room_and_the_rest_stays_in
         # One at a time: a single read may go over the room.
         for number in range(40):
             await log.append(records(1, 0, start=number))
+            # The load's own pace.
             await asyncio.sleep(0.001)
         [partition] = (await runner.health()).partitions
         assert partition.queued <= QUICK.room.queue

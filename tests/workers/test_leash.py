@@ -41,6 +41,7 @@ async def holder(thread: str) -> tuple[Process, psutil.Process]:
 async def gone(process: psutil.Process) -> None:
     """It is not our child, so its end can only be looked for. A zombie that nobody reaps is gone."""
     while _runs(process):  # noqa: ASYNC110
+        # Only the process's own parent is told of its end.
         await asyncio.sleep(0.01)
 
 

@@ -292,6 +292,7 @@ async def test_a_client_that_takes_nothing_for_too_long_is_given_up_and_cancels_
             await teller.open()
             while not teller.cancelled.is_set():
                 await teller.delta(content=BLOCK)
+                # The writer's own pace: the reader is the slow one.
                 await asyncio.sleep(0.001)
 
         kit.stages.script = script
