@@ -92,8 +92,10 @@ def in_virtual_time(work: Coroutine[Any, Any, None]) -> None:
 class Life:
     """Counts steps down to a death; a negative number of steps is for ever."""
 
-    def __init__(self, steps: int = -1) -> None:
+    def __init__(self, steps: int = -1, reads_late_s: float = 0.0) -> None:
         self.left = steps
+        self.reads_late_s = reads_late_s
+        """How far what is read lags behind what is written."""
         self.taken = 0
         self.died = asyncio.Event()
         self.member: MemoryMembership | None = None
@@ -164,6 +166,7 @@ class MortalReader:
         self._reader, self._life = reader, life
 
     async def read(self, wait_ms: int) -> Any:
+        await asyncio.sleep(self._life.reads_late_s)
         read = await self._reader.read(wait_ms)
         if read or self._life.died.is_set():
             await self._life.step()

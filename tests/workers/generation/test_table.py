@@ -167,6 +167,7 @@ def test_nothing_is_kept_of_what_is_over(steps: list[tuple[str, int]]) -> None:
     for number in range(6):
         history.verdict(number)
         history.cancel(number)
+        history.verdict(number, caused=False)
     assert history.checkpoint() == (len(history.stream), len(history.verdicts))
     assert not history.table._tracked
     assert not history.table._by_writer

@@ -3,9 +3,11 @@
 The zombie is a whole worker whose tasks live on after its group expelled it, and a hand that writes what one could
 write. Attempts are bounded: nobody fights for a stream.
 """
+# pyright: reportPrivateUsage=false
+# The log is told late what to do before appends.
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -22,8 +24,10 @@ from tests.workers.generation.readings import (
 )
 
 from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.codec import KIND
 from klatch_schemas.events import ChatRequested, Event, StreamAttempt, StreamCancel, StreamDelta, StreamEnd
 from klatch_schemas.ids import Writer
+from klatch_schemas.records import Draft
 from klatch_schemas.topics import CHAT_STREAM
 
 
@@ -175,6 +179,27 @@ def test_an_end_or_deltas_of_an_attempt_that_is_not_in_force_are_nothing() -> No
             await world.generation.settled(request)
             await worker.stop()
             check(world, request, "completed", attempts=1)
+
+    in_virtual_time(story())
+
+
+def test_a_cancel_right_before_the_end_is_what_is_settled_however_late_the_log_is_read() -> None:
+    async def story() -> None:
+        async with a_world() as world:
+            request = await world.generation.admit("fake?reply=unique&tokens=5")
+            cancel = StreamCancel(
+                request=request.request, tenant=request.tenant, conversation=request.conversation, by="test"
+            )
+
+            async def cancel_before_end(drafts: Sequence[Draft]) -> None:
+                if any(dict(draft.headers).get(KIND) == StreamEnd.KIND.encode() for draft in drafts):
+                    await _says(world, request, cancel)
+
+            world.log._appending = cancel_before_end
+            worker = world.worker(Life(reads_late_s=0.05))
+            await world.generation.settled(request)
+            await worker.stop()
+            check(world, request, "cancelled", attempts=1)
 
     in_virtual_time(story())
 
