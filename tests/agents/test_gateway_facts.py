@@ -166,3 +166,8 @@ def test_any_json_object_is_a_chunk_or_an_error_and_its_bytes_are_kept(members: 
 )
 def test_an_error_body_of_any_server_has_a_message(raw: bytes, message: str) -> None:
     assert read_error(raw).message == message
+
+
+def test_a_chunk_that_is_nested_past_all_bounds_is_no_chunk() -> None:
+    with pytest.raises(ValueError, match="nested"):
+        read_chunk(b'{"choices":' + b"[" * 100_000)

@@ -82,7 +82,7 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
     member, or vLLM's older `object: "error"`). Raises ValueError for what is neither."""
     try:
         wire = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_slowly(data, event)
     if event == b"error" or wire.object == "error" or _says(wire.error):
         return read_error(data)
@@ -113,7 +113,7 @@ def read_error(raw: bytes) -> ErrorBody:
     a bare string there, FastAPI's `detail`, or an object with a `message`. Else the text itself."""
     try:
         whole: object = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ErrorBody(raw[:500].decode("utf-8", "replace").strip() or "no explanation was given")
     outer = _object(whole)
     said = outer.get("error") or outer.get("detail") or whole
@@ -156,7 +156,10 @@ def _usage(raw: bytes) -> Usage | None:
 
 
 def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
-    whole = _object(json.loads(data))
+    try:
+        whole = _object(json.loads(data))
+    except RecursionError as error:
+        raise ValueError("a chunk that is nested past all bounds") from error
     if not whole:
         raise ValueError("a chunk is a JSON object with members")
     if event == b"error" or whole.get("object") == "error" or whole.get("error"):

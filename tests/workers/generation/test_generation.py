@@ -6,6 +6,7 @@ from typing import Any
 
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.events import Finding, PromptPublished, PromptReference, StreamCancel, TrustVerdict
+from klatch_schemas.records import Draft
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS
 from klatch_workers.generation.conclude import reply_of
 
@@ -244,3 +245,31 @@ async def test_instructions_of_an_earlier_request_are_not_repeated_to_the_model(
         heard = text_of(await generation.ended(second))
     assert "Be brief." in heard
     assert "heron" not in heard
+
+
+async def test_a_fault_of_ours_is_one_requests_end_and_no_others(generation: Any) -> None:
+    class Faulty:
+        def find(self, *_: object) -> PromptPublished:
+            raise ZeroDivisionError
+
+    async with generation.worker() as worker:
+        object.__setattr__(worker.stage.preparer, "prompts", Faulty())
+        broken = await generation.admit("fake", prompt=PromptReference(name="any"))
+        other = await generation.admit("fake?text=fine")
+        ended = await generation.ended(broken)
+        assert text_of(await generation.ended(other)) == "fine"
+    assert ended.state.status == "failed"
+    assert ended.end is not None
+    assert ended.end.error is not None
+    assert ended.end.error.code == "internal"
+
+
+async def test_an_admission_that_is_nested_past_all_bounds_is_a_dead_letter_and_no_end_of_the_partition(
+    generation: Any,
+) -> None:
+    async with generation.worker():
+        poison = b'{"kind":"chat.admitted.v1","request":' + b"[" * 100_000
+        await generation.log.append([Draft(CHAT_ADMITTED.name, b"c1", poison)])
+        request = await generation.admit("fake?text=fine")
+        assert text_of(await generation.ended(request)) == "fine"
+    assert [record.value for record in generation.log.records(DEAD_LETTERS.name)] == [poison]

@@ -6,7 +6,7 @@ the model's reply closes its connection. Nothing is decided here; see `klatch_st
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never, cast
 
@@ -21,6 +21,7 @@ from klatch_schemas.ids import Writer
 from klatch_schemas.records import Cause, Draft, Partition
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, Namespace, Topic
 from klatch_streams.batches import Batches
+from klatch_streams.dead_letters import describe
 from klatch_streams.generation import (
     Broken,
     Command,
@@ -36,7 +37,7 @@ from klatch_streams.generation import (
     Watch,
     lifecycle,
 )
-from klatch_streams.log import Log, RecordTooLarge
+from klatch_streams.log import Log, LogError, RecordTooLarge
 from klatch_workers.generation.conclude import Asked, Timing, settlement, turn, usage_without_count
 from klatch_workers.generation.prepare import Prepared, Preparer, PreparingFailed, asked_before
 from klatch_workers.generation.speak import Attempt
@@ -51,6 +52,8 @@ _TURN: Final = 1
 _END: Final = 2
 _OPENING: Final = 3
 """Ends and openings are numbered by attempt from here, in steps of two."""
+
+_INTERNAL: Final = StreamError(code="internal", message="klatch failed on this request; the worker's log tells why")
 
 STALL_S: Final = 10.0
 """How long somebody else's attempt may say nothing before it is superseded: a group's session time-out."""
@@ -103,9 +106,9 @@ class RequestUnderWay:
     async def _carry_out(self, command: Command) -> Report:
         match command:
             case Prepare():
-                return await self._unless_interrupted(self._prepare())
+                return await self._unless_interrupted(self._or_broken(self._prepare))
             case Speak():
-                return await self._unless_interrupted(self._speak())
+                return await self._unless_interrupted(self._or_broken(self._speak))
             case Watch():
                 return await self._watch()
             case End():
@@ -171,6 +174,17 @@ class RequestUnderWay:
         return self.attempt is not None and self.tracked.assembly.state.writer == self.attempt.opening.writer
 
     # --- interruptions
+
+    async def _or_broken(self, work: Callable[[], Awaitable[Report]]) -> Report:
+        """A fault of ours, or a failure nobody foresaw, is this request's end and nobody else's."""
+        try:
+            return await work()
+        except LogError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of a request, as a dead letter is of a record
+            fault = describe(error)
+            log.error("request.broken", request=self.admitted.request.request, fault=fault)  # noqa: TRY400
+            return Broken(_INTERNAL)
 
     async def _unless_interrupted(self, work: Coroutine[None, None, Report]) -> Report:
         working = asyncio.ensure_future(work)

@@ -28,10 +28,10 @@ from klatch_schemas.topics import (
 )
 from klatch_streams.addresses import MOVED_FROM, Addresses
 from klatch_streams.batches import Batches
-from klatch_streams.dead_letters import DeadLetter, bury, dead_letter
+from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
 from klatch_streams.follower import Follower
 from klatch_streams.keyed_owner import Doing, KeyedOwner
-from klatch_streams.log import Log
+from klatch_streams.log import Log, LogError
 from klatch_streams.snapshots import Snapshots
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.request import Means, RequestUnderWay
@@ -175,7 +175,7 @@ def _conversation_of(record: Record) -> Hashable:
     try:
         try:
             return _read_admitted(value).request.tenant, record.key
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return msgspec.convert(codec.loads(value), _Admitted).request.tenant, record.key
     except (msgspec.ValidationError, Unreadable):
         return "", record.key
@@ -277,7 +277,13 @@ class GenerationOwner:
             traceparent=traceparent.decode() if traceparent else None,
             tracked=tracked,
         )
-        await under_way.run()
+        try:
+            await under_way.run()
+        except LogError:
+            raise
+        except Exception as error:
+            # A fault of ours in what this request needs must not stop the others of its partition, again and again.
+            raise DeadLetter("failed", describe(error)) from error
         self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
 
     async def _before_commit(self, low_water: int) -> None:
