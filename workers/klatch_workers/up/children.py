@@ -65,6 +65,9 @@ class Child:
         if process and process.returncode is None:
             with suppress(ProcessLookupError):
                 process.terminate()
+            if process.stdin:
+                # One that still waits to be told that it may begin never will be.
+                process.stdin.close()
             try:
                 async with asyncio.timeout(patience_s):
                     await process.wait()
