@@ -1,0 +1,71 @@
+"""What a torture does is a function of its seed: faults in order, every kind of them, and a load with every trouble."""
+
+import pytest
+
+from klatch_workers.torture.evidence import Struck
+from klatch_workers.torture.load import plan
+from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
+from klatch_workers.torture.schedule import from_json, schedule, to_json
+
+# --- the schedule and the load -----------------------------------------------------------------------------------
+
+
+def test_a_seed_makes_the_same_faults_and_the_same_load_every_time() -> None:
+    assert schedule(7, 10) == schedule(7, 10)
+    assert schedule(7, 10) != schedule(8, 10)
+    assert plan(7, 1, 5) == plan(7, 1, 5)
+    assert plan(7, 1, 5) != plan(8, 1, 5)
+
+
+def test_a_schedule_survives_its_file() -> None:
+    faults = schedule(7, 10)
+    assert from_json(to_json(faults)) == faults
+    with pytest.raises(ValueError, match="not a schedule"):
+        from_json('[{"when": 1}]')
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_faults_come_in_order_and_are_over_before_the_load_is(seed: int) -> None:
+    faults = schedule(seed, 2)
+    assert [fault.at_s for fault in faults] == sorted(fault.at_s for fault in faults)
+    assert faults[0].at_s > 0
+    assert all(fault.at_s + fault.lasts_s < 120 for fault in faults)
+
+
+def test_ten_minutes_hold_every_kind_of_fault_on_every_stage() -> None:
+    struck = {(fault.kind, fault.target) for fault in schedule(1, 10)}
+    assert {("kill", stage) for stage in ("admission", "screening", "generation", "http")} <= struck
+    assert {("stop", stage) for stage in ("admission", "screening", "generation")} <= struck
+    assert {("scale", "generation"), ("roll", "generation"), ("broker", "")} <= struck
+
+
+def test_a_zombie_sleeps_longer_than_its_group_waits() -> None:
+    stops = [fault for fault in schedule(1, 20) if fault.kind == "stop"]
+    assert stops
+    assert all(fault.lasts_s > 10 for fault in stops)
+
+
+def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
+    turns = [turn for talk in plan(3, 10, 5) for turn in talk.turns]
+    assert 2_400 < len(turns) < 3_600
+    assert len({turn.request for turn in turns}) == len(turns)
+    assert {turn.trouble.cancel for turn in turns} == {None, "record", "delete", "disconnect"}
+    assert {turn.trouble.upstream.get("fault") for turn in turns} >= {"drop", "reset", "stall", "garbage"}
+    assert {turn.trouble.upstream.get("status") for turn in turns} >= {429, 500}
+    assert any(turn.twice for turn in turns)
+    assert any(turn.leaves_after for turn in turns)
+    assert sum(turn.plain for turn in turns) > len(turns) / 2
+
+
+# --- recovery ----------------------------------------------------------------------------------------------------
+
+
+def test_recovery_is_from_the_fault_to_the_next_token_of_the_stream_that_waited_longest() -> None:
+    struck = [Struck("kill generation", 1_000.0, 1_000.0), Struck("kill http", 60_000.0, 60_000.0)]
+    streams = [
+        Speaking("untouched", 0, 9_000, [900, 1_020, 1_040]),
+        Speaking("hit", 0, 9_000, [990, 8_500]),
+        Speaking("asked later", 3_000, 9_000, [8_600]),
+        Speaking("over before", 0, 990, [10]),
+    ]
+    assert recoveries(struck, streams) == {"kill generation": Recovery(7.5, "hit"), "kill http": Recovery(0.0, "")}
