@@ -1,7 +1,7 @@
 """What is tortured: Kafka, the stages as processes of their own, and a model server that writes another text each time.
 
-Each stage is a pool of `klatch worker STAGE` children on leashes. A child that dies is started again at once, as a
-supervisor would do; the model server and the clients live in this process, which nobody kills.
+Each stage of the system under torture is a pool of children on leashes. A child that dies is started again at once,
+as a supervisor would do; the model server and the clients live in this process, which nobody kills.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from klatch_workers.kafka import Cluster, Options
 from klatch_workers.settings import PREFIX
 from klatch_workers.tenants import tenant_configured, write_tenants
 from klatch_workers.torture.load import TENANTS
+from klatch_workers.torture.system import Place, System
 from klatch_workers.up.children import Child
 from klatch_workers.up.everything import PARTITIONS, free_address
 
-STAGES: Final = ("admission", "screening", "generation", "http")
 _DRAIN_S: Final = 3.0
 _START_S: Final = 120.0
 """A worker may have to wait for a broker that is being tortured too."""
@@ -41,6 +41,7 @@ Say = Callable[[str], None]
 class Rig:
     """What runs."""
 
+    system: System
     folder: Path
     cluster: Cluster
     upstream: Upstream
@@ -49,17 +50,21 @@ class Rig:
     static: bool
     """Whether each worker has a name of its own that stays: Kafka's static membership."""
     namespace: Namespace = Namespace()
-    pools: dict[str, list[Child]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    pools: dict[str, list[Child]] = field(init=False)
     _numbers: "count[int]" = field(default_factory=count)
+
+    def __post_init__(self) -> None:
+        self.pools = {stage: [] for stage in self.system.stages}
 
     async def add(self, stage: str) -> Child:
         """Start one more worker of a stage; returns when it serves. Raises ChildFailed."""
         name = f"{stage}-{next(self._numbers)}"
+        command = self.system.worker(stage, self._place(name))
         child = Child(
             name=name,
-            module="klatch_workers",
-            arguments=("worker", stage, "--json"),
-            environment=self._environment(name),
+            module=command.module,
+            arguments=command.arguments,
+            environment={**_others_environment(), **command.settings},
             log_file=self.folder / f"{name}.log",
             patience_s=_START_S,
         )
@@ -75,24 +80,19 @@ class Rig:
 
     async def stop(self) -> None:
         """Stop all workers: the door first, so that its clients are told."""
-        for stage in reversed(STAGES):
+        for stage in reversed(self.system.stages):
             await asyncio.gather(*(self.retire(stage, child) for child in list(self.pools[stage])))
 
-    def _environment(self, name: str) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        settings = {
-            "KAFKA": self.cluster.bootstrap,
-            "HTTP": self.door.removeprefix("http://"),
-            "MODEL_URL": self.upstream.url,
-            "DATA": str(self.folder),
-            "DRAIN_S": str(_DRAIN_S),
-            **({"INSTANCE": name} if self.static else {}),
-        }
-        return {**ours, **{PREFIX + name: value for name, value in settings.items()}}
+    def _place(self, name: str) -> Place:
+        return Place(name, self.cluster.bootstrap, self.upstream.url, self.door, self.folder, _DRAIN_S, self.static)
+
+
+def _others_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 @asynccontextmanager
-async def rig(folder: Path, nodes: int, say: Say, *, static: bool = False) -> AsyncGenerator[Rig, None]:
+async def rig(folder: Path, nodes: int, say: Say, *, system: System, static: bool = False) -> AsyncGenerator[Rig, None]:
     """Start everything, one worker a stage, and stop it again. Raises ChildFailed, KafkaChildError, LogError."""
     async with AsyncExitStack() as running:
         say(f"starting Kafka with {nodes} node{'s' if nodes > 1 else ''}")
@@ -100,11 +100,11 @@ async def rig(folder: Path, nodes: int, say: Say, *, static: bool = False) -> As
         upstream = await running.enter_async_context(Upstream(keep=_CALLS))
         keys = {tenant: f"key-of-{tenant}-{os.urandom(8).hex()}" for tenant in TENANTS}
         await _furnish(cluster, nodes, keys)
-        started = Rig(folder, cluster, upstream, f"http://{free_address()}", keys, static)
+        started = Rig(system, folder, cluster, upstream, f"http://{free_address()}", keys, static)
         running.push_async_callback(started.stop)
         say("starting the stages")
         async with asyncio.TaskGroup() as starting:
-            for stage in STAGES:
+            for stage in system.stages:
                 starting.create_task(started.add(stage))
         yield started
 

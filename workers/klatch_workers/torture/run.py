@@ -30,6 +30,7 @@ from klatch_workers.torture.report import Report
 from klatch_workers.torture.rig import Rig, Say, rig
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.torture.strike import Striker
+from klatch_workers.torture.system import Klatch, System
 
 _QUIET_S: Final = 120.0
 """How long everything may take to come to rest after the last client has ended."""
@@ -48,11 +49,13 @@ class Orders:
     requests_per_second: float = 8.0
     static: bool = False
     """Whether workers are static members of their groups."""
+    system: System = Klatch()
 
 
 async def torture(folder: Path, orders: Orders, say: Say) -> Report:
     """Run it. Raises what a part raises that does not start."""
-    async with rig(folder, orders.nodes, say, static=orders.static) as tortured, _load(tortured) as load:
+    started = rig(folder, orders.nodes, say, system=orders.system, static=orders.static)
+    async with started as tortured, _load(tortured) as load:
         striker = Striker(tortured, say)
         talks = plan(orders.seed, orders.minutes, orders.requests_per_second)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")

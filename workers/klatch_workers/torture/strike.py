@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from klatch_workers.torture.evidence import Struck
-from klatch_workers.torture.rig import STAGES, Rig, Say
+from klatch_workers.torture.rig import Rig, Say
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.up.children import Child
 
@@ -32,8 +32,11 @@ class Striker:
     _stopped: set[str] = field(default_factory=set[str])
     _wanted: dict[str, int] = field(default_factory=dict[str, int])
     _broker: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _changing: dict[str, asyncio.Lock] = field(default_factory=lambda: {stage: asyncio.Lock() for stage in STAGES})
+    _changing: dict[str, asyncio.Lock] = field(init=False)
     """Processes of a stage come and go one change at a time."""
+
+    def __post_init__(self) -> None:
+        self._changing = {stage: asyncio.Lock() for stage in self.rig.pools}
 
     async def run(self, faults: Sequence[Fault]) -> None:
         """Strike each at its time; returns when all are over. Raises ChildFailed, KafkaChildError."""

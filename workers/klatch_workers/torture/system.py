@@ -1,0 +1,79 @@
+"""The system under torture: which processes it has, and how each is started. All else of a run is the same for all.
+
+A worker is `python -m MODULE ARGUMENTS` that says `{"event": "ready"}` on stdout when it serves, and drains on SIGTERM.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from klatch_workers.settings import PREFIX
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker finds what it needs."""
+
+    name: str
+    """Of the worker, its own."""
+    kafka: str
+    """Bootstrap servers."""
+    model_url: str
+    """With `/v1`."""
+    door: str
+    """`http://HOST:PORT` of the HTTP door."""
+    data: Path
+    drain_s: float
+    """How long a worker may take to end in good order."""
+    static: bool
+    """Whether the worker's name is its static membership in its groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A worker's process."""
+
+    module: str
+    arguments: tuple[str, ...]
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Environment variables besides those of this process; klatch's own are not passed on."""
+
+
+class System(Protocol):
+    """What is tortured."""
+
+    @property
+    def name(self) -> str:
+        """As a report calls it."""
+        ...
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Its sorts of worker, each a pool of processes, in the order in which work passes through them."""
+        ...
+
+    def worker(self, stage: str, place: Place) -> Command:
+        """How to start a worker of a stage."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Klatch:
+    """klatch: each stage that a request passes through, and the HTTP door."""
+
+    name: str = "klatch"
+    stages: tuple[str, ...] = ("admission", "screening", "generation", "http")
+
+    def worker(self, stage: str, place: Place) -> Command:
+        """`klatch worker STAGE`."""
+        settings = {
+            "KAFKA": place.kafka,
+            "HTTP": place.door.removeprefix("http://"),
+            "MODEL_URL": place.model_url,
+            "DATA": str(place.data),
+            "DRAIN_S": str(place.drain_s),
+            **({"INSTANCE": place.name} if place.static else {}),
+        }
+        environment = {PREFIX + setting: value for setting, value in settings.items()}
+        return Command("klatch_workers", ("worker", stage, "--json"), environment)
