@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from klatch_agents.gateway.errors import RefusedError
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
-from klatch_agents.gateway.port import Chunk, Finished, Gateway, ModelCall, Timeouts
+from klatch_agents.gateway.port import Catalogue, Chunk, Finished, Gateway, ModelCall, Timeouts
 from klatch_agents.testing.upstream import Upstream
 
 KEY = "sk-conformance"
@@ -54,7 +54,7 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def gateway(server: Server) -> AsyncIterator[Gateway]:
-    async with OpenAICompatible(Endpoint(server.url, key=KEY, model=server.model)) as opened:
+    async with OpenAICompatible(Endpoint(server.url, key=KEY, model=server.model, continues="prefill")) as opened:
         yield opened
 
 
@@ -100,6 +100,17 @@ async def test_the_first_token_does_not_wait_for_the_last(gateway: Gateway) -> N
     assert len(batches) > 5
 
 
+async def test_a_reply_goes_on_behind_its_prefix_and_does_not_repeat_it(gateway: Gateway) -> None:
+    """[38]"""
+    begun = "The quick brown fox jumps over a lazy dog and "
+    assert gateway.continues(call())
+    chunks, finished = await hear(gateway, replace(call(max_tokens=4), prefix=begun))
+    said = [choice["delta"].get("content") for chunk in chunks for choice in json.loads(chunk.raw)["choices"]]
+    assert finished.finish_reasons
+    assert "".join(text for text in said if text)
+    assert "quick brown fox" not in "".join(text for text in said if text)
+
+
 async def test_readers_who_leave_free_their_places_at_the_server(gateway: Gateway) -> None:
     """[40, 43] The local model has four places: a fifth call would wait for a place that leaks."""
     for _ in range(6):
@@ -136,5 +147,5 @@ async def test_a_wrong_key_is_refused_and_not_shown(server: Server) -> None:
     assert "sk-wrong-key-5" not in f"{refused.value!r} {refused.value.body} {gateway!r}"
 
 
-async def test_the_served_model_is_listed(gateway: Gateway, server: Server) -> None:
+async def test_the_served_model_is_listed(gateway: Catalogue, server: Server) -> None:
     assert server.model in await gateway.models()

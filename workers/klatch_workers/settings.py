@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from klatch_agents.gateway.continuing import Continues
+
 PREFIX = "KLATCH_"
 
 
@@ -61,6 +63,8 @@ class Settings(BaseModel):
     model: str | None = None
     """Asked of the server instead of each request's own model name."""
     model_key: SecretStr | None = None
+    model_continues: Continues = "none"
+    """How the model server goes on with an answer that broke off: `vllm`, `prefill` (llama.cpp) or `none`."""
     local_gguf: Path | None = None
     """A GGUF file for the local model instead of the one from the package."""
 

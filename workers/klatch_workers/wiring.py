@@ -266,7 +266,7 @@ def _endpoint(settings: Settings) -> Any:
             "no model server is set: give --model-url or KLATCH_MODEL_URL, such as http://host:8000/v1"
         )
     key = settings.model_key.get_secret_value() if settings.model_key else ""
-    return Endpoint(settings.model_url, key, settings.model)
+    return Endpoint(settings.model_url, key, settings.model, continues=settings.model_continues)
 
 
 def _internal_key(settings: Settings) -> str:

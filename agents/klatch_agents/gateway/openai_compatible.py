@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 
 from klatch_agents.gateway import http
+from klatch_agents.gateway.continuing import Continues, continuing_body
 from klatch_agents.gateway.errors import MalformedError, RefusedError
 from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.reply import StreamedReply
@@ -26,13 +27,15 @@ class Endpoint:
     """Where a model server is, e.g. `Endpoint("http://127.0.0.1:8000/v1", key="...")`.
 
     `model`, if given, replaces the model's name in every chat completion. `headers` go with every
-    call. The key is in no repr and no error.
+    call. `continues` says how this server goes on with an answer that broke off (`continuing.py`).
+    The key is in no repr and no error.
     """
 
     base_url: str
     key: str = field(default="", repr=False)
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    continues: Continues = "none"
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -46,7 +49,8 @@ class Endpoint:
 
 
 class OpenAICompatible:
-    """The `Gateway` to one endpoint. Use it inside one event loop, `async with` or with `close`."""
+    """The `Gateway` to one endpoint, and its `Catalogue`. Use it inside one event loop, `async with`
+    or with `close`."""
 
     def __init__(self, endpoint: Endpoint, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
         """`timeouts` are for `embed` and `models`; a `ModelCall` brings its own."""
@@ -66,7 +70,7 @@ class OpenAICompatible:
 
     @asynccontextmanager
     async def stream(self, call: ModelCall) -> AsyncGenerator[ModelReply]:
-        """See `Gateway.stream`."""
+        """See `Gateway.stream`. Raises ValueError for a prefix at a server that does not continue."""
         model = str(call.model or self._endpoint.model or call.body.get("model", ""))
         response = await self._send(call, model)
         reply = StreamedReply(
@@ -83,13 +87,17 @@ class OpenAICompatible:
         finally:
             reply.close()
 
+    def continues(self, call: ModelCall) -> bool:  # noqa: ARG002 - one server answers every call
+        """See `Gateway.continues`."""
+        return self._endpoint.continues != "none"
+
     async def embed(self, body: Mapping[str, object]) -> bytes:
-        """See `Gateway.embed`."""
+        """See `Catalogue.embed`."""
         url = self._endpoint.url("/embeddings")
         return await self._http.fetch("POST", url, self._endpoint.headers, self._timeouts, _encode(dict(body)))
 
     async def models(self) -> list[str]:
-        """See `Gateway.models`."""
+        """See `Catalogue.models`."""
         url = self._endpoint.url("/models")
         raw = await self._http.fetch("GET", url, self._endpoint.headers, self._timeouts)
         try:
@@ -105,13 +113,14 @@ class OpenAICompatible:
         url = self._endpoint.url("/chat/completions")
         headers = {**call.headers, **self._endpoint.headers, **_STREAMING}
         with_options = model not in self._refuse_stream_options
+        asked = continuing_body(call.body, call.prefix, self._endpoint.continues) if call.prefix else call.body
         try:
-            body = _streaming_body(call.body, model, with_options=with_options)
+            body = _streaming_body(asked, model, with_options=with_options)
             return await self._http.open("POST", url, headers, call.timeouts, _encode(body))
         except RefusedError as refused:
             if not (with_options and refused.status == 400 and "stream_options" in str(refused)):
                 raise
-        body = _streaming_body(call.body, model, with_options=False)
+        body = _streaming_body(asked, model, with_options=False)
         response = await self._http.open("POST", url, headers, call.timeouts, _encode(body))
         self._refuse_stream_options.add(model)
         return response

@@ -35,12 +35,19 @@ DEFAULT_TIMEOUTS = Timeouts()
 @dataclass(frozen=True, slots=True)
 class ModelCall:
     """One chat completion to make. `body` is the caller's request as it stands, with members this
-    code has never heard of; only `model`, `stream` and `stream_options` are set by the gateway."""
+    code has never heard of; only `model`, `stream` and `stream_options` are set by the gateway.
+
+    `prefix`, if any, is the beginning of the answer, which somebody has read already: the reply
+    goes on right behind it and does not repeat it. Give one only where `Gateway.continues` said
+    yes, and only for one choice of plain text: no server goes on inside a tool call, a JSON schema
+    or log probabilities.
+    """
 
     body: Mapping[str, object]
     model: str | None = None
     timeouts: Timeouts = DEFAULT_TIMEOUTS
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    prefix: str = ""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -118,14 +125,23 @@ class Gateway(Protocol):
 
     def stream(self, call: ModelCall) -> AbstractAsyncContextManager[ModelReply]: ...
 
+    def continues(self, call: ModelCall) -> bool:
+        """Whether whoever answers this call would go on from a `prefix`. Asks nobody, raises
+        nothing; what the call's own `prefix` is does not matter."""
+        ...
+
+    async def close(self) -> None:
+        """Hangs up every call and frees the connections. May be called twice."""
+        ...
+
+
+class Catalogue(Protocol):
+    """What else a model server answers. Raises `ModelError`."""
+
     async def embed(self, body: Mapping[str, object]) -> bytes:
         """The raw answer to `POST /embeddings`."""
         ...
 
     async def models(self) -> list[str]:
         """The ids that the server lists."""
-        ...
-
-    async def close(self) -> None:
-        """Hangs up every call and frees the connections. May be called twice."""
         ...

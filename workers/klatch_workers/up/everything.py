@@ -194,7 +194,7 @@ def _complete(settings: Settings, wanted: Wanted, keys: Keys) -> Settings:
         "instance": "up",
     }
     if settings.model_url is None:
-        update |= {"model_url": f"http://{model}/v1", "model_key": keys.model}
+        update |= {"model_url": f"http://{model}/v1", "model_key": keys.model, "model_continues": "prefill"}
     given = settings.model_dump(exclude={"internal_key"})
     return Settings(**{**given, **update})
 

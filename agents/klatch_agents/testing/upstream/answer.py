@@ -6,6 +6,7 @@ Completions and its streaming chunks, Azure's "content streaming" page, and vLLM
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -163,6 +164,11 @@ class Answer:
         return thoughts + [{member: token} for token in tokens]
 
     def _tokens(self, index: int) -> list[str]:
+        """What is said, less what a final assistant message has said already."""
+        tokens = self._whole_answer(index)
+        return tokens[said_already(tokens, _partial(self._body)) :]
+
+    def _whole_answer(self, index: int) -> list[str]:
         script = self._script
         if script.big:
             return ["x" * script.big]
@@ -209,6 +215,37 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": self._script.reasoning * self._n},
         }
+
+
+_UNIQUE = re.compile(r"<<c\d+(?:\.\d+)?:(\d+)>>\Z")
+
+
+def said_already(tokens: list[str], partial: str) -> int:
+    """How many of an answer's tokens stand in the partial answer that it is to continue.
+
+    A unique token, `<<c17:5>>`, is known by its number, since it was another call that wrote it: this
+    call goes on with its own `<<c18:6>>`. Any other text is known by its letters; what is not the
+    beginning of this answer is continued by the whole of it.
+    """
+    if last := _UNIQUE.search(partial):
+        return int(last[1]) + 1
+    at = 0
+    for count, token in enumerate(tokens, 1):
+        if not partial.startswith(token, at):
+            return 0
+        at += len(token)
+        if at == len(partial):
+            return count
+    return 0
+
+
+def _partial(body: Json) -> str:
+    """The final assistant message: a partial answer (llama.cpp's prefill, vLLM's `continue_final_message`)."""
+    messages = body.get("messages")
+    last: object = cast("list[object]", messages)[-1] if isinstance(messages, list) and messages else None
+    said = cast("Json", last) if isinstance(last, dict) else {}
+    content = said.get("content")
+    return content if said.get("role") == "assistant" and isinstance(content, str) else ""
 
 
 def _tool_calls(count: int, call_id: str) -> Iterator[Json]:

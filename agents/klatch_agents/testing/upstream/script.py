@@ -15,7 +15,11 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One reply. Times are seconds, rates tokens a second of each choice (0: all at once)."""
 
     reply: Literal["words", "unique", "echo-user", "echo-system", "echo-messages"] = "words"
-    """`unique` writes another text at each call, the call's id in every token: `<<c17:0>>`."""
+    """`unique` writes another text at each call, the call's id in every token: `<<c17:0>>`.
+
+    A final assistant message is a partial answer, and any reply goes on behind it: call c18 behind
+    `<<c17:5>>` with `<<c18:6>>`, so a text of several calls whose numbers have no hole was continued.
+    """
     text: str = ""
     """Exactly this text, four characters a token, whatever `reply` says."""
     tokens: int = 16
