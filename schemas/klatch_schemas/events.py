@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from klatch_schemas.ids import (
     ConversationField,
+    LabelField,
     NameField,
     PersonField,
     RequestIdField,
@@ -128,6 +129,8 @@ class UsageSettled(Event):
     person: PersonField | None = None
     use_case: NameField = "default"
     model: str = ""
+    deployment: str = ""
+    """Which deployment of the model's route answered last."""
     status: Status
     usage: Usage
     first_token_ms: Milliseconds | None = None
@@ -296,6 +299,8 @@ class StreamEnd(Event):
     finish_reason: str | None = None
     """Of choice 0; each choice's own stands in its last delta."""
     model: str = ""
+    deployment: str = ""
+    """Which deployment of the model's route answered last; empty when none did."""
     usage: Usage | None = None
     trailer: tuple[dict[str, JsonValue], ...] = ()
     """Chunks without choices that followed the last one, such as the usage chunk."""
@@ -381,13 +386,77 @@ class SkillRegistered(Event):
     """JSON Schema of the arguments."""
 
 
+Share = Annotated[float, Field(ge=0, le=1_000_000)]
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
+
+
+class Prices(Part):
+    """US dollars a million tokens."""
+
+    prompt: Share = 0.0
+    cached: Share | None = None
+    """Of those prompt tokens that the server had cached; None: the same as the others."""
+    completion: Share = 0.0
+
+
+class Deployment(Part):
+    """A model on a server. It never holds a secret: `key` names one that workers are given apart."""
+
+    name: NameField
+    """What answers, logs and settlements call it. Routes that name the same deployment share its health and slots."""
+    kind: Literal["openai", "azure", "vllm", "openai-compatible", "local"] = "openai-compatible"
+    """`local` is the server that each worker's own `KLATCH_MODEL_URL` names."""
+    url: str = ""
+    """With its `/v1`; of Azure the resource, `https://NAME.openai.azure.com`."""
+    model: str | None = None
+    """What the server calls it: a model, a LoRA adapter, an Azure deployment; None: the route's alias."""
+    key: NameField | None = None
+    auth: Literal["key", "token"] = "key"
+    """Azure takes a key as `api-key`, an Entra token as `Authorization: Bearer`; all others take both as the latter."""
+    api_version: str | None = None
+    """Azure's."""
+    weight: Share = 1.0
+    """Its share among the deployments of its tier; 0 takes it out."""
+    tier: Count = 0
+    """A tier is used while none of a lower one can be."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Calls under way at once, per process that calls; None: no limit."""
+    priority: bool = False
+    """vLLM: pass the request's priority on, which needs `--scheduling-policy priority`."""
+    continues: bool | None = None
+    """Whether it can continue a partial message (`continue_final_message`); None: vLLM can, others cannot."""
+    prices: Prices | None = None
+
+
+class RouteTimeouts(Part):
+    """The longest silences of a call; there is none for a whole reply."""
+
+    connect_s: Seconds = 10.0
+    first_token_s: Seconds = 300.0
+    idle_s: Seconds = 60.0
+
+
+class CircuitBreaker(Part):
+    """When a deployment is left alone for a while."""
+
+    failures: Count = 5
+    """After so many requests in a row that failed on it; 0: never."""
+    cool_down_s: Seconds = 10.0
+    """For so long; then one request tries it, and doubles this, up to eight times, if it fails again."""
+
+
 class ModelRouted(Event):
     """Where requests for a model name go."""
 
     kind: Literal["model.routed.v1"] = "model.routed.v1"
-    alias: str
-    model: str
-    url: str
+    alias: LabelField
+    """The model name that clients ask for."""
+    deployments: tuple[Deployment, ...]
+    timeouts: RouteTimeouts = RouteTimeouts()
+    tries: Annotated[int, Field(ge=1, le=20)] = 3
+    """Calls that one request may cost before its first token."""
+    breaker: CircuitBreaker = CircuitBreaker()
+    by: str = ""
 
 
 class ExperimentSet(Event):

@@ -26,6 +26,7 @@ ConversationField = Annotated[Conversation, _LABEL]
 RequestIdField = Annotated[RequestId, _TOKEN]
 WriterField = Annotated[Writer, _TOKEN]
 NameField = Annotated[str, _NAME]
+LabelField = Annotated[str, _LABEL]
 
 _KLATCH = uuid5(NAMESPACE_URL, "https://klatch.dev/ids")
 
