@@ -136,23 +136,81 @@ class UsageSettled(Event):
     first_token_ms: Milliseconds | None = None
     """From the request's timestamp in the log to its first delta."""
     total_ms: Milliseconds = 0
+    cost_micros: Count = 0
+    """In millionths of a US dollar, by the price of the deployment that served; 0 where no price is known."""
+
+
+class UsageRunning(Event):
+    """A reply has nearly used up what it was granted: admission answers with `stream.budget`."""
+
+    kind: Literal["usage.running.v1"] = "usage.running.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    tokens: Count
+    """Completion tokens so far, as klatch counts them."""
+    granted: Count
+    """The grant that the asker knows of; one that is lower than admission's is only told the present one."""
 
 
 class Limits(Part):
-    """What a tenant may use; None is no limit."""
+    """What one scope may use; None is no limit. Days and months are UTC's; micros are millionths of a US dollar."""
 
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     tokens_per_day: Count | None = None
     concurrent_requests: Count | None = None
+    tokens_per_month: Count | None = None
+    cost_micros_per_day: Count | None = None
+    cost_micros_per_month: Count | None = None
+    burst_requests: Count | None = None
+    """How many requests a minute may have beyond `requests_per_minute`, as long as no hour has over 60 times that."""
+    burst_tokens: Count | None = None
+    """The same for `tokens_per_minute`."""
+
+
+Subject = LabelField
+"""One use case, person or model by its name, or `*`: each of them by itself."""
+
+
+class LimitRule(Part):
+    """Limits of a part of a tenant's requests: of those that match all that is named.
+
+    Of several rules over the same dimensions the one that names most (rather than `*`) applies, and it alone. A rule
+    that names nothing limits nothing: the tenant's own limits stand in `limits`.
+    """
+
+    use_case: Subject | None = None
+    person: Subject | None = None
+    model: Subject | None = None
+    """The model as it is asked for."""
+    limits: Limits = Limits()
+
+
+class TokenPrice(Part):
+    """Millionths of a US dollar for a million tokens: what $2.50 a million costs is 2500000."""
+
+    prompt: Count = 0
+    completion: Count = 0
+
+
+Weight = Annotated[float, Field(ge=0.01, le=100)]
+PriorityClass = Annotated[int, Field(ge=0, le=9)]
 
 
 class QuotaLimitSet(Event):
-    """An operator sets a tenant's limits, in the tenant's own log, so that every decision has one order."""
+    """An operator sets all of a tenant's limits, in the tenant's own log, so that every decision has one order."""
 
     kind: Literal["quota.limit_set.v1"] = "quota.limit_set.v1"
     tenant: TenantField
     limits: Limits
+    rules: Annotated[tuple[LimitRule, ...], Field(max_length=500)] = ()
+    weight: Weight = 1.0
+    """The tenant's share where a model's capacity is the bottleneck."""
+    priority: PriorityClass = 0
+    """The best priority that the tenant's requests get, whatever they ask for."""
+    prices: Mapping[str, TokenPrice] = {}
+    """By model as it is asked for, the highest price that it may cost: what reservations of money go by."""
     by: str = ""
 
 
@@ -164,6 +222,29 @@ class Reservation(Part):
 
     tokens: Count
     expires_ms: Milliseconds
+    cost_micros: Count = 0
+    granted: Count | None = None
+    """How many completion tokens the reply may have before it asks for more (`usage.running`); None: no need to ask."""
+    limit: str | None = None
+    """The budget that bounds the grant."""
+
+
+class RateLimit(Part):
+    """Where a request stands with a limit, itself counted."""
+
+    name: str
+    """As in `Limits`."""
+    limit: Count
+    remaining: Count
+    reset_ms: Milliseconds
+    """From the request's decision until nothing of it would be used, if nothing else came."""
+
+
+class RateLimits(Part):
+    """Of all limits that a request counts against, those with the least left."""
+
+    requests: RateLimit | None = None
+    tokens: RateLimit | None = None
 
 
 class ChatAdmitted(Event):
@@ -174,6 +255,9 @@ class ChatAdmitted(Event):
     requested_ms: Milliseconds
     """The request's timestamp in the log: latencies count from here."""
     reservation: Reservation
+    weight: Weight = 1.0
+    """The tenant's share where a model's capacity is the bottleneck."""
+    rate_limits: RateLimits | None = None
 
 
 class Refusal(Part):
@@ -182,6 +266,8 @@ class Refusal(Part):
     code: Literal["rate_limit_exceeded", "deadline_exceeded"]
     limit: str | None = None
     """The name of the limit that refused, as in `Limits`."""
+    scope: str | None = None
+    """What it limits, if not the whole tenant: dimensions such as `person` or `use_case+model`."""
     message: str
     retry_after_ms: Milliseconds | None = None
 
@@ -247,6 +333,7 @@ class StreamAttempt(Event):
     attempt: Annotated[int, Field(ge=1)]
     writer: WriterField
     mode: Literal["restart", "continue"] = "restart"
+    rate_limits: RateLimits | None = None
 
 
 class StreamDelta(Event):
@@ -305,6 +392,9 @@ class StreamEnd(Event):
     trailer: tuple[dict[str, JsonValue], ...] = ()
     """Chunks without choices that followed the last one, such as the usage chunk."""
     error: StreamError | None = None
+    rate_limits: RateLimits | None = None
+    stopped_by: str | None = None
+    """The budget that was spent, for a reply that was cut there (`finish_reason: length`)."""
 
 
 class StreamRetract(Event):
@@ -316,6 +406,19 @@ class StreamRetract(Event):
     conversation: ConversationField
     from_seq: Count
     reason: str = ""
+
+
+class StreamBudget(Event):
+    """Admission's answer to `usage.running`: how far the reply may go. Nothing to readers."""
+
+    kind: Literal["stream.budget.v1"] = "stream.budget.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    granted: Count
+    """Completion tokens in all; never less than before."""
+    limit: str | None = None
+    """The budget that is spent: there will be no more."""
 
 
 # --- chat.turns, memory ------------------------------------------------------------------------------------------
@@ -481,6 +584,11 @@ class TenantConfigured(Event):
     tenant: TenantField
     keys: tuple[ApiKey, ...] = ()
     limits: Limits = Limits()
+    rules: Annotated[tuple[LimitRule, ...], Field(max_length=500)] = ()
+    weight: Weight = 1.0
+    priority: PriorityClass = 0
+    prices: Mapping[str, TokenPrice] = {}
+    """As in `quota.limit_set`, which holds what is in force."""
 
 
 class SkillCalled(Event):
@@ -526,6 +634,7 @@ class Snapshot(Event):
 EVENTS: tuple[type[Event], ...] = (
     ChatRequested,
     UsageSettled,
+    UsageRunning,
     QuotaLimitSet,
     ChatAdmitted,
     ChatRefused,
@@ -535,6 +644,7 @@ EVENTS: tuple[type[Event], ...] = (
     StreamCancel,
     StreamEnd,
     StreamRetract,
+    StreamBudget,
     TurnFinished,
     ExperienceLearned,
     PromptPublished,

@@ -68,7 +68,7 @@ _STATE: Final = {
 CHAT_REQUESTS = Topic(
     TopicName("chat.requests"),
     key="tenant",
-    holds=(ev.ChatRequested, ev.UsageSettled, ev.QuotaLimitSet),
+    holds=(ev.ChatRequested, ev.UsageSettled, ev.UsageRunning, ev.QuotaLimitSet),
     partitioning="tenant",
     written_by=("producers", "doors", "admission", "generation"),
     read_by=("admission", "screening", "views"),
@@ -100,7 +100,7 @@ TRUST_VERDICTS = Topic(
 CHAT_STREAM = Topic(
     TopicName("chat.stream"),
     key="conversation",
-    holds=(ev.StreamAttempt, ev.StreamDelta, ev.StreamEnd, ev.StreamCancel, ev.StreamRetract),
+    holds=(ev.StreamAttempt, ev.StreamDelta, ev.StreamEnd, ev.StreamCancel, ev.StreamRetract, ev.StreamBudget),
     partitioning="conversation",
     written_by=("generation", "admission", "anyone who cancels"),
     read_by=("consumers", "doors", "generation"),

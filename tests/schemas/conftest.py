@@ -74,12 +74,12 @@ def _scalar(kind: type, limits: tuple[Any, ...]) -> st.SearchStrategy[Any]:
     pattern = next((str(one.pattern) for one in limits if getattr(one, "pattern", None)), None)
     if kind is str and pattern:
         return _PATTERNS[pattern]
-    low = next((int(cast("int", limit.ge)) for limit in limits if isinstance(limit, Ge)), None)
-    high = next((int(cast("int", limit.le)) for limit in limits if isinstance(limit, Le)), None)
+    low = next((cast("float", limit.ge) for limit in limits if isinstance(limit, Ge)), None)
+    high = next((cast("float", limit.le) for limit in limits if isinstance(limit, Le)), None)
     scalars: dict[type, st.SearchStrategy[Any]] = {
         str: st.text(max_size=9),
         bool: st.booleans(),
-        int: st.integers(low, high),
+        int: st.integers(*(None if most is None else int(most) for most in (low, high))),
         float: st.floats(low, high, allow_nan=False, allow_infinity=False),
         type(None): st.none(),
     }

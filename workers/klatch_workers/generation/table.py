@@ -20,6 +20,7 @@ from klatch_schemas.assembly import Assembly, Opened, Said, Spoke
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.events import (
     StreamAttempt,
+    StreamBudget,
     StreamCancel,
     StreamEnd,
     StreamRetract,
@@ -68,6 +69,10 @@ class Tracked:
     """Timestamp of the last record that told of it."""
     records: int = 0
     """How many records of its stream were heard; grows while somebody speaks."""
+    granted: int = 0
+    """How many completion tokens admission has granted since the request was admitted (`stream.budget`)."""
+    spent: str | None = None
+    """The budget that is used up: there is no more to be granted."""
     taken: bool = False
     """Whether this owner has met the request itself, on chat.admitted."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -144,7 +149,7 @@ class Table:
                 tracked = self._by_writer.get(said.writer)
                 if tracked is None or tracked.request != said.request:
                     return
-            case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract():
+            case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract() | StreamBudget():
                 tracked = self.of(said.tenant, said.request)
             case _:
                 self.unreadable.append((record, f"{said.KIND} does not belong into this topic"))
@@ -158,6 +163,8 @@ class Table:
         if tracked.stream_floor is None:
             tracked.stream_floor = record.offset
         before = tracked.assembly.state.writer
+        if isinstance(said, StreamBudget):
+            tracked.granted, tracked.spent = max(tracked.granted, said.granted), said.limit
         heard = tracked.assembly.hear(record.offset, said)
         if isinstance(heard, Spoke):
             return
