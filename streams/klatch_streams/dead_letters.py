@@ -2,6 +2,8 @@
 
 A dead letter is a function of its record, so one that is written twice can be told by its place of origin. Reasons
 and errors never repeat what a message says: they name fields, types and lines of code.
+
+What goes back to where it came from is made in `redriving`.
 """
 
 import traceback
@@ -11,20 +13,25 @@ from typing import Final
 
 from klatch_schemas.records import Draft, Record
 from klatch_schemas.topics import DEAD_LETTERS, Namespace
+from klatch_streams.dead_headers import (
+    ATTEMPTS,
+    CUT,
+    ERROR,
+    FIRST_SEEN,
+    OFFSET,
+    ORIGIN,
+    OURS,
+    PARTITION,
+    REASON,
+    REDRIVEN,
+    STAGE,
+    TOPIC,
+    number_in,
+    origin_of,
+    times_redriven,
+)
 from klatch_streams.log import Log, RecordTooLarge
 
-TOPIC: Final = "dead-topic"
-PARTITION: Final = "dead-partition"
-OFFSET: Final = "dead-offset"
-STAGE: Final = "dead-stage"
-REASON: Final = "dead-reason"
-ERROR: Final = "dead-error"
-FIRST_SEEN: Final = "dead-first-seen"
-REDRIVEN: Final = "dead-redriven"
-CUT: Final = "dead-cut"
-"""Only if the record and these headers were too large together: the value's size, of which a beginning is kept."""
-
-_OURS: Final = frozenset({TOPIC, PARTITION, OFFSET, STAGE, REASON, ERROR, FIRST_SEEN, REDRIVEN, CUT})
 _REASON_BYTES: Final = 100
 _ERROR_BYTES: Final = 1_000
 _KEPT_BYTES: Final = 64 * 1024
@@ -33,12 +40,13 @@ _KEPT_BYTES: Final = 64 * 1024
 class DeadLetter(Exception):
     """This record cannot be used; the partition goes on without it.
 
-    `reason` is a short constant to count by (`unreadable`), `error` is for the reader of the letter.
+    `reason` is a short constant to count by (`unreadable`), `error` is for the reader of the letter, `attempts` is how
+    often the stage tried.
     """
 
-    def __init__(self, reason: str, error: str = "") -> None:
+    def __init__(self, reason: str, error: str = "", attempts: int = 1) -> None:
         super().__init__(f"{reason}: {error}" if error else reason)
-        self.reason, self.error = reason, error
+        self.reason, self.error, self.attempts = reason, error, attempts
 
 
 def describe(error: BaseException) -> str:
@@ -49,17 +57,19 @@ def describe(error: BaseException) -> str:
 
 
 def dead_letter(record: Record, namespace: Namespace, stage: str, why: DeadLetter) -> Draft:
-    """The dead letter of `record`. One that was redriven keeps when it was first seen, and how often it was."""
+    """The dead letter of `record`. One that was redriven keeps where it first died, since when, and its counts."""
     headers = [
-        *((name, value) for name, value in record.headers if name not in _OURS),
+        *((name, value) for name, value in record.headers if name not in OURS),
         (TOPIC, record.partition.topic.encode()),
         (PARTITION, b"%d" % record.partition.number),
         (OFFSET, b"%d" % record.offset),
         (STAGE, stage.encode()),
         (REASON, _bounded(why.reason, _REASON_BYTES)),
         (ERROR, _bounded(why.error, _ERROR_BYTES)),
-        (FIRST_SEEN, record.header(FIRST_SEEN) or b"%d" % record.timestamp_ms),
-        (REDRIVEN, record.header(REDRIVEN) or b"0"),
+        (FIRST_SEEN, b"%d" % (number_in(record, FIRST_SEEN) or record.timestamp_ms)),
+        (REDRIVEN, b"%d" % times_redriven(record)),
+        (ATTEMPTS, b"%d" % (number_in(record, ATTEMPTS) + why.attempts)),
+        (ORIGIN, origin_of(record).encode()),
     ]
     return Draft(namespace.of(DEAD_LETTERS), record.key, record.value, headers)
 

@@ -13,6 +13,7 @@ from klatch_schemas import codec
 from klatch_schemas.events import Event
 from klatch_schemas.records import Cause, Draft, Record
 from klatch_schemas.topics import Namespace, Topic
+from klatch_streams.dead_headers import history
 
 S = TypeVar("S")
 
@@ -73,9 +74,12 @@ def fold(decider: Decider[S], key: str, said: Iterable["Input[S]"]) -> tuple[S, 
 
 
 def drafts_of(effects: Sequence[Emit], record: Record, namespace: Namespace) -> list[Draft]:
-    """The effects of `record`, each named by its cause, in the trace of the record."""
-    trace = record.header(codec.TRACEPARENT)
-    return [
+    """The effects of `record`, each named by its cause, in the trace of the record.
+
+    Those of a redriven record say so: whoever receives them looks for what was done the time before.
+    """
+    trace, before = record.header(codec.TRACEPARENT), history(record)
+    drafts = [
         codec.draft(
             namespace.of(effect.topic),
             effect.key,
@@ -85,3 +89,4 @@ def drafts_of(effects: Sequence[Emit], record: Record, namespace: Namespace) -> 
         )
         for index, effect in enumerate(effects)
     ]
+    return [draft._replace(headers=[*draft.headers, *before]) for draft in drafts] if before else drafts

@@ -33,7 +33,7 @@ from klatch_schemas.topics import (
     TRUST_VERDICTS,
     Topic,
 )
-from klatch_streams import dead_letters as dead
+from klatch_streams import dead_headers as dead
 
 if TYPE_CHECKING:
     from tests.broker.conftest import Stack

@@ -6,7 +6,7 @@ from typing import Final
 
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_TURNS, DEAD_LETTERS, Topic
-from klatch_streams import dead_letters as letters
+from klatch_streams import dead_headers as letters
 from klatch_streams.catch_up import catch_up
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog, Unreachable

@@ -82,6 +82,9 @@ class RequestUnderWay:
     means: Means
     admitted: ChatAdmitted
     cause: Cause
+    """What its effects are named after."""
+    position: int
+    """Where its record stands on chat.admitted: only for a redriven one is that not its cause."""
     traceparent: str | None
     tracked: Tracked
     prepared: Prepared | None = None
@@ -154,7 +157,7 @@ class RequestUnderWay:
             tenant=request.tenant,
             conversation=request.conversation,
             attempt=number,
-            writer=Writer(f"{means.owner}.{self.cause.partition.number}.{self.cause.offset}.{number}"),
+            writer=Writer(f"{means.owner}.{self.cause.partition.number}.{self.position}.{number}"),
             mode="restart",
         )
         draft = self._draft(_OPENING + 2 * number, CHAT_STREAM, request.conversation, opening)
@@ -287,11 +290,11 @@ class RequestUnderWay:
         head = means.conversations.head(request.tenant, request.conversation)
         finished = turn(self.admitted, assembly, asked, timing, head.offset if head else None)
         # In a conversation requests are concluded in order: the turns up to the last one's request were appended.
-        if finished and not (head and head.applied >= self.cause.offset):
+        if finished and not (head and head.applied >= self.position):
             drafts.append(self._draft(_TURN, CHAT_TURNS, request.conversation, finished))
         places = await self._append(drafts)
         if finished and len(places) == 2:
-            means.conversations.append(places[1][1], finished, self.cause.offset)
+            means.conversations.append(places[1][1], finished, self.position)
         log.info(
             "request.concluded",
             request=request.request,

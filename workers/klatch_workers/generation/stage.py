@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import msgspec
+import structlog
 
 from klatch_agents.gateway.port import Gateway
 from klatch_schemas import codec
@@ -34,9 +35,12 @@ from klatch_streams.keyed_owner import Doing, KeyedOwner
 from klatch_streams.log import Log, LogError
 from klatch_streams.snapshots import Snapshots
 from klatch_workers.generation.prepare import Preparer
+from klatch_workers.generation.recover import Archive, cause_of, was_redriven
 from klatch_workers.generation.request import Means, RequestUnderWay
 from klatch_workers.generation.table import Table, source_of
 from klatch_workers.generation.turns import Conversations, Head, TurnReader
+
+log: Final = structlog.stdlib.get_logger(__name__)
 
 _POSITION: Final = "position"
 _TURNS: Final = "turns/"
@@ -195,6 +199,7 @@ class GenerationOwner:
         addresses: Addresses,
     ) -> None:
         self._stage, self._means, self._snapshots, self._addresses = stage, means, snapshots, addresses
+        self._archive = Archive(stage.log, stage.namespace, means.partition, means.table)
         self._ends = ends
         self._caught_up = False
         self._written = restored
@@ -231,8 +236,9 @@ class GenerationOwner:
 
     def _look_at_cause(self, record: Record) -> None:
         header = record.header(codec.CAUSE)
-        # A record that was moved to where it belongs comes out of order; it is written only once.
-        if header is None or record.header(MOVED_FROM):
+        # A record that was moved to where it belongs comes out of order; it is written only once. One that was
+        # redriven comes again by intention: whether it was answered is asked of the log.
+        if header is None or record.header(MOVED_FROM) or was_redriven(record):
             return
         try:
             cause = Cause.parse(header.decode())
@@ -270,10 +276,15 @@ class GenerationOwner:
         request = admitted.request
         traceparent = record.header(codec.TRACEPARENT)
         tracked = self._means.table.take(request.tenant, request.request)
+        if was_redriven(record) and (await self._archive.recover(admitted, record, tracked)).concluded:
+            log.info("redriven.was_answered", request=request.request, offset=record.offset)
+            self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
+            return
         under_way = RequestUnderWay(
             means=self._means,
             admitted=admitted,
-            cause=Cause(record.partition, record.offset, 0),
+            cause=cause_of(record),
+            position=record.offset,
             traceparent=traceparent.decode() if traceparent else None,
             tracked=tracked,
         )

@@ -138,10 +138,9 @@ class Table:
         tracked = self.of(verdict.tenant, verdict.request)
         tracked.last_ms = record.timestamp_ms
         if tracked.verdict is None:
-            tracked.verdict, tracked.asked_at = verdict, _cause_of(record)
             if tracked.verdict_floor is None:
                 tracked.verdict_floor = record.offset
-            tracked.tell()
+            self.judge(tracked, verdict, record)
 
     def _hear(self, record: Record, said: Said) -> None:
         match said:
@@ -193,6 +192,19 @@ class Table:
         if tracked.verdict_floor is None:
             tracked.verdict_floor = self.verdict_position
         return tracked
+
+    def replace(self, tracked: Tracked, assembly: Assembly) -> None:
+        """`assembly` is the request's whole stream up to `stream_position`, which is more than was heard here."""
+        self._by_writer.pop(tracked.assembly.state.writer, None)
+        tracked.assembly = assembly
+        if assembly.state.writer:
+            self._by_writer[assembly.state.writer] = tracked
+        tracked.tell()
+
+    def judge(self, tracked: Tracked, verdict: TrustVerdict, record: Record) -> None:
+        """The first verdict on the request, which stands in `record`."""
+        tracked.verdict, tracked.asked_at = verdict, _cause_of(record)
+        tracked.tell()
 
     def conclude(self, tracked: Tracked, admitted_at: int, asked_ms: int) -> None:
         """The request, taken from `admitted_at`, is concluded; a successor needs it until that is committed."""
