@@ -30,7 +30,7 @@ from klatch_schemas.events import (
     UsageSettled,
 )
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
-from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation
+from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.load import Trouble, Turn
 from klatch_workers.torture.report import BROKEN, Report
@@ -229,7 +229,8 @@ def cancelled_late_billed(tokens: int) -> Evidence:
     bills = entries("chat.requests", asked(ONE), asked(TWO), settled(ONE, "cancelled", usage), settled(TWO))
     turns = kept(said("c1", 0, 1))
     seen = [Observation("live", ONE, said("c1", 0, 1), "cancelled")]
-    return troubled(replace(evidence, requests=bills, turns=turns, observations=seen), cancel="record")
+    calls = [ModelCall("c1", ONE, 0.0, 320.0)]
+    return troubled(replace(evidence, requests=bills, turns=turns, observations=seen, calls=calls), cancel="record")
 
 
 LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
@@ -328,7 +329,17 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
         {"redone": 1},
     ),
     "a model is called for what was cancelled before": (
-        lambda: replace(cancelled_late_billed(2), calls=[ModelCall("c1", ONE, 0.0), ModelCall("c5", ONE, 1_500.0)]),
+        lambda: replace(
+            cancelled_late_billed(2), calls=[ModelCall("c1", ONE, 0.0, 320.0), ModelCall("c5", ONE, 1_500.0, 1_600.0)]
+        ),
+        {"redone": 1},
+    ),
+    "a model goes on after a cancel": (
+        lambda: replace(cancelled_late_billed(2), calls=[ModelCall("c1", ONE, 0.0, 3_400.0)]),
+        {"redone": 1},
+    ),
+    "a model goes on for ever after a cancel": (
+        lambda: replace(cancelled_late_billed(2), calls=[ModelCall("c1", ONE, 0.0)]),
         {"redone": 1},
     ),
     "a model is called after the deadline": (
@@ -379,6 +390,27 @@ def test_a_lie_is_planted_for_every_promise() -> None:
 
 def test_a_cancelled_request_that_is_billed_for_what_stands_is_no_violation() -> None:
     assert list(judge(cancelled_late_billed(2)).violations) == []
+
+
+def test_it_tells_how_soon_a_model_call_ends_after_a_cancel() -> None:
+    cancels = judge(cancelled_late_billed(2)).cancels
+    assert cancels == {"under_way": 1, "undisturbed": 1, "p50_ms": 20.0, "p99_ms": 20.0, "max_ms": 20.0}
+
+
+def test_a_worker_that_is_stopped_need_not_hear_of_a_cancel() -> None:
+    zombie = Struck("stop generation", 200.0, 12_000.0, 200.0)
+    late = replace(cancelled_late_billed(2), calls=[ModelCall("c1", ONE, 0.0, 12_100.0)], struck=[zombie])
+    report = judge(late)
+    assert list(report.violations) == []
+    assert report.cancels == {"under_way": 1, "undisturbed": 0}
+
+
+def test_it_counts_how_often_each_boundary_was_struck() -> None:
+    struck = [Struck(what, 1.0, 2.0) for what in ("boundary turn/generation", "boundary turn/generation", "kill http")]
+    facts = judge(honest(struck=struck)).facts()
+    assert facts["boundaries"]["turn/generation"] == 2
+    assert facts["boundaries"]["end/http"] == 0
+    assert facts["struck"] == {"kill http": 1}
 
 
 def test_readers_that_resume_where_text_was_retracted_are_checked_too() -> None:

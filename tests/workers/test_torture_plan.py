@@ -2,8 +2,9 @@
 
 import pytest
 
+from klatch_workers.torture.boundaries import BOUNDARIES
 from klatch_workers.torture.evidence import Struck
-from klatch_workers.torture.load import plan
+from klatch_workers.torture.load import ONCE_OPENED, plan
 from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
 from klatch_workers.torture.schedule import from_json, schedule, to_json
 
@@ -39,6 +40,16 @@ def test_ten_minutes_hold_every_kind_of_fault_on_every_stage() -> None:
     assert {("scale", "generation"), ("roll", "generation"), ("broker", "")} <= struck
 
 
+def test_every_boundary_has_its_turn_and_the_cluster_is_killed_now_and_then() -> None:
+    faults = schedule(1, 20, nodes=3)
+    assert {fault.target for fault in faults if fault.kind == "boundary"} == set(BOUNDARIES)
+    assert {"cluster", "leaderless"} <= {fault.kind for fault in faults}
+    away = [fault.lasts_s for fault in faults if fault.kind == "leaderless"]
+    assert away == [30.0] * len(away)
+    # One that outlives the load would have nothing to show for it.
+    assert not [fault for fault in schedule(1, 0.9) if fault.kind == "leaderless"]
+
+
 def test_a_zombie_sleeps_longer_than_its_group_waits() -> None:
     stops = [fault for fault in schedule(1, 20) if fault.kind == "stop"]
     assert stops
@@ -52,6 +63,7 @@ def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
     assert {turn.trouble.cancel for turn in turns} == {None, "record", "delete", "disconnect"}
     assert {turn.trouble.upstream.get("fault") for turn in turns} >= {"drop", "reset", "stall", "garbage"}
     assert {turn.trouble.upstream.get("status") for turn in turns} >= {429, 500}
+    assert {turn.trouble.cancel_after for turn in turns if turn.trouble.cancel} >= {0, ONCE_OPENED, 5}
     assert any(turn.twice for turn in turns)
     assert any(turn.leaves_after for turn in turns)
     assert sum(turn.plain for turn in turns) > len(turns) / 2

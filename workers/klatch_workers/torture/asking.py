@@ -22,11 +22,13 @@ from klatch_streams.log import Log, LogError
 from klatch_workers.torture.door import HttpReader, body_of
 from klatch_workers.torture.evidence import Asked, Observation
 from klatch_workers.torture.live import LiveLog
-from klatch_workers.torture.load import Talk
+from klatch_workers.torture.load import ONCE_OPENED, Talk, Trouble
 
-PATIENCE_S: Final = 150.0
+PATIENCE_S: Final = 240.0
 """How long a client waits for the end of one reply before it gives up; then the reply counts as lost."""
 _AGAIN_S: Final = 0.3
+_HURRY_S: Final = 0.05
+"""How long a client stays that goes away before its answer begins."""
 
 
 @dataclass(slots=True)
@@ -95,7 +97,7 @@ class Load:
         if turn.twice:
             await self._append(draft)
         if turn.trouble.cancel:
-            await reader.until(lambda: reader.over or reader.chunks >= turn.trouble.cancel_after)
+            await reader.until(lambda: reader.over or _is_time(turn.trouble, reader.chunks, opened=reader.opened))
             await self._append(self._cancel(asked))
         await reader.until(lambda: reader.over)
 
@@ -151,9 +153,26 @@ class Load:
 
     async def _cancel_over_http(self, reader: HttpReader) -> None:
         trouble = reader.asked.turn.trouble
-        if trouble.cancel in {"record", "delete"}:
+        if trouble.cancel is None:
+            return
+        if trouble.cancel_after == ONCE_OPENED:
+            live = self.live.reader(reader.asked.turn.request)
+            await live.until(lambda: live.over or live.opened)
+        elif trouble.cancel == "disconnect" and not trouble.cancel_after:
+            await asyncio.sleep(_HURRY_S)
+        else:
             await reader.shown(trouble.cancel_after)
-            await (self._append(self._cancel(reader.asked)) if trouble.cancel == "record" else reader.cancel())
+        match trouble.cancel:
+            case "record":
+                await self._append(self._cancel(reader.asked))
+            case "delete":
+                await reader.cancel()
+            case "disconnect":
+                reader.leave()
+
+
+def _is_time(trouble: Trouble, chunks: int, *, opened: bool) -> bool:
+    return opened if trouble.cancel_after == ONCE_OPENED else chunks >= trouble.cancel_after
 
 
 def _request(asked: Asked) -> ChatRequested:

@@ -19,8 +19,6 @@ from klatch_workers.torture.evidence import Asked, Observation
 from klatch_workers.torture.told import content_of
 
 _AGAIN_S: Final = 0.3
-_HURRY_S: Final = 0.05
-"""How long a client stays that goes away before its answer begins."""
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=25.0)
 """A keep-alive comes every 15 s."""
 _DONE: Final = b"[DONE]"
@@ -61,26 +59,35 @@ class HttpReader:
     _last_id: str | None = None
     _leaves: list[int] = field(default_factory=list[int])
     _left: bool = False
+    _leaving: asyncio.Timeout | None = None
+    """Ends the connection when it means to go away for good."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> None:
         """Read until told of an end, or until it leaves for good."""
         turn = self.asked.turn
         self._leaves = list(turn.leaves_after) if turn.trouble.cancel is None and self.name == "http" else []
-        hurry = turn.trouble.cancel == "disconnect" and not turn.trouble.cancel_after and self.name == "http"
         while not self._outcomes and not self._left:
-            hurrying = asyncio.timeout(_HURRY_S if hurry else None)
             try:
-                async with hurrying:
+                async with asyncio.timeout(None) as self._leaving:
                     await self._once()
             except Left:
                 pass
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                self._left = hurrying.expired()
-                self.troubles[type(error).__name__] += 1
+                if not self._left:
+                    self.troubles[type(error).__name__] += 1
+            finally:
+                self._leaving = None
             self._news.set()
             if not self._outcomes and not self._left:
                 await asyncio.sleep(_AGAIN_S)
+
+    def leave(self) -> None:
+        """Go away for good, now."""
+        self._left = True
+        self._news.set()
+        if self._leaving:
+            self._leaving.reschedule(asyncio.get_running_loop().time())
 
     async def shown(self, chunks: int) -> None:
         """Wait until it was shown so many chunks, or reads no more."""
@@ -100,7 +107,7 @@ class HttpReader:
     async def _once(self) -> None:
         async with self._request() as answer:
             if answer.status != 200:
-                self._error(json.loads(await answer.read()).get("error", {}))
+                self._error(_error_in(await answer.read()) or {"code": f"HTTP {answer.status}, and no error in JSON"})
                 return
             self.acknowledged.set()
             async for name, data in _events(answer.content):
@@ -187,6 +194,13 @@ def body_of(asked: Asked) -> dict[str, Any]:
     turn = asked.turn
     said = {"role": "user", "content": f"Question {turn.number}."}
     return {"model": turn.model, "messages": [said], "user": turn.request}
+
+
+def _error_in(body: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(body)["error"])
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str | None, bytes]]:

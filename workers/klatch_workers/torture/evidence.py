@@ -56,6 +56,8 @@ class ModelCall:
     id: str
     request: RequestId
     started_ms: float
+    ended_ms: float = 0.0
+    """When its answer was complete, or its connection closed, whichever came first; 0: neither has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,12 @@ class Struck:
     """A fault that was carried out."""
 
     what: str
-    """Such as `kill generation`."""
+    """Such as `kill generation`, or `boundary first-delta/http`."""
     at_ms: float
+    """From when on klatch can recover: the kill; of brokers, when they are started again."""
     until_ms: float
+    began_ms: float = 0.0
+    """When it began, if that was earlier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,48 +6,36 @@ test plants a lie for every one of them.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from klatch_schemas.events import ChatAdmitted, ChatRefused, ChatRequested, TurnFinished, UsageSettled
+from klatch_schemas.events import ChatAdmitted, ChatRequested, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
-from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation
+from klatch_workers.torture.cancelling import closings, figures
+from klatch_workers.torture.case import Case, cases_of
+from klatch_workers.torture.evidence import Evidence
 from klatch_workers.torture.recovery import Speaking, recoveries
 from klatch_workers.torture.report import Report, Violation
 from klatch_workers.torture.tokens import faults_of, tokens_of
-from klatch_workers.torture.told import Told, fold_stream, resumed
+from klatch_workers.torture.told import resumed
 
 GRACE_MS: Final = 1_000.0
 """How long a process may take to hear of a cancel or an end before a call that it makes is one too many."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One accepted request, with all that is known of it."""
-
-    request: RequestId
-    asked: Asked
-    acknowledged: bool
-    published: Sequence[Entry]
-    decisions: Sequence[Entry]
-    told: Told
-    settlements: Sequence[Entry]
-    turns: Sequence[Entry]
-    calls: Sequence[ModelCall]
-    observations: Sequence[Observation]
-
-    def broke(self, kind: str, what: str, *entries: Entry | None) -> Violation:
-        """A broken promise, with where to look."""
-        positions = tuple(entry.position for entry in (*entries, self.told.ended) if entry)
-        return Violation(kind, self.request, what, positions)  # type: ignore[arg-type]
+LATE_CLOSE_MS: Final = 3_000.0
+"""How long a model call may go on after a cancel while nothing keeps its worker from hearing of it."""
 
 
 def judge(evidence: Evidence) -> Report:
     """What the evidence comes to."""
-    cases = _cases(evidence)
+    cases = cases_of(evidence)
     violations = [violation for case in cases.values() for violation in _of_one(case)]
     violations += _of_conversations(cases)
+    closed = closings(cases.values(), evidence.struck)
+    violations += [
+        cases[one.request].broke("redone", f"model call {one.call} went on for {one.ms / 1000:.1f} s after the cancel")
+        for one in closed
+        if one.ms > LATE_CLOSE_MS and not one.disturbed
+    ]
     violations += [
         Violation("dead", position, "a dead letter: the load has none", (position,)) for position in evidence.dead
     ]
@@ -59,53 +47,9 @@ def judge(evidence: Evidence) -> Report:
         recoveries=recoveries(evidence.struck, _waiting(cases)),
         outcomes=Counter(str(case.told.outcome) for case in cases.values()),
         checked=_checked(evidence, cases),
+        struck=Counter(fault.what for fault in evidence.struck),
+        cancels=figures(closed),
     )
-
-
-# --- what is known of each -------------------------------------------------------------------------------------------
-
-
-def _cases(evidence: Evidence) -> dict[RequestId, Case]:
-    published, settlements = _by_request(evidence.requests, ChatRequested), _by_request(evidence.requests, UsageSettled)
-    decisions = defaultdict[RequestId, list[Entry]](list)
-    for entry in evidence.admitted:
-        match entry.said:
-            case ChatAdmitted():
-                decisions[entry.said.request.request].append(entry)
-            case ChatRefused():
-                decisions[entry.said.request].append(entry)
-            case _:
-                pass
-    stream, turns = _by_request(evidence.stream), _by_request(evidence.turns, TurnFinished)
-    calls, observations = defaultdict[RequestId, list[ModelCall]](list), defaultdict[RequestId, list[Observation]](list)
-    for call in evidence.calls:
-        calls[call.request].append(call)
-    for observation in evidence.observations:
-        observations[observation.request].append(observation)
-    return {
-        request: Case(
-            request,
-            asked,
-            request in evidence.acknowledged,
-            published[request],
-            decisions[request],
-            fold_stream(stream[request]),
-            settlements[request],
-            turns[request],
-            calls[request],
-            observations[request],
-        )
-        for request, asked in evidence.asked.items()
-        if request in published or request in evidence.acknowledged
-    }
-
-
-def _by_request(entries: Sequence[Entry], of: type | None = None) -> defaultdict[RequestId, list[Entry]]:
-    found = defaultdict[RequestId, list[Entry]](list)
-    for entry in entries:
-        if of is None or isinstance(entry.said, of):
-            found[RequestId(str(getattr(entry.said, "request", "")))].append(entry)
-    return found
 
 
 def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, int]:

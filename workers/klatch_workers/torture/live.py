@@ -52,6 +52,11 @@ class LiveReader:
         return bool(self.outcomes)
 
     @property
+    def opened(self) -> bool:
+        """Whether somebody has begun to answer."""
+        return self._reply.state.attempt > 0
+
+    @property
     def concluded(self) -> bool:
         """Whether nothing more is to come: the end, and the bill."""
         return self.over and (self.settled or self.refused)

@@ -32,6 +32,11 @@ _FAULTS: Final[tuple[dict[str, object], ...]] = (
 """Ways in which the model server fails."""
 
 
+ONCE_OPENED: Final = -1
+_THINKS_S: Final = 6.0
+"""Before its first token, where it is to be cancelled meanwhile."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trouble:
     """What goes wrong with a request, beside what happens to klatch."""
@@ -40,7 +45,7 @@ class Trouble:
     """How the model server fails; empty: it does not."""
     cancel: Cancel | None = None
     cancel_after: int = 0
-    """After so many chunks; 0: as soon as it is published."""
+    """After so many chunks; 0: as soon as it is published; `ONCE_OPENED`: while the model has said nothing yet."""
     timeout_ms: int | None = None
     """The deadline, from the moment of asking."""
 
@@ -132,8 +137,10 @@ def _trouble(chance: random.Random, edge: Edge, tokens: int) -> Trouble:
     match chance.choices(("none", "cancel", "deadline", "upstream"), (66, 14, 8, 12))[0]:
         case "cancel":
             ways: tuple[Cancel, ...] = ("record", "delete", "disconnect") if edge == "http" else ("record",)
-            after = 0 if chance.random() < 0.25 else chance.randint(1, tokens)
-            return Trouble(cancel=chance.choice(ways), cancel_after=after)
+            when = chance.choices(("before", "opened", "speaking"), (20, 25, 55))[0]
+            after = {"before": 0, "opened": ONCE_OPENED}.get(when, chance.randint(1, tokens))
+            slow: dict[str, object] = {"first_delay": _THINKS_S} if when == "opened" else {}
+            return Trouble(cancel=chance.choice(ways), cancel_after=after, upstream=slow)
         case "deadline":
             return Trouble(timeout_ms=chance.choice((1, 100, 400, 3_000, 20_000)))
         case "upstream":

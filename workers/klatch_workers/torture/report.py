@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from klatch_workers.torture.boundaries import BOUNDARIES
 from klatch_workers.torture.recovery import Recovery
 
 Broken = Literal["lost", "ended_twice", "reordered", "spliced", "duplicated", "redone", "missettled", "failed", "dead"]
@@ -23,6 +24,8 @@ BROKEN: Final[tuple[Broken, ...]] = (
     "failed",
     "dead",
 )
+
+_BOUNDARY: Final = "boundary "
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,10 @@ class Report:
     outcomes: Mapping[str, int] = field(default_factory=dict[str, int])
     checked: Mapping[str, int] = field(default_factory=dict[str, int])
     """How much was looked at: a run that met nothing proves nothing."""
+    struck: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How often each sort of fault was carried out."""
+    cancels: Mapping[str, float] = field(default_factory=dict[str, float])
+    """How soon model calls ended after a cancel, see `cancelling.figures`."""
 
     def count(self, kind: Broken) -> int:
         """How many requests were offended in this way."""
@@ -68,5 +75,8 @@ class Report:
             "worst_recovery_s": round(max((one.seconds for one in self.recoveries.values()), default=0.0), 2),
             "recoveries_s": {what: round(one.seconds, 2) for what, one in self.recoveries.items()},
             "outcomes": dict(self.outcomes),
+            "cancels": dict(self.cancels),
+            "struck": {what: number for what, number in self.struck.items() if not what.startswith(_BOUNDARY)},
+            "boundaries": {name: self.struck.get(_BOUNDARY + name, 0) for name in BOUNDARIES},
             "checked": dict(self.checked),
         }

@@ -31,6 +31,8 @@ from klatch_workers.up.everything import PARTITIONS, free_address
 _DRAIN_S: Final = 3.0
 _START_S: Final = 120.0
 """A worker may have to wait for a broker that is being tortured too."""
+_BROKER_S: Final = 180.0
+"""Three nodes come back at once, beside everything that waits for them."""
 _CALLS: Final = 1_000_000
 
 Say = Callable[[str], None]
@@ -95,8 +97,9 @@ def _others_environment() -> dict[str, str]:
 async def rig(folder: Path, nodes: int, say: Say, *, system: System, static: bool = False) -> AsyncGenerator[Rig, None]:
     """Start everything, one worker a stage, and stop it again. Raises ChildFailed, KafkaChildError, LogError."""
     async with AsyncExitStack() as running:
+        options = Options(nodes=nodes, start_timeout=_BROKER_S)
         say(f"starting Kafka with {nodes} node{'s' if nodes > 1 else ''}")
-        cluster = await running.enter_async_context(Cluster(folder / "kafka", Options(nodes=nodes)))
+        cluster = await running.enter_async_context(Cluster(folder / "kafka", options))
         upstream = await running.enter_async_context(Upstream(keep=_CALLS))
         keys = {tenant: f"key-of-{tenant}-{os.urandom(8).hex()}" for tenant in TENANTS}
         await _furnish(cluster, nodes, keys)

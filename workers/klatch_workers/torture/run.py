@@ -32,7 +32,7 @@ from klatch_workers.torture.schedule import Fault
 from klatch_workers.torture.strike import Striker
 from klatch_workers.torture.system import Klatch, System
 
-_QUIET_S: Final = 120.0
+_QUIET_S: Final = 240.0
 """How long everything may take to come to rest after the last client has ended."""
 _LATE_READERS: Final = 100
 _PROGRESS_S: Final = 5.0
@@ -56,7 +56,7 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
     """Run it. Raises what a part raises that does not start."""
     started = rig(folder, orders.nodes, say, system=orders.system, static=orders.static)
     async with started as tortured, _load(tortured) as load:
-        striker = Striker(tortured, say)
+        striker = Striker(tortured, load.log, say)
         talks = plan(orders.seed, orders.minutes, orders.requests_per_second)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
         telling = asyncio.create_task(_tell(load, say))
@@ -140,4 +140,4 @@ async def _evidence(load: Load, tortured: Rig, struck: Sequence[Struck], late: S
 
 
 def _call(call: Call) -> ModelCall:
-    return ModelCall(call.id, RequestId(str(call.body.get("user", ""))), call.started * 1000)
+    return ModelCall(call.id, RequestId(str(call.body.get("user", ""))), call.started * 1000, call.ended * 1000)

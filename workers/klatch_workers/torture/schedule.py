@@ -8,9 +8,12 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final, Literal
+from itertools import cycle
+from typing import Final, Literal, assert_never
 
-Kind = Literal["kill", "stop", "roll", "scale", "broker"]
+from klatch_workers.torture.boundaries import BOUNDARIES
+
+Kind = Literal["kill", "boundary", "stop", "roll", "scale", "broker", "cluster", "leaderless"]
 
 ZOMBIE_S: Final = (12.0, 15.0)
 """How long a stopped process stays stopped: past the group's session time-out of 10 s."""
@@ -23,11 +26,14 @@ _QUIET_S: Final = 4.0
 class Fault:
     """Something that is done to a process.
 
-    kill    SIGKILL of one worker of the stage `target`
-    stop    SIGSTOP of one for `lasts` seconds, with another beside it, then SIGCONT: a zombie
-    roll    SIGTERM of one, and a new one in its place, as a rolling restart does
-    scale   `count` workers of the stage from now on: a rebalance
-    broker  SIGKILL of node `which`, started again after `lasts` seconds
+    kill        SIGKILL of one worker of the stage `target`
+    boundary    SIGKILL of the worker that the boundary `target` names, at the next record of it
+    stop        SIGSTOP of one for `lasts_s` seconds, with another beside it, then SIGCONT: a zombie
+    roll        SIGTERM of one, and a new one in its place, as a rolling restart does
+    scale       `count` workers of the stage from now on: a rebalance
+    broker      SIGKILL of node `which`, started again after `lasts_s` seconds
+    cluster     SIGKILL of all nodes, started again after `lasts_s` seconds
+    leaderless  SIGKILL of so many nodes that nothing can be written: the only one, or two of three
     """
 
     at_s: float
@@ -56,27 +62,39 @@ _DECK: Final[tuple[tuple[Kind, str], ...]] = (
     ("scale", "generation"),
     ("stop", "screening"),
     ("roll", "http"),
+    *(("boundary", ""),) * 8,
 )
 """What is dealt, again and again: generation, which holds the most, is struck most."""
+_RARE: Final[tuple[Kind, ...]] = ("cluster", "leaderless")
+"""One after each round of the deck: nothing goes on meanwhile, so that little else is met."""
+LEADERLESS_S: Final = 30.0
 
 
 def schedule(seed: int, minutes: float, nodes: int = 1) -> list[Fault]:
     """The faults of a load of so many minutes, in the order of their times."""
     chance = random.Random(f"faults {seed}")  # noqa: S311 - no secret
-    at, faults, dealt = _QUIET_S, list[Fault](), _deal(chance)
+    at, faults, dealt, boundaries = _QUIET_S, list[Fault](), _deal(chance), _in_turn(chance, list(BOUNDARIES))
     # A fault's own duration counts too: it must be over before the load is.
     while True:
-        fault = _fault(chance, at, *next(dealt), nodes)
+        kind, target = next(dealt)
+        fault = _fault(chance, at, kind, next(boundaries) if kind == "boundary" else target, nodes)
         if at + fault.lasts_s > minutes * 60 - _QUIET_S:
             return faults
         faults.append(fault)
-        # The next may come while this one still lasts.
-        at = round(at + chance.uniform(*_PAUSE_S) + fault.lasts_s * chance.choice((0.3, 1.0)), 2)
+        # The next may come while this one still lasts; what nothing goes on beside is let end.
+        beside = 1.0 if kind in _RARE else chance.choice((0.3, 1.0))
+        at = round(at + chance.uniform(*_PAUSE_S) + fault.lasts_s * beside, 2)
 
 
 def _deal(chance: random.Random) -> Iterator[tuple[Kind, str]]:
-    while True:
+    for rare in cycle(_RARE):
         yield from chance.sample(_DECK, len(_DECK))
+        yield rare, ""
+
+
+def _in_turn(chance: random.Random, names: Sequence[str]) -> Iterator[str]:
+    while True:
+        yield from chance.sample(names, len(names))
 
 
 def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int) -> Fault:
@@ -89,8 +107,13 @@ def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int
         case "broker":
             # One node comes back at once, as a supervisor would start it; of three, one may be away for longer.
             return Fault(at, kind, "", which, 5.0 if nodes > 1 else round(chance.uniform(0.0, 2.0), 2))
-        case _:
+        case "cluster":
+            return Fault(at, kind, "", which, round(chance.uniform(0.0, 2.0), 2))
+        case "leaderless":
+            return Fault(at, kind, "", which, LEADERLESS_S)
+        case "kill" | "boundary" | "roll":
             return Fault(at, kind, target, which)
+    assert_never(kind)
 
 
 def to_json(faults: Sequence[Fault]) -> str:

@@ -1,7 +1,7 @@
 """Carries out a schedule of faults on a rig, and notes when each was really carried out.
 
-A process that is stopped is left alone until it goes on; a fault that finds nobody to strike waits for no one and is
-left out. Faults on the broker come one at a time.
+A process that is stopped is left alone until it goes on; a fault that finds nobody to strike is left out, a boundary
+whose record does not come within half a minute too. Faults on the broker come one at a time.
 """
 
 import asyncio
@@ -11,15 +11,22 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, assert_never
 
+from klatch_schemas.records import Record
+from klatch_streams.log import Log, LogError
+from klatch_workers.torture.boundaries import BOUNDARIES, Boundary, appears
 from klatch_workers.torture.evidence import Struck
+from klatch_workers.torture.owners import Owners
 from klatch_workers.torture.rig import Rig, Say
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.up.children import Child
 
 _AWAKE_S: Final = 4.0
 """How long a zombie and its successor work side by side before one of them is sent home."""
+_PATIENCE_S: Final = 30.0
+"""How long the record of a boundary is waited for."""
+_AGAIN_S: Final = 0.3
 
 
 @dataclass(slots=True)
@@ -27,6 +34,7 @@ class Striker:
     """One schedule on one rig."""
 
     rig: Rig
+    log: Log
     say: Say
     struck: list[Struck] = field(default_factory=list[Struck])
     _stopped: set[str] = field(default_factory=set[str])
@@ -34,6 +42,7 @@ class Striker:
     _broker: asyncio.Lock = field(default_factory=asyncio.Lock)
     _changing: dict[str, asyncio.Lock] = field(init=False)
     """Processes of a stage come and go one change at a time."""
+    _owners: Owners = field(default_factory=Owners)
 
     def __post_init__(self) -> None:
         self._changing = {stage: asyncio.Lock() for stage in self.rig.pools}
@@ -49,35 +58,71 @@ class Striker:
         await asyncio.sleep(began + fault.at_s - asyncio.get_running_loop().time())
         what = " ".join(filter(None, (fault.kind, fault.target, str(fault.count or ""))))
         self.say(f"{fault.at_s:6.1f} s: {what}{f' for {fault.lasts_s:.1f} s' if fault.lasts_s else ''}")
-        at_ms = time.time() * 1000
-        if await self._strike(fault):
-            self.struck.append(Struck(f"{fault.kind} {fault.target}".strip(), at_ms, time.time() * 1000))
-        else:
+        began_ms = _now_ms()
+        since_ms = await self._strike(fault)
+        if since_ms is None:
             self.say(f"{fault.at_s:6.1f} s: nobody was left to {what}")
+        else:
+            self.struck.append(Struck(f"{fault.kind} {fault.target}".strip(), since_ms, _now_ms(), began_ms))
 
-    async def _strike(self, fault: Fault) -> bool:
+    async def _strike(self, fault: Fault) -> float | None:
+        """Returns, when it is over, from when on there was something to recover from; None: nobody was struck."""
+        since_ms = _now_ms()
         match fault.kind:
             case "broker":
-                return await self._kill_broker(fault)
+                return await self._kill_nodes(fault, 1)
+            case "cluster":
+                return await self._kill_nodes(fault, len(self.rig.cluster.nodes))
+            case "leaderless":
+                # Two replicas must take a record where there are three.
+                return await self._kill_nodes(fault, (len(self.rig.cluster.nodes) + 1) // 2)
+            case "boundary":
+                return await self._kill_at(fault)
             case "scale":
                 async with self._changing[fault.target]:
                     self._wanted[fault.target] = fault.count
                     await self._resize(fault.target)
-                return True
             case "kill" | "stop" | "roll":
                 child = self._chosen(fault)
                 if child is None:
-                    return False
+                    return None
                 await {"kill": self._kill, "stop": self._stop, "roll": self._roll}[fault.kind](fault, child)
-                return True
+            case _:
+                assert_never(fault.kind)
+        return since_ms
+
+    async def _kill_at(self, fault: Fault) -> float | None:
+        boundary = BOUNDARIES[fault.target]
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                record = await self._appears(boundary)
+        except TimeoutError:
+            return None
+        there = self._there(boundary.stage)
+        number = boundary.partition(record)
+        # A stage without partitions has one worker; where nobody is known to own it, it is one of all.
+        owners = [child for child in there if number in self._owners.of(child.log_file)] or there
+        for child in owners:
+            _kill_process(child)
+        return _now_ms() if owners else None
+
+    async def _appears(self, boundary: Boundary) -> Record:
+        while True:
+            try:
+                return await appears(self.log, self.rig.namespace, boundary)
+            except LogError:
+                # A broker is away: what it takes when it is back will do as well.
+                await asyncio.sleep(_AGAIN_S)
+
+    def _there(self, stage: str) -> list[Child]:
+        return [child for child in self.rig.pools.get(stage, ()) if child.pid and child.name not in self._stopped]
 
     def _chosen(self, fault: Fault) -> Child | None:
-        there = [child for child in self.rig.pools[fault.target] if child.pid and child.name not in self._stopped]
+        there = self._there(fault.target)
         return there[fault.which % len(there)] if there else None
 
     async def _kill(self, _: Fault, child: Child) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGKILL)
+        _kill_process(child)
 
     async def _roll(self, fault: Fault, child: Child) -> None:
         async with self._changing[fault.target]:
@@ -114,10 +159,24 @@ class Striker:
             for child in there[wanted:]:
                 changing.create_task(self.rig.retire(stage, child))
 
-    async def _kill_broker(self, fault: Fault) -> bool:
+    async def _kill_nodes(self, fault: Fault, count: int) -> float:
         async with self._broker:
-            node = self.rig.cluster.nodes[fault.which % len(self.rig.cluster.nodes)]
-            await node.kill()
+            nodes = self.rig.cluster.nodes
+            struck = [nodes[(fault.which + number) % len(nodes)] for number in range(count)]
+            await asyncio.gather(*(node.kill() for node in struck))
             await asyncio.sleep(fault.lasts_s)
-            await node.start()
-        return True
+            since_ms = _now_ms()
+            # Together: where most are away, none of them answers alone.
+            async with asyncio.TaskGroup() as starting:
+                for node in struck:
+                    starting.create_task(node.start(members=len(nodes)))
+        return since_ms
+
+
+def _kill_process(child: Child) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(child.pid, signal.SIGKILL)
+
+
+def _now_ms() -> float:
+    return time.time() * 1000
