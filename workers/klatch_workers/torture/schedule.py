@@ -46,6 +46,7 @@ class Fault:
     count: int = 0
 
 
+_AT_A_BOUNDARY: Final[tuple[Kind, str]] = ("boundary", "")
 _DECK: Final[tuple[tuple[Kind, str], ...]] = (
     ("kill", "generation"),
     ("scale", "generation"),
@@ -62,7 +63,7 @@ _DECK: Final[tuple[tuple[Kind, str], ...]] = (
     ("scale", "generation"),
     ("stop", "screening"),
     ("roll", "http"),
-    *(("boundary", ""),) * 8,
+    *(_AT_A_BOUNDARY,) * 8,
 )
 """What is dealt, again and again: generation, which holds the most, is struck most."""
 _RARE: Final[tuple[Kind, ...]] = ("cluster", "leaderless")
