@@ -15,6 +15,8 @@ Json = dict[str, JsonValue]
 
 # A delta repeats these whole; concatenating them would double them.
 _REPEATED = frozenset({"role", "id", "type", "index"})
+_OF_CHUNKS = frozenset({"id", "model", "object", "choices", "obfuscation"})
+"""Beside `choices`: kept elsewhere, or (padding against eavesdroppers) of a chunk alone."""
 
 
 class Reply:
@@ -35,7 +37,7 @@ class Reply:
         for name, value in chunk.items():
             if name == "usage":
                 self._usage = value or self._usage
-            elif name not in {"id", "model", "object", "choices"} and value not in (None, ""):
+            elif name not in _OF_CHUNKS and value not in (None, "") and (value or name != "created"):
                 self._top[name] = value
         for choice in chunk.get("choices") or ():
             self._choice(choice)
@@ -144,7 +146,10 @@ def _merge_calls(message: Json, fragments: list[JsonValue]) -> None:
 
 
 def _call_for(calls: list[JsonValue], fragment: Json) -> Json | None:
-    name, index = fragment.get("id"), fragment.get("index", 0)
+    name, index = fragment.get("id"), fragment.get("index")
+    if index is None:
+        last = calls[-1] if calls else None
+        return last if isinstance(last, dict) and (not name or last.get("id") in (None, name)) else None
     for call in reversed(calls):
         if isinstance(call, dict) and call.get("index") == index:
             return call if not name or call.get("id") in (None, name) else None

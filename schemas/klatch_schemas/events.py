@@ -391,6 +391,8 @@ class StreamEnd(Event):
     usage: Usage | None = None
     trailer: tuple[dict[str, JsonValue], ...] = ()
     """Chunks without choices that followed the last one, such as the usage chunk."""
+    upstream_request: str | None = None
+    """The model server's own id of the call: the handle for a ticket with its vendor."""
     error: StreamError | None = None
     rate_limits: RateLimits | None = None
     stopped_by: str | None = None

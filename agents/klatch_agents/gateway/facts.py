@@ -32,13 +32,16 @@ class _Delta(msgspec.Struct, gc=False):
     function_call: msgspec.Raw = _ABSENT
     audio: msgspec.Raw = _ABSENT
 
+    def calls(self) -> bool:
+        return self.tool_calls is not _ABSENT and _says(self.tool_calls)
+
     def speaks(self) -> bool:
         return bool(
             self.content
             or self.reasoning_content
             or self.reasoning
             or self.refusal
-            or (self.tool_calls is not _ABSENT and _says(self.tool_calls))
+            or self.calls()
             or (self.function_call is not _ABSENT and _says(self.function_call))
             or (self.audio is not _ABSENT and _says(self.audio))
         )
@@ -98,6 +101,7 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
             choices=_ONLY_CHOICE_0,
             finishes=((0, choice.finish_reason),) if choice.finish_reason else (),
             usage=usage,
+            calls=_ONLY_CHOICE_0 if choice.delta is not None and choice.delta.calls() else (),
         )
     return Chunk(
         data,
@@ -105,6 +109,7 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
         choices=tuple(c.index for c in choices),
         finishes=tuple((c.index, c.finish_reason) for c in choices if c.finish_reason),
         usage=usage,
+        calls=tuple(c.index for c in choices if c.delta is not None and c.delta.calls()),
     )
 
 
@@ -174,6 +179,7 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
         choices=tuple(_index(c) for c in choices),
         finishes=tuple((_index(c), str(c["finish_reason"])) for c in choices if _finishes(c)),
         usage=usage,
+        calls=tuple(_index(c) for c in choices if _object(c.get("delta")).get("tool_calls")),
     )
 
 

@@ -77,6 +77,7 @@ class OpenAICompatible:
             response,
             model=model,
             choices=_asked_choices(call.body),
+            running_usage=_asks_running_usage(call.body),
             timeouts=call.timeouts,
             upstream_request_id=http.request_id(response),
             linger=self._http.linger,
@@ -158,6 +159,11 @@ def _streaming_body(body: Mapping[str, object], model: str, *, with_options: boo
 def _asked_choices(body: Mapping[str, object]) -> int:
     n = body.get("n")
     return n if isinstance(n, int) and n > 0 else 1
+
+
+def _asks_running_usage(body: Mapping[str, object]) -> bool:
+    options = body.get("stream_options")
+    return isinstance(options, dict) and bool(cast("dict[str, object]", options).get("continuous_usage_stats"))
 
 
 def _encode(body: dict[str, object]) -> bytes:

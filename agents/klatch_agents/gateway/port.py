@@ -1,7 +1,9 @@
 """The port to models: what a stage may ask of a gateway and what it can rely on.
 
 A reply arrives as batches of chunks, one batch a socket read, each chunk the upstream's own bytes
-with a few facts beside it. A reply ends in exactly one of three ways: the iteration ends and
+with a few facts beside it. Where a vendor departs from OpenAI's API in what clients act on, a chunk
+is put right: a choice that called tools finishes with `tool_calls`, and a counted total is told
+once, on a chunk of its own at the end. A reply ends in exactly one of three ways: the iteration ends and
 `finished` says how, a `ModelError` is raised, or the caller leaves, which closes the upstream
 connection at once. No finish_reason is ever invented, and nothing is retried behind the caller's
 back once a byte of the reply has come.
@@ -69,7 +71,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     `speaks`: it carries something of the answer (content, refusal, reasoning, a tool or function
     call, audio) and not only a role, an annotation or a finish. `usage_only`: the accounting chunk
     after the last finish, to be hidden from a client that did not ask for it. `choices` are the
-    indexes it tells of; `finishes` gives `(index, finish_reason)` of those that end here.
+    indexes it tells of; `finishes` gives `(index, finish_reason)` of those that end here, `calls` the
+    indexes of those that call tools here.
     """
 
     raw: bytes
@@ -78,6 +81,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     choices: tuple[int, ...] = ()
     finishes: tuple[tuple[int, str], ...] = ()
     usage: Usage | None = None
+    calls: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Literal
 
 import aiohttp
+import msgspec
 
 from klatch_agents import sse
+from klatch_agents.gateway import amend
 from klatch_agents.gateway.errors import (
     ErrorBody,
     MalformedError,
@@ -28,7 +30,8 @@ _DONE = b"[DONE]"
 class StreamedReply:
     """The `ModelReply` of an HTTP response whose status line was good.
 
-    `choices` is how many the caller asked for (`n`); `linger` takes the response of a whole reply.
+    `choices` is how many the caller asked for (`n`), `running_usage` whether it wants the totals that
+    some servers send on every chunk; `linger` takes the response of a whole reply.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class StreamedReply:
         *,
         model: str,
         choices: int,
+        running_usage: bool,
         timeouts: Timeouts,
         upstream_request_id: str | None,
         linger: Callable[[aiohttp.ClientResponse], None],
@@ -55,6 +59,10 @@ class StreamedReply:
         self._seen: set[int] = set()
         self._finishes: dict[int, str] = {}
         self._usage: Usage | None = None
+        self._running_usage = running_usage
+        self._carrier: bytes | None = None
+        """The chunk with choices that the last total came on, until a chunk of its own brings one."""
+        self._called: set[int] = set()
         self._spoke = False
         self._failure: ModelError | None = None
 
@@ -77,6 +85,8 @@ class StreamedReply:
             batch = self._take(self._decode(read, cut))
             if not read and self.finished is None and self._failure is None:
                 self._end("cut" if cut else "eof", cut)
+            if self.finished is not None:
+                batch += self._accounting()
             if batch:
                 return batch
         self.close()
@@ -110,8 +120,7 @@ class StreamedReply:
             chunk = self._chunk(item)
             if chunk is None:
                 break
-            self._note(chunk)
-            batch.append(chunk)
+            batch.append(self._note(chunk))
         return batch
 
     def _chunk(self, event: sse.Event) -> Chunk | None:
@@ -125,15 +134,40 @@ class StreamedReply:
             return None
         return chunk
 
-    def _note(self, chunk: Chunk) -> None:
+    def _note(self, chunk: Chunk) -> Chunk:
+        """Remembers what matters at the end; returns the chunk as clients shall see it."""
         self._seen.update(chunk.choices)
+        if chunk.calls:
+            self._called.update(chunk.calls)
         if chunk.finishes:
+            if self._called:
+                chunk = self._finish_calls(chunk)
             self._finishes.update(chunk.finishes)
         if chunk.usage is not None:  # the last one: some servers send a running total
-            self._usage = chunk.usage
+            chunk = self._count(chunk, chunk.usage)
         if chunk.speaks and not self._spoke:
             self._spoke = True
             self._silence.allow(self._timeouts.idle)
+        return chunk
+
+    def _finish_calls(self, chunk: Chunk) -> Chunk:
+        finishes = tuple((i, amend.finish_of_calls(f) if i in self._called else f) for i, f in chunk.finishes)
+        if finishes == chunk.finishes:
+            return chunk
+        return msgspec.structs.replace(chunk, raw=amend.with_finishes(chunk.raw, self._called), finishes=finishes)
+
+    def _count(self, chunk: Chunk, usage: Usage) -> Chunk:
+        self._usage = usage
+        self._carrier = None if chunk.usage_only else chunk.raw
+        if chunk.usage_only or self._running_usage:
+            return chunk
+        return msgspec.structs.replace(chunk, raw=amend.without_usage(chunk.raw, usage.raw))
+
+    def _accounting(self) -> list[Chunk]:
+        """The chunk that tells the total, where the server told it on others only."""
+        if self._usage is None or self._carrier is None:
+            return []
+        return [Chunk(amend.usage_chunk(self._carrier, self._usage.raw), usage_only=True, usage=self._usage)]
 
     def _end(self, ending: Literal["done", "eof", "cut"], cut: Exception | None) -> None:
         """The stream is over: the reply is whole, or it is broken.

@@ -13,7 +13,7 @@ from typing import Final, assert_never, cast
 import structlog
 
 from klatch_agents.gateway.errors import ModelError
-from klatch_agents.gateway.port import Finished, Gateway
+from klatch_agents.gateway.port import Gateway
 from klatch_schemas import codec
 from klatch_schemas.chunks import Json
 from klatch_schemas.events import ChatAdmitted, Event, StreamAttempt, StreamEnd, StreamError, Usage
@@ -257,9 +257,10 @@ class RequestUnderWay:
             status=command.status,
             finish_reason=finished.finish_reasons.get(0) if finished else None,
             model=self.prepared.model if self.prepared else "",
-            usage=self._usage(finished),
+            usage=self._usage(),
             trailer=tuple(codec.loads(raw) for raw in self.attempt.trailer) if self.attempt else (),
             error=command.error,
+            upstream_request=self.attempt.upstream_request if self.attempt else None,
         )
         draft = self._draft(_END + 2 * state.attempt, CHAT_STREAM, request.conversation, end)
         written = means.batches.write(draft, urgent=True)
@@ -268,8 +269,8 @@ class RequestUnderWay:
             return Ended()
         return Interrupted("superseded")
 
-    def _usage(self, finished: Finished | None) -> Usage:
-        counted = finished.usage if finished else None
+    def _usage(self) -> Usage:
+        counted = self.attempt.counted if self.attempt else None
         if counted is None:
             # What stands may be a dead owner's: it was read, and its model was paid.
             chunks = max(len(self.tracked.assembly.standing), self.attempt.seq if self.attempt else 0)
@@ -344,7 +345,7 @@ class RequestUnderWay:
 
 def said_of(error: ModelError) -> StreamError:
     """A model's failure in the words of the contract: the server's own error object, with its HTTP `status`."""
-    upstream: Json = {"status": error.status, "code": error.code}
+    upstream: Json = {"status": error.status, "code": error.code, "upstream_request": error.upstream_request_id}
     if body := error.body:
         extra = cast("Json", body.extra or {})
         upstream |= {**extra, "message": body.message, "type": body.type, "param": body.param, "code": body.code}

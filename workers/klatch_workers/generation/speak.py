@@ -10,7 +10,7 @@ import random
 import structlog
 
 from klatch_agents.gateway.errors import ModelError
-from klatch_agents.gateway.port import Chunk, Finished, Gateway, ModelCall
+from klatch_agents.gateway.port import Chunk, Finished, Gateway, ModelCall, Usage
 from klatch_schemas import codec
 from klatch_schemas.events import StreamAttempt
 from klatch_schemas.records import Draft
@@ -37,6 +37,9 @@ class Attempt:
         """How many deltas were written."""
         self.trailer: list[bytes] = []
         self.finished: Finished | None = None
+        self.counted: Usage | None = None
+        """The model server's last count of tokens, of a reply that was cut off as well."""
+        self.upstream_request: str | None = None
         self.first_token_at: float | None = None
         """Event loop time of the first chunk that spoke."""
 
@@ -57,8 +60,11 @@ class Attempt:
         opening = self.opening
         prefix = codec.delta_prefix(opening.request, opening.attempt, opening.writer)
         async with gateway.stream(call) as reply:
+            self.upstream_request = reply.upstream_request_id
             async for chunks in reply:
                 for chunk in chunks:
+                    if chunk.usage is not None:
+                        self.counted = chunk.usage
                     if chunk.usage_only:
                         self.trailer.append(chunk.raw)
                     else:

@@ -131,12 +131,12 @@ class Call:
         self.started = True
         ours: Headers = [(b"x-request-id", self.request.encode())]
         if self.conversation is not None:
-            ours.append((b"x-klatch-conversation", _header_value(self.conversation)))
+            ours.append((b"x-klatch-conversation", header_value(self.conversation)))
         await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *ours]})
 
 
-def _header_value(text: str) -> bytes:
-    # Header values are visible ASCII; anything else is percent-encoded, as is the percent sign itself.
+def header_value(text: str) -> bytes:
+    """Text as the value of a header: visible ASCII; anything else is percent-encoded, as is the percent sign."""
     return b"".join(bytes([c]) if 0x20 < c < 0x7F and c != 0x25 else b"%%%02X" % c for c in text.encode())
 
 

@@ -47,8 +47,10 @@ class UpstreamSaid(ModelFailed):
     """A model server's error, with its own error object and, where it had one, its own status."""
 
     def __init__(self, message: str, upstream: Mapping[str, Any], status: int | None = None) -> None:
+        """`upstream_request` among the members is the model server's id of the call."""
         super().__init__(message)
-        self.upstream = upstream
+        self.upstream = {name: value for name, value in upstream.items() if name != "upstream_request"}
+        self.upstream_request: str | None = upstream.get("upstream_request")
         self.upstream_status = status
 
 
@@ -103,7 +105,8 @@ def as_klatch_error(error: Exception) -> KlatchError:
 def _of_model(error: ModelError) -> KlatchError:
     body = error.body
     said = {"type": body.type, "param": body.param, "code": body.code, **(body.extra or {})} if body else {}
-    mapped = UpstreamSaid(error.message, {**said, "message": error.message}, error.status)
+    said |= {"message": error.message, "upstream_request": error.upstream_request_id}
+    mapped = UpstreamSaid(error.message, said, error.status)
     mapped.retry_after_ms = None if error.retry_after is None else int(error.retry_after * 1000)
     return mapped
 
@@ -119,6 +122,7 @@ def error_body(error: KlatchError, request: str, resume: str | None = None) -> b
         "resume": resume,
         "limit": error.limit,
         "retry_after_ms": error.retry_after_ms,
+        "upstream_request": error.upstream_request if isinstance(error, UpstreamSaid) else None,
     }
     said["klatch"] = {name: value for name, value in ours.items() if value is not None}
     return json.dumps({"error": said}, separators=(",", ":")).encode()

@@ -5,6 +5,7 @@ ends a completed reply, exactly once, and nothing else; whatever else happens af
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 
 import structlog
@@ -14,7 +15,7 @@ from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Standing
 from klatch_schemas.chunks import Json, Reply
 from klatch_schemas.errors import Expired, KlatchError, StreamBroken
 from klatch_schemas.events import StreamEnd, Usage
-from klatch_workers.http.call import Call
+from klatch_workers.http.call import Call, header_value
 from klatch_workers.http.door import Terms
 from klatch_workers.http.errors import error_of_end
 from klatch_workers.http.pulse import Pulse
@@ -25,6 +26,8 @@ log = structlog.get_logger("klatch.http.replies")
 _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _OFF_LOOP_CHUNKS = 1_000
+_NAMELESS = 15
+"""So many events without an id may follow the last one that has it: Azure's annotations."""
 
 
 class Watch:
@@ -128,7 +131,7 @@ class EventStream(_Answer):
         self._include_usage = include_usage
         self._reply = ReplyReader(after)
         self._live = False
-        self._last: Standing | None = None
+        self._last: deque[Standing] = deque(maxlen=_NAMELESS + 1)
         self._event_start = b"id: %d-" % reader.partition.number
 
     async def _take(self, heard: Sequence[Heard]) -> bool:
@@ -168,7 +171,7 @@ class EventStream(_Answer):
         return parts, next((one for one in shown if isinstance(one, Ended)), None)
 
     def _event(self, said: Standing) -> bytes:
-        self._last = said
+        self._last.append(said)
         chunk = bytes(said.chunk)
         if b"\n" in chunk or b"\r" in chunk:
             # Only space between tokens of JSON can be a raw line end, and a line end would end the field.
@@ -213,7 +216,10 @@ class WholeReply(_Answer):
         # Nobody else's token waits for a long reply to be put together.
         large = len(standing) > _OFF_LOOP_CHUNKS
         body = await asyncio.to_thread(_whole, standing, end) if large else _whole(standing, end)
-        await self._call.answer(200, body)
+        upstream = end.upstream_request if end else None
+        await self._call.answer(
+            200, body, [(b"x-klatch-upstream-request", header_value(upstream))] if upstream else None
+        )
         return True
 
 
@@ -221,16 +227,19 @@ def _whole(standing: Sequence[Standing], end: StreamEnd | None) -> bytes:
     reply = Reply()
     for said in standing:
         reply.add(codec.loads(bytes(said.chunk)))
-    for chunk in trailer_of(end, standing[-1] if standing else None) if end else ():
+    for chunk in trailer_of(end, standing[-_NAMELESS - 1 :]) if end else ():
         reply.add(chunk)
     return codec.dumps(reply.completion())
 
 
-def trailer_of(end: StreamEnd, last: Standing | None) -> list[Json]:
-    """The chunks that follow the last choice: the model server's own, and a usage chunk if it sent none."""
+def trailer_of(end: StreamEnd, last: Sequence[Standing]) -> list[Json]:
+    """The chunks that follow the last choice: the model server's own, and a usage chunk if it sent none, named after
+    one of the `last`."""
     chunks: list[Json] = list(end.trailer)
     if end.usage and not any(map(_is_usage, chunks)):
-        spoken: Json = codec.loads(bytes(last.chunk)) if last else {}
+        read: list[Json] = [codec.loads(bytes(one.chunk)) for one in reversed(last)]
+        nobody: Json = {}
+        spoken = next((chunk for chunk in read if chunk.get("id")), nobody)
         said: Json = {name: spoken[name] for name in ("id", "created", "model", "system_fingerprint") if name in spoken}
         chunks.append({**said, "object": "chat.completion.chunk", "choices": [], "usage": _usage(end.usage)})
     return chunks

@@ -1,0 +1,210 @@
+"""Everything between a model server and a client, in one process, once for the whole session.
+
+A server whose bytes a test chooses (`wire.py`), the adapter, and the stages as `wiring.py` puts them together:
+admission, screening by the default policy, generation, and the HTTP door on a socket. Only the log is not Kafka.
+Numbers in brackets in docstrings name the traps of `docs/fidelity.md`.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytest_asyncio
+from tests.fidelity.wire import Script, Talk, Wire, sends
+from tests.workers.generation.conftest import Book
+from tests.workers.http.conftest import KEYS, Answer, Kit, Sse, Stages
+
+from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.gateway.port import Timeouts
+from klatch_agents.trust.policy import load_policy
+from klatch_agents.trust.rules import RulesJudge
+from klatch_schemas import codec
+from klatch_schemas.events import ChatAdmitted, Event, StreamEnd, UsageSettled
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, TOPICS, Namespace, Topic
+from klatch_streams.admission import Admission
+from klatch_streams.decider_owner import DeciderStage
+from klatch_streams.memory_log import MemoryLog
+from klatch_streams.owner import Stage
+from klatch_streams.runner import Runner, RunnerSettings
+from klatch_workers.generation.prepare import Preparer
+from klatch_workers.generation.stage import GenerationStage
+from klatch_workers.http.app import serve
+from klatch_workers.http.door import Door, Terms
+from klatch_workers.screening import ScreeningStage
+
+E = TypeVar("E", bound=Event)
+
+PARTITIONS = 4
+PATIENCE = Timeouts(connect=5, first_token=5, idle=1.5)
+IMPATIENT = Terms(hold_s=0.1, keepalive_s=0.1, write_timeout_s=1.0)
+
+
+@dataclass
+class Stack:
+    """Doors, the log behind them, and the model server."""
+
+    log: MemoryLog
+    wire: Wire
+    door: Kit
+    """With the usual terms."""
+    impatient: Kit
+    """On the same log; sends headers, comments and write timeouts early."""
+
+    def model(self, script: Script | bytes) -> str:
+        """A model that answers by a script, or with these bytes."""
+        return self.wire.model(script if callable(script) else sends(script))
+
+    async def chat(self, script: Script | bytes, door: Kit | None = None, **fields: Any) -> Answer:
+        """Ask for a streamed reply; the answer is read as far as its headers."""
+        asked: dict[str, Any] = {"model": self.model(script), **fields}
+        return await (door or self.door).chat(**asked)
+
+    async def stream(self, script: Script | bytes, **fields: Any) -> list[Sse]:
+        """The events of a streamed reply, with its end."""
+        answer = await self.chat(script, **fields)
+        assert answer.status == 200, await answer.body()
+        return await answer.events()
+
+    async def whole(self, script: Script | bytes, **fields: Any) -> Any:
+        """A reply that was not asked for as a stream."""
+        asked: dict[str, Any] = {"stream": False, **fields}
+        answer = await self.chat(script, **asked)
+        assert answer.status == 200, await answer.body()
+        return await answer.json()
+
+    async def told(self, answer: Answer, kind: type[E]) -> E:
+        """The event of this kind about an answer's request, once it stands in the log."""
+        return (await self.all_told(answer, kind, 1))[0]
+
+    async def all_told(self, answer: Answer, kind: type[E], least: int) -> list[E]:
+        """The events of this kind, once there are so many."""
+        request, topic = answer.headers["x-request-id"], _TOPICS[kind]
+        async with asyncio.timeout(20):
+            while len(found := self._said(kind, topic, request)) < least:
+                await self.log.changed.wait(lambda: bool(self._said(kind, topic, request)), 200)
+        return found
+
+    def _said(self, kind: type[E], topic: Topic, request: str) -> list[E]:
+        said = [codec.decode(record.value) for record in self.log.records(topic.name)]
+        return [one for one in said if isinstance(one, kind) and _request_of(one) == request]
+
+    @asynccontextmanager
+    async def another_door(self, drain_s: float) -> AsyncGenerator[Kit]:
+        """A door on the same log, which closes at the end of the block."""
+        async with serving(self.log, Terms(), drain_s) as kit:
+            yield kit
+
+
+_TOPICS: dict[Any, Topic] = {StreamEnd: CHAT_STREAM, UsageSettled: CHAT_REQUESTS, ChatAdmitted: CHAT_ADMITTED}
+
+
+def _request_of(event: Any) -> str:
+    return event.request.request if isinstance(event, ChatAdmitted) else event.request
+
+
+def said_in(events: list[Sse]) -> list[Any]:
+    """The JSON of all events but the marker."""
+    return [event.json for event in events if event.data != "[DONE]"]
+
+
+def deltas(events: list[Sse], index: int = 0) -> list[Any]:
+    """The deltas of a choice, in order."""
+    choices = [choice for said in said_in(events) for choice in said.get("choices") or ()]
+    return [choice["delta"] for choice in choices if choice["index"] == index and "delta" in choice]
+
+
+def text_of(events: list[Sse], member: str = "content", index: int = 0) -> str:
+    """The text of a choice."""
+    return "".join(delta.get(member) or "" for delta in deltas(events, index))
+
+
+def finishes(events: list[Sse]) -> list[tuple[int, str]]:
+    """The finish reasons that were told, by choice."""
+    choices = [choice for said in said_in(events) for choice in said.get("choices") or ()]
+    return [(choice["index"], choice["finish_reason"]) for choice in choices if choice.get("finish_reason")]
+
+
+def is_cut(events: list[Sse]) -> Any:
+    """The error that ends a broken reply, which is no whole one: no marker and no finish reason beside it."""
+    assert "[DONE]" not in [event.data for event in events]
+    assert finishes(events) == []
+    return events[-1].json["error"]
+
+
+async def until_left(talk: Talk) -> None:
+    """Until the model server sees that it was hung up on; far below any time-out of the wire."""
+    async with asyncio.timeout(5):
+        await talk.left.wait()
+
+
+@asynccontextmanager
+async def serving(log: MemoryLog, terms: Terms, drain_s: float = 1.0) -> AsyncGenerator[Kit]:
+    """A door on a socket."""
+    keys = {hashlib.sha256(key.encode()).hexdigest(): tenant for tenant, key in KEYS.items()}
+    stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
+    door = Door(log=log, keys=keys, terms=terms)
+    running = asyncio.create_task(serve(door, stop, port=0, drain_s=drain_s, ready=port.set_result))
+    await asyncio.wait([port, running], return_when=asyncio.FIRST_COMPLETED)
+    kit = Kit(log, Stages(log, PARTITIONS), port.result(), stop)
+    try:
+        yield kit
+    finally:
+        stop.set()
+        await running
+        await hang_up(kit)
+
+
+async def hang_up(kit: Kit) -> None:
+    """Close what a test left open."""
+    for call in kit.calls:
+        await call.close()
+    for client in kit.clients:
+        await client.close()
+    kit.calls.clear()
+    kit.clients.clear()
+
+
+@asynccontextmanager
+async def _running(log: MemoryLog, stage: Stage) -> AsyncGenerator[None]:
+    runner = Runner(log, stage, f"klatch.{stage.name}", RunnerSettings(commit_s=0.05, drain_s=1.0))
+    running = asyncio.create_task(runner.run())
+    ready = asyncio.create_task(runner.ready.wait())
+    await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    try:
+        yield
+    finally:
+        runner.stop()
+        await running  # raises what made the stage fail meanwhile
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _stack() -> AsyncIterator[Stack]:
+    log = MemoryLog({topic.name: 1 if topic.partitioning == "ledger" else PARTITIONS for topic in TOPICS})
+    async with AsyncExitStack() as parts:
+        wire = await parts.enter_async_context(Wire())
+        gateway = await parts.enter_async_context(OpenAICompatible(Endpoint(wire.url)))
+        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book(), timeouts=PATIENCE))
+        parts.push_async_callback(generation.close)
+        judge = RulesJudge()
+        parts.push_async_callback(judge.close)
+        for stage in (
+            DeciderStage(Admission(), log, Namespace()),
+            ScreeningStage(log, Namespace(), judge, load_policy()),
+            generation,
+        ):
+            await parts.enter_async_context(_running(log, stage))
+        door = await parts.enter_async_context(serving(log, Terms()))
+        impatient = await parts.enter_async_context(serving(log, IMPATIENT))
+        yield Stack(log, wire, door, impatient)
+
+
+@pytest_asyncio.fixture
+async def stack(_stack: Stack) -> AsyncIterator[Stack]:
+    """The stack; what a test leaves open is closed after it."""
+    yield _stack
+    for door in (_stack.door, _stack.impatient):
+        await hang_up(door)

@@ -1,0 +1,100 @@
+"""What Azure OpenAI does otherwise: [30] to [33]."""
+
+from typing import TYPE_CHECKING, Any
+
+from tests.fidelity.conftest import finishes, said_in, text_of
+from tests.fidelity.wire import Talk, chunk, event, finish, role, sends, usage_chunk, words
+
+from klatch_schemas.events import StreamEnd, UsageSettled
+
+if TYPE_CHECKING:
+    from tests.fidelity.conftest import Stack
+
+SAFE = {"hate": {"filtered": False, "severity": "safe"}}
+PROMPT: dict[str, Any] = {
+    "choices": [],
+    "created": 0,
+    "id": "",
+    "model": "",
+    "object": "",
+    "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": SAFE}],
+}
+OFFSETS = {"check_offset": 44, "start_offset": 44, "end_offset": 198}
+ANNOTATION: dict[str, Any] = {
+    **{name: PROMPT[name] for name in ("created", "id", "model", "object")},
+    "choices": [{"index": 0, "finish_reason": None, "content_filter_results": SAFE, "content_filter_offsets": OFFSETS}],
+}
+ASKING: dict[str, Any] = {"stream_options": {"include_usage": True}}
+
+
+def judged(text: str) -> bytes:
+    """A content event with what the filter found."""
+    said = chunk({"content": text})
+    said["choices"][0]["content_filter_results"] = SAFE
+    return event(said)
+
+
+async def test_the_first_event_is_neither_a_reply_nor_its_usage(stack: "Stack") -> None:
+    """[30] It passes; names are taken from what follows; the clock of the first token starts with text."""
+    answer = await stack.chat(event(PROMPT) + role() + judged("a") + finish("stop", usage_chunk()), **ASKING)
+    said = said_in(await answer.events())
+    assert said[0] == PROMPT
+    assert [one["choices"] for one in said[1:]].count([]) == 1
+    assert (await stack.told(answer, StreamEnd)).trailer == (usage_chunk(),)
+
+
+async def test_a_whole_reply_is_named_after_what_has_a_name(stack: "Stack") -> None:
+    """[30, 31] Also when events without a name come last, and when klatch itself counts the tokens."""
+    sent = event(PROMPT) + role() + judged("a") + event(chunk({}, "stop")) + event(ANNOTATION) * 3 + b"data: [DONE]\n\n"
+    reply = await stack.whole(sent)
+    assert (reply["id"], reply["created"], reply["model"]) == ("chatcmpl-7", 1_790_000_000, "tiny-2026-11-01")
+    assert reply["object"] == "chat.completion"
+    assert reply["prompt_filter_results"] == PROMPT["prompt_filter_results"]
+    counted = said_in(await stack.stream(sent, **ASKING))[-1]
+    assert (counted["id"], counted["created"], counted["choices"]) == ("chatcmpl-7", 1_790_000_000, [])
+
+
+async def test_annotations_without_a_delta_pass_where_they_stand(stack: "Stack") -> None:
+    """[31] Their offsets count characters of a text that klatch does not edit."""
+    sent = role() + words("x" * 60) + event(ANNOTATION) + judged("y") + finish()
+    events = await stack.stream(sent)
+    assert said_in(events)[2] == ANNOTATION
+    assert text_of(events) == "x" * 60 + "y"
+    choice = (await stack.whole(sent))["choices"][0]
+    assert choice["content_filter_offsets"] == OFFSETS
+    assert choice["content_filter_results"] == SAFE
+    assert choice["message"]["content"] == "x" * 60 + "y"
+
+
+async def test_a_reply_that_the_filter_cut_off_says_so(stack: "Stack") -> None:
+    """[31]"""
+    answer = await stack.chat(role() + words("too far") + event(ANNOTATION) + finish("content_filter", usage_chunk()))
+    assert finishes(await answer.events()) == [(0, "content_filter")]
+    assert (await stack.told(answer, UsageSettled)).usage.total_tokens == 12
+
+
+async def test_a_filtered_prompt_is_a_400_with_all_its_words_and_is_not_tried_again(stack: "Stack") -> None:
+    """[32]"""
+    inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": {"hate": {"filtered": True}}}
+    error = {"message": "filtered", "type": None, "param": "prompt", "code": "content_filter", "innererror": inner}
+
+    async def refuse(talk: Talk) -> None:
+        talk.refuse(400, {"error": error}, {"apim-request-id": "apim-1"})
+
+    model = stack.model(refuse)
+    answer = await stack.door.chat(model=model)
+    assert answer.status == 400
+    said = (await answer.json())["error"]
+    assert (said["code"], said["param"], said["innererror"]) == ("content_filter", "prompt", inner)
+    assert said["klatch"]["upstream_request"] == "apim-1"
+    assert answer.headers["x-should-retry"] == "false"
+    assert len(stack.wire.talks[model]) == 1
+
+
+async def test_bursts_and_the_name_of_the_underlying_version_pass(stack: "Stack") -> None:
+    """[33] A buffering filter sends many tokens at once; the model that answered is not renamed to the alias."""
+    model = stack.model(sends(event(PROMPT) + role() + b"".join(map(judged, "abcdefgh")) + finish()))
+    events = await (await stack.door.chat(model=model)).events()
+    assert text_of(events) == "abcdefgh"
+    assert {one["model"] for one in said_in(events)[1:]} == {"tiny-2026-11-01"}
+    assert (await stack.wire.talk(model)).body["model"] == model

@@ -1,0 +1,95 @@
+"""What goes up to the model server, and how: [45] to [48]."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.fidelity.conftest import finishes, said_in, text_of
+from tests.fidelity.wire import Talk, finish, role, sends, usage_chunk, whole, words
+
+from klatch_schemas.events import ChatAdmitted
+
+if TYPE_CHECKING:
+    from tests.fidelity.conftest import Stack
+
+UNKNOWN: dict[str, Any] = {
+    "seed": 7,
+    "logit_bias": {"50256": -100},
+    "parallel_tool_calls": False,
+    "metadata": {"a": "b"},
+    "prediction": {"type": "content", "content": "x"},
+    "reasoning_effort": "minimal",
+    "vendor": {"deep": [1.5, None, 2**60, "\U0001f600", "\ud83d"]},
+    "temperature": 0,
+    "store": True,
+}
+
+
+async def test_fields_that_klatch_does_not_know_reach_the_model_server(stack: "Stack") -> None:
+    """[45] As they were; only `klatch` stays here, and what streaming needs is set."""
+    model = stack.model(sends(whole("a")))
+    answer = await stack.door.chat(model=model, klatch={"use_case": "test"}, **UNKNOWN)
+    await answer.body()
+    body = (await stack.wire.talk(model)).body
+    sent = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True, **UNKNOWN}
+    assert body == {**sent, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "completion"),
+    [
+        ({"max_tokens": 300}, 300),
+        ({"max_completion_tokens": 500}, 500),
+        ({"max_completion_tokens": 500, "max_tokens": 300}, 500),
+        ({"max_completion_tokens": 500, "n": 3}, 1500),
+    ],
+)
+async def test_a_reservation_reads_both_names_of_the_limit_and_n(
+    stack: "Stack", fields: dict[str, Any], completion: int
+) -> None:
+    """[46] And each goes up under the name that the client gave it."""
+    model = stack.model(sends(role() + words("a") + finish()))
+    answer = await stack.door.chat(model=model, **fields)
+    await answer.body()
+    admitted = await stack.told(answer, ChatAdmitted)
+    assert completion <= admitted.reservation.tokens <= completion + 100
+    assert fields.items() <= (await stack.wire.talk(model)).body.items()
+
+
+async def test_a_stream_that_is_asked_for_again_is_replayed_with_all_its_parts(stack: "Stack") -> None:
+    """[47] Klatch has no cache of replies: this is what comes nearest to one. An `Idempotency-Key` or the stream's
+    own address give the same events, from the role to the marker, without another call of the model."""
+    model = stack.model(sends(whole("once ", "only")))
+    asked: dict[str, Any] = {"model": model, "stream_options": {"include_usage": True}}
+    key = {"idempotency-key": "again-and-again"}
+    first = await (await stack.door.chat(headers=key, **asked)).events()
+    again = await stack.door.chat(headers=key, **asked)
+    elsewhere = await stack.impatient.call("GET", f"/v1/streams/{again.headers['x-request-id']}?include_usage=true")
+    assert await again.events() == first
+    assert await elsewhere.events() == first
+    assert (text_of(first), finishes(first)) == ("once only", [(0, "stop")])
+    assert said_in(first)[-1] == usage_chunk()
+    assert len(stack.wire.talks[model]) == 1
+
+
+async def test_a_large_prompt_passes_whole_and_holds_up_nobody(stack: "Stack") -> None:
+    """[48] It is parsed in a thread; a stream beside it goes on meanwhile."""
+    large = "wörter und worte " * 22_000
+
+    async def ticking(talk: Talk) -> None:
+        talk.begin().send(role())
+        while not received.is_set():
+            talk.send(words("."))
+            await asyncio.sleep(0.01)  # the pace of this model
+        talk.send(finish()).end()
+
+    received = asyncio.Event()
+    beside = await stack.chat(ticking)
+    model = stack.model(sends(whole("read")))
+    try:
+        answer = await stack.door.chat(model=model, messages=[{"role": "user", "content": large}])
+        assert text_of(await answer.events()) == "read"
+    finally:
+        received.set()
+    assert finishes(await beside.events()) == [(0, "stop")]
+    assert (await stack.wire.talk(model)).body["messages"][0]["content"] == large

@@ -1,0 +1,171 @@
+"""Counting tokens: [24] to [29]. What the client sees, and what is settled against the tenant's quota."""
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.fidelity.conftest import is_cut, said_in, until_left
+from tests.fidelity.wire import DONE, Talk, chunk, event, finish, role, sends, usage, usage_chunk, whole, words
+
+from klatch_schemas.events import UsageSettled
+
+if TYPE_CHECKING:
+    from tests.fidelity.conftest import Stack
+
+DETAILS: dict[str, Any] = {
+    "prompt_tokens_details": {"cached_tokens": 90, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 40, "accepted_prediction_tokens": 2},
+}
+FULL = usage(100, 50, **DETAILS)
+ASKING: dict[str, Any] = {"stream_options": {"include_usage": True}}
+
+
+async def test_the_usage_chunk_is_the_last_one_without_choices(stack: "Stack") -> None:
+    """[24] With every detail that the vendor counted; all other chunks have `usage: null`."""
+    said = said_in(await stack.stream(role() + words("a") + finish("stop", usage_chunk(FULL)), **ASKING))
+    assert (said[-1]["choices"], said[-1]["usage"]) == ([], FULL)
+    assert [one["usage"] for one in said[:-1]] == [None] * 3
+
+
+@pytest.mark.parametrize("how", ["cut", "error", "stall", "cancelled"])
+async def test_a_stream_without_a_usage_chunk_is_counted_by_klatch(stack: "Stack", how: str) -> None:
+    """[25] A token a chunk, and a bound on the prompt; marked as estimated."""
+
+    async def script(talk: Talk) -> None:
+        talk.begin().send(role(), words(*"abcdefgh"))
+        if how == "cut":
+            talk.drop()
+        elif how == "error":
+            talk.send(event({"error": {"message": "the engine died", "code": 500}})).end()
+
+    answer = await stack.chat(script)
+    if how == "cancelled":
+        await answer.part()
+        await answer.close()
+    settled = await stack.told(answer, UsageSettled)
+    assert settled.status == ("cancelled" if how == "cancelled" else "failed")
+    assert settled.usage.estimated
+    assert 8 <= settled.usage.completion_tokens <= 10
+    assert settled.usage.prompt_tokens > 0
+
+
+async def test_usage_is_asked_for_and_shown_to_those_who_asked(stack: "Stack") -> None:
+    """[26]"""
+    model = stack.model(sends(whole("a")))
+    quiet = said_in(await (await stack.door.chat(model=model)).events())
+    asking = said_in(await (await stack.door.chat(model=model, **ASKING)).events())
+    assert [one for one in quiet if one["usage"] or not one["choices"]] == []
+    assert [one for one in asking if one["usage"]] == [asking[-1]]
+    sent = [talk.body["stream_options"] for talk in stack.wire.talks[model]]
+    assert sent == [{"include_usage": True}] * 2
+
+
+async def test_a_model_server_that_rejects_stream_options_is_asked_without_them(stack: "Stack") -> None:
+    """[26] The client gets klatch's own count under the reply's name."""
+
+    async def script(talk: Talk) -> None:
+        if "stream_options" in talk.body:
+            talk.refuse(400, {"error": {"message": "Unrecognized request argument supplied: stream_options"}})
+        else:
+            talk.begin().send(role(), words("a", "b"), finish()).end()
+
+    said = said_in(await stack.stream(script, **ASKING))
+    assert said[-1]["id"] == said[0]["id"]
+    assert said[-1]["usage"]["completion_tokens"] >= 2
+
+
+def running(*, last: bool) -> bytes:
+    """A reply with a running total on every chunk, as vLLM sends it; `last`: and the usage chunk at its end."""
+    sent = b"".join(event(chunk({"content": f"w{n} "}, usage=usage(9, n))) for n in range(1, 6))
+    sent += event(chunk({}, "stop", usage=FULL))
+    return sent + (event(usage_chunk(FULL)) if last else b"") + DONE
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["usage-chunk", "on-the-finish-only"])
+async def test_a_running_total_is_never_summed_and_told_once(stack: "Stack", last: bool) -> None:
+    """[27] Clients add up what they see: all totals but the last are set to null, the last comes as OpenAI sends it."""
+    answer = await stack.chat(running(last=last), **ASKING)
+    said = said_in(await answer.events())
+    assert [one["usage"] for one in said] == [None] * 6 + [FULL]
+    assert said[-1]["choices"] == []
+    assert said[-1]["id"] == "chatcmpl-7"
+    settled = (await stack.told(answer, UsageSettled)).usage
+    assert (settled.prompt_tokens, settled.completion_tokens) == (100, 50)
+    assert not settled.estimated
+    assert (await stack.whole(running(last=last)))["usage"] == FULL
+    assert all(one["usage"] is None for one in said_in(await stack.stream(running(last=last))))
+
+
+async def test_a_client_that_asks_for_running_totals_gets_them(stack: "Stack") -> None:
+    """[27] They are an option of vLLM's own."""
+    asking = {"include_usage": True, "continuous_usage_stats": True}
+    said = said_in(await stack.stream(running(last=True), stream_options=asking))
+    assert [one["usage"]["completion_tokens"] for one in said] == [1, 2, 3, 4, 5, 50, 50]
+
+
+async def test_the_running_total_counts_for_a_stream_that_was_cut(stack: "Stack") -> None:
+    """[25, 27] Better than an estimate: it is the model server's own."""
+
+    async def script(talk: Talk) -> None:
+        talk.begin().send(*(event(chunk({"content": "w"}, usage=usage(9, 4 * n))) for n in range(1, 6))).drop()
+
+    answer = await stack.chat(script)
+    is_cut(await answer.events())
+    settled = (await stack.told(answer, UsageSettled)).usage
+    assert (settled.prompt_tokens, settled.completion_tokens) == (9, 20)
+
+
+async def test_cached_and_reasoning_tokens_are_parts_and_not_additions(stack: "Stack") -> None:
+    """[28]"""
+    answer = await stack.chat(role() + words("a") + finish("stop", usage_chunk(FULL)))
+    settled = (await stack.told(answer, UsageSettled)).usage
+    assert (settled.prompt_tokens, settled.cached_tokens) == (100, 90)
+    assert (settled.completion_tokens, settled.reasoning_tokens) == (50, 40)
+    assert settled.total_tokens == 150
+
+
+CALL = {"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked"),
+    [
+        (event(chunk({"content": "b"}, "stop", index=1)) + finish("stop", usage_chunk(FULL)), {"n": 2}),
+        (event(chunk({"tool_calls": [CALL]})) + finish("tool_calls", usage_chunk(FULL)), {}),
+        (words("a") + finish("length", usage_chunk(FULL)), {}),
+        (words("a") + finish("content_filter", usage_chunk(FULL)), {}),
+    ],
+    ids=["n=2", "tools", "length", "filtered"],
+)
+async def test_usage_is_the_same_thing_however_a_reply_ends(stack: "Stack", sent: bytes, asked: dict[str, Any]) -> None:
+    """[29] What a filter cut off is billed as well."""
+    answer = await stack.chat(role() + sent, **ASKING, **asked)
+    assert said_in(await answer.events())[-1]["usage"] == FULL
+    settled = await stack.told(answer, UsageSettled)
+    assert (settled.status, settled.usage.total_tokens) == ("completed", 150)
+
+
+async def test_a_usage_object_of_the_wrong_shape_costs_nobody_a_reply(stack: "Stack") -> None:
+    """[24] Klatch counts for itself then."""
+    answer = await stack.chat(role() + words("a") + finish("stop", usage_chunk({"prompt_tokens": "many"})))
+    assert json.loads((await answer.events())[1].data)["choices"][0]["delta"] == {"content": "a"}
+    assert (await stack.told(answer, UsageSettled)).usage.estimated
+
+
+async def test_a_cancelled_stream_is_settled_once(stack: "Stack") -> None:
+    """[25] By its cancel, whatever the model server still sends."""
+    seen = asyncio.Event()
+
+    async def script(talk: Talk) -> None:
+        talk.begin().send(role(), words("a"))
+        await seen.wait()
+        await until_left(talk)
+
+    answer = await stack.chat(script)
+    await answer.part()
+    await answer.close()
+    seen.set()
+    await stack.told(answer, UsageSettled)
+    await stack.whole(whole("another"))
+    assert len(await stack.all_told(answer, UsageSettled, 1)) == 1
