@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "worker": ("klatch_workers.cli.worker", "Run one stage, or all, on a Kafka that exists."),
     "kafka": ("klatch_workers.cli.kafka", "Run an Apache Kafka on this machine, without Docker."),
     "top": ("klatch_workers.cli.top", "What happens, by tenant and model, live."),
+    "redrive": ("klatch_workers.cli.redrive", "Show dead letters, and write their records back."),
     "doctor": ("klatch_workers.cli.doctor", "Say what is wrong with a set-up, and how to mend it."),
     "bench": ("klatch_workers.cli.bench", "Measure klatch on this machine against baselines in the same run."),
     "torture": ("klatch_workers.cli.torture", "Kill and stop klatch's processes under load, then recount."),

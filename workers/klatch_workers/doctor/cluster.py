@@ -5,15 +5,14 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 from klatch_schemas.records import Partition
-from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_TURNS, DEAD_LETTERS, Topic
-from klatch_streams import dead_headers as letters
-from klatch_streams.catch_up import catch_up
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_TURNS, DEAD_LETTERS, Namespace, Topic
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog, Unreachable
 from klatch_streams.log import Log, LogError
 from klatch_streams.topic_admin import check, describe_topics
 from klatch_workers.doctor.findings import Finding, Findings, Setup
 from klatch_workers.doctor.group_facts import Group, clock_skew_ms, cluster_admin, groups
+from klatch_workers.redrive.letters import Wanted, read_letters
 
 _STAGES: Final[Mapping[str, tuple[Topic, bool]]] = {
     "admission": (CHAT_REQUESTS, True),
@@ -24,6 +23,9 @@ _STAGES: Final[Mapping[str, tuple[Topic, bool]]] = {
 }
 """What each stage consumes, and whether requests need it."""
 _MUCH: Final = 1_000
+_MANY_LETTERS: Final = 20_000
+"""Records that a doctor does not read."""
+_REDRIVE: Final = "see them with `klatch redrive`, which writes nothing without --yes; they stay as they were in {}"
 _SKEW_MS: Final = 1_000
 
 
@@ -65,7 +67,7 @@ async def _inside(setup: Setup, options: KafkaOptions, log: Log) -> AsyncIterato
             if topic.name in there:
                 yield await _stage(log, there[topic.name], stage, group, needed=needed)
         if DEAD_LETTERS.name in there:
-            yield await _dead_letters(log, there[DEAD_LETTERS.name])
+            yield await _dead_letters(log, there[DEAD_LETTERS.name], setup.namespace)
         yield _clock(await clock_skew_ms(admin))
 
 
@@ -97,36 +99,23 @@ async def _lag(log: Log, topic: str, group: Group) -> int:
     )
 
 
-async def _dead_letters(log: Log, topic: str) -> Finding:
+async def _dead_letters(log: Log, topic: str, namespace: Namespace) -> Finding:
     places = [Partition(topic, number) for number in range(await log.partitions(topic))]
-    bounds = dict(zip(places, await asyncio.gather(*(log.bounds(place) for place in places)), strict=True))
-    count = sum(end - first for first, end in bounds.values())
-    if not count:
-        return Finding("dead letters", "ok", "there are no dead letters")
-    latest = [await _last(log, place, end) for place, (first, end) in bounds.items() if end > first]
-    _, says = max(latest)
+    bounds = await asyncio.gather(*(log.bounds(place) for place in places))
+    if (records := sum(end - first for first, end in bounds)) > _MANY_LETTERS:
+        return Finding("dead letters", "warning", f"{topic} holds {records} records", _REDRIVE.format(topic))
+    shelf = await read_letters(log, namespace, Wanted())
+    left = [letter for letter in shelf.latest() if shelf.redriven_ms(letter) is None]
+    if not left:
+        says = "all dead letters were redriven" if shelf.letters else "there are no dead letters"
+        return Finding("dead letters", "ok", says)
+    last = left[-1]
     return Finding(
         "dead letters",
         "warning",
-        f"{count} dead letters; the last: {says}",
-        f"read them: klatch keeps the records untouched in {topic}, the reasons in their dead-* headers",
+        f"{len(left)} dead letters; the last: {last.stage} could not use a record ({last.reason})",
+        _REDRIVE.format(topic),
     )
-
-
-async def _last(log: Log, place: Partition, end: int) -> tuple[int, str]:
-    """When the last letter of a partition was written, and why."""
-    tail = await log.tail()
-    try:
-        async for records in catch_up(tail, place, end - 1, end, patience_s=5):
-            stage, reason = (_text(records[-1].header(name)) for name in (letters.STAGE, letters.REASON))
-            return records[-1].timestamp_ms, f"{stage} could not use a record ({reason})"
-    finally:
-        await tail.close()
-    return 0, "its partition was emptied meanwhile"
-
-
-def _text(value: bytes | None) -> str:
-    return (value or b"unknown").decode(errors="replace")
 
 
 def _clock(skew: tuple[int, int] | None) -> Finding:
