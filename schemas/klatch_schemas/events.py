@@ -528,8 +528,8 @@ class Deployment(Part):
     """Calls under way at once, per process that calls; None: no limit."""
     priority: bool = False
     """vLLM: pass the request's priority on, which needs `--scheduling-policy priority`."""
-    continues: bool | None = None
-    """Whether it can continue a partial message (`continue_final_message`); None: vLLM can, others cannot."""
+    continues: Literal["none", "vllm", "prefill"] | None = None
+    """How it goes on with an answer that broke off; None: vLLM in its own way, others do not."""
     prices: Prices | None = None
 
 

@@ -1,5 +1,6 @@
 """What every gateway does with every server, whichever it is: the scripted upstream, which is
-exact, and the small local model, which is real. Numbers in brackets are traps of `STREAMING.md`."""
+exact, in every dialect and behind the router, and the small local model, which is real. Numbers in
+brackets are traps of `STREAMING.md`."""
 
 import asyncio
 import json
@@ -11,13 +12,26 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.errors import RefusedError
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.port import Catalogue, Chunk, Finished, Gateway, ModelCall, Timeouts
+from klatch_agents.gateway.router import Router
 from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.events import Deployment, ModelRouted, RouteTimeouts
 
 KEY = "sk-conformance"
 TIMEOUTS = Timeouts(connect=5, first_token=120, idle=60)
+
+
+SCRIPTED: dict[str, Dialect] = {
+    "openai-compatible": Dialect(),
+    "openai": Dialect("openai"),
+    "azure by key": Dialect("azure"),
+    "azure by token": Dialect("azure", auth="token"),
+    "vllm": Dialect("vllm", priority=True),
+}
+"""The scripted upstream, spoken to in each dialect."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +40,42 @@ class Server:
 
     url: str
     model: str
+    dialect: Dialect = Dialect()
+    routed: bool = False
+
+    def opened(self, key: str = KEY) -> "OpenAICompatible | Router":
+        """A gateway to it."""
+
+        def adapter(_: Deployment | None = None) -> OpenAICompatible:
+            return OpenAICompatible(
+                Endpoint(self.url, key=key, model=self.model, continues="prefill", dialect=self.dialect)
+            )
+
+        if not self.routed:
+            return adapter()
+        one = Deployment(name="one", url=self.url, model=self.model, concurrency=4, continues="prefill")
+        route = ModelRouted(alias="*", deployments=(one,), timeouts=RouteTimeouts(first_token_s=120))
+        return Router(NoRoutes(), adapter, default=route)
 
 
-@pytest.fixture(scope="session", params=["scripted upstream", "local model"])
+class NoRoutes:
+    """A ledger without routes."""
+
+    def find(self, alias: str) -> None:  # noqa: ARG002 - there is none
+        return None
+
+    def aliases(self) -> list[str]:
+        return []
+
+
+@pytest.fixture(scope="session", params=[*SCRIPTED, "routed", "local model"])
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
-    if request.param == "scripted upstream":
+    if request.param != "local model":
         async with Upstream(key=KEY) as upstream:
             upstream.models = ["fake?tokens=200&rate=200&first_delay=0.2"]
-            yield Server(upstream.url, upstream.models[0])
+            dialect = SCRIPTED.get(request.param, Dialect())
+            url = upstream.url.removesuffix("/v1") if dialect.kind == "azure" else upstream.url
+            yield Server(url, upstream.models[0], dialect, routed=request.param == "routed")
         return
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "klatch_workers.local_model", "--port", "0"),
@@ -54,7 +96,7 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def gateway(server: Server) -> AsyncIterator[Gateway]:
-    async with OpenAICompatible(Endpoint(server.url, key=KEY, model=server.model, continues="prefill")) as opened:
+    async with server.opened() as opened:
         yield opened
 
 
@@ -105,7 +147,7 @@ async def test_a_reply_goes_on_behind_its_prefix_and_does_not_repeat_it(gateway:
     begun = "The quick brown fox jumps over a lazy dog and "
     assert gateway.continues(call())
     chunks, finished = await hear(gateway, replace(call(max_tokens=4), prefix=begun))
-    said = [choice["delta"].get("content") for chunk in chunks for choice in json.loads(chunk.raw)["choices"]]
+    said = [choice.get("delta", {}).get("content") for chunk in chunks for choice in json.loads(chunk.raw)["choices"]]
     assert finished.finish_reasons
     assert "".join(text for text in said if text)
     assert "quick brown fox" not in "".join(text for text in said if text)
@@ -139,7 +181,7 @@ async def test_replies_at_once_all_come_to_their_ends(gateway: Gateway) -> None:
 
 
 async def test_a_wrong_key_is_refused_and_not_shown(server: Server) -> None:
-    async with OpenAICompatible(Endpoint(server.url, key="sk-wrong-key-5")) as gateway:
+    async with server.opened(key="sk-wrong-key-5") as gateway:
         with pytest.raises(RefusedError) as refused:
             await hear(gateway, call())
     assert refused.value.status == 401

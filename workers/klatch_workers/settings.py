@@ -65,6 +65,8 @@ class Settings(BaseModel):
     model_key: SecretStr | None = None
     model_continues: Continues = "none"
     """How the model server goes on with an answer that broke off: `vllm`, `prefill` (llama.cpp) or `none`."""
+    keys_file: Path | None = None
+    """A TOML file of the keys that routes of the `models` ledger name."""
     local_gguf: Path | None = None
     """A GGUF file for the local model instead of the one from the package."""
 
@@ -121,3 +123,8 @@ def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -
                 raise UnknownSetting(f"{variable} is not a setting of klatch{hint}")
             told[known[variable]] = environment[variable]
     return Settings(**told | {name: value for name, value in options.items() if value is not None})
+
+
+def environment_variable(name: str) -> str | None:
+    """A variable that some file names, such as the keys file: the environment is read here and nowhere else."""
+    return os.environ.get(name)

@@ -3,6 +3,9 @@
     ModelError
     ├── ConnectError       no answer at all: refused, unresolved, closed before the status line
     ├── RefusedError       an HTTP status of 400 or more, with the server's own error body
+    ├── MisconfiguredError the call cannot even be made: a key is missing, a URL is none
+    ├── UnroutableError    no deployment may be called: no route, or all of it cools down
+    ├── ExpiredError       the deadline passed while the call waited for its turn
     └── BrokenReplyError   it had answered 200, then
         ├── StalledError       nothing came for longer than the call allows (also before the status)
         ├── TruncatedError     the stream ended, or was cut, before every choice had finished
@@ -85,6 +88,34 @@ class RefusedError(ModelError):
         self.retriable = status in _RETRIABLE or status >= 500
         if isinstance(body.code, str) and body.code:
             self.code = body.code
+
+
+class MisconfiguredError(ModelError):
+    """The call cannot be made as things are set up; the message says what to mend. No secret is in it."""
+
+    code = "model_misconfigured"
+    status = 502
+
+
+class UnroutableError(ModelError):
+    """There is no deployment to call, now (503, with `retry_after` where it is known) or ever (404)."""
+
+    code = "model_unavailable"
+
+    def __init__(self, message: str, *, status: int, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+        self.retriable = status == 503
+        if status == 404:
+            self.code = "model_not_found"
+
+
+class ExpiredError(ModelError):
+    """The request's deadline passed before its turn at the model came."""
+
+    code = "deadline_exceeded"
+    status = 504
 
 
 class BrokenReplyError(ModelError):

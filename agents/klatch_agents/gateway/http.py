@@ -5,7 +5,7 @@ redirect (the key would travel), keeps cookies, or reads proxies from the enviro
 """
 
 import asyncio
-from collections.abc import Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -28,11 +28,17 @@ from klatch_agents.gateway.port import Timeouts
 _LONGEST_ERROR_BODY = 2**20
 
 
-class Client:
-    """Connections to one server, with its key."""
+KeyOf = Callable[[], Awaitable[str]]
+"""Gives the key of the moment; empty: none. Raises ModelError."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+
+class Client:
+    """Connections to one server, with its key and the header that says it."""
+
+    def __init__(self, key_of: KeyOf, key_headers: Callable[[str], Mapping[str, str]]) -> None:
+        self._key_of = key_of
+        self._key_headers = key_headers
+        self._key = ""
         self._session: aiohttp.ClientSession | None = None
         self._lingering: set[aiohttp.ClientResponse] = set()
         self._closed = False
@@ -51,8 +57,8 @@ class Client:
         """
         sent = CIMultiDict(headers)
         sent["Content-Type"] = "application/json"
-        if self._key:
-            sent["Authorization"] = f"Bearer {self._key}"
+        self._key = await self._key_of()
+        sent.update(self._key_headers(self._key))
         with _named_failures(url, timeouts):
             async with asyncio.timeout(timeouts.first_token):
                 response = await self._open_session().request(

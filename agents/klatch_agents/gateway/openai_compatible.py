@@ -1,15 +1,16 @@
-"""A gateway to one OpenAI-compatible server: vLLM, llama.cpp, OpenAI, and most others.
+"""A gateway to one server of Chat Completions: OpenAI, Azure OpenAI, vLLM, llama.cpp, most others.
 
-One aiohttp session with an unbounded pool, no limit on a whole reply. The request body goes up as
-the caller wrote it; `stream` and `stream_options.include_usage` are added. One thing is tried
-twice: a call that the server refused for `stream_options` is made once more without them.
+What differs between them is in `dialect.py`. One aiohttp session with an unbounded pool, no limit
+on a whole reply. The request body goes up as the caller wrote it, but for what the dialect changes;
+`stream` and `stream_options.include_usage` are added. One thing is tried twice: a call that the
+server refused for `stream_options` is made once more without them.
 """
 
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Self, cast
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -17,7 +18,9 @@ import msgspec
 
 from klatch_agents.gateway import http
 from klatch_agents.gateway.continuing import Continues, continuing_body
+from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.errors import MalformedError, RefusedError
+from klatch_agents.gateway.http import KeyOf
 from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.reply import StreamedReply
 
@@ -28,7 +31,7 @@ class Endpoint:
 
     `model`, if given, replaces the model's name in every chat completion. `headers` go with every
     call. `continues` says how this server goes on with an answer that broke off (`continuing.py`).
-    The key is in no repr and no error.
+    The key is in no repr and no error; `key_of`, if given, is asked for it before every call.
     """
 
     base_url: str
@@ -36,6 +39,8 @@ class Endpoint:
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     continues: Continues = "none"
+    dialect: Dialect = Dialect()
+    key_of: KeyOf | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -44,8 +49,12 @@ class Endpoint:
         if parts.username or parts.password:
             raise ValueError("give the model server's key as `key`, not inside its URL")
 
-    def url(self, path: str) -> str:
-        return self.base_url.rstrip("/") + path
+    def url(self, what: Literal["chat/completions", "embeddings", "models"], model: str = "") -> str:
+        return self.base_url.rstrip("/") + self.dialect.path(what, model)
+
+    async def current_key(self) -> str:
+        """The key of the moment. Raises ModelError."""
+        return await self.key_of() if self.key_of else self.key
 
 
 class OpenAICompatible:
@@ -56,7 +65,7 @@ class OpenAICompatible:
         """`timeouts` are for `embed` and `models`; a `ModelCall` brings its own."""
         self._endpoint = endpoint
         self._timeouts = timeouts
-        self._http = http.Client(endpoint.key)
+        self._http = http.Client(endpoint.current_key, endpoint.dialect.key_headers)
         self._refuse_stream_options: set[str] = set()  # models; learnt, to fail only once
 
     async def __aenter__(self) -> Self:
@@ -94,12 +103,12 @@ class OpenAICompatible:
 
     async def embed(self, body: Mapping[str, object]) -> bytes:
         """See `Catalogue.embed`."""
-        url = self._endpoint.url("/embeddings")
+        url = self._endpoint.url("embeddings", str(body.get("model", "")))
         return await self._http.fetch("POST", url, self._endpoint.headers, self._timeouts, _encode(dict(body)))
 
     async def models(self) -> list[str]:
         """See `Catalogue.models`."""
-        url = self._endpoint.url("/models")
+        url = self._endpoint.url("models")
         raw = await self._http.fetch("GET", url, self._endpoint.headers, self._timeouts)
         try:
             return [model.id for model in msgspec.json.decode(raw, type=_Models).data]
@@ -111,17 +120,17 @@ class OpenAICompatible:
         await self._http.close()
 
     async def _send(self, call: ModelCall, model: str) -> aiohttp.ClientResponse:
-        url = self._endpoint.url("/chat/completions")
+        url, dialect = self._endpoint.url("chat/completions", model), self._endpoint.dialect
         headers = {**call.headers, **self._endpoint.headers, **_STREAMING}
         with_options = model not in self._refuse_stream_options
         asked = continuing_body(call.body, call.prefix, self._endpoint.continues) if call.prefix else call.body
         try:
-            body = _streaming_body(asked, model, with_options=with_options)
+            body = dialect.streaming(asked, model, call.priority, options=with_options)
             return await self._http.open("POST", url, headers, call.timeouts, _encode(body))
         except RefusedError as refused:
             if not (with_options and refused.status == 400 and "stream_options" in str(refused)):
                 raise
-        body = _streaming_body(asked, model, with_options=False)
+        body = dialect.streaming(asked, model, call.priority, options=False)
         response = await self._http.open("POST", url, headers, call.timeouts, _encode(body))
         self._refuse_stream_options.add(model)
         return response
@@ -143,17 +152,6 @@ class _Models(msgspec.Struct):
 
 # Compression buffers what should flow.
 _STREAMING = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
-
-
-def _streaming_body(body: Mapping[str, object], model: str, *, with_options: bool) -> dict[str, object]:
-    sent = {**body, "stream": True}
-    if model:
-        sent["model"] = model
-    asked = sent.pop("stream_options", None)
-    if with_options:
-        given = cast("dict[str, object]", asked) if isinstance(asked, dict) else {}
-        sent["stream_options"] = {**given, "include_usage": True}
-    return sent
 
 
 def _asked_choices(body: Mapping[str, object]) -> int:

@@ -49,6 +49,15 @@ class ModelCall:
     model: str | None = None
     timeouts: Timeouts = DEFAULT_TIMEOUTS
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    request: str = ""
+    """Names the request: which of several deployments serves it is a hash of this."""
+    tenant: str = ""
+    weight: float = 1.0
+    """The tenant's, where a deployment's places are shared."""
+    priority: int = 5
+    """0 to 9, 0 first."""
+    deadline: float | None = None
+    """Seconds since 1970: a call that still waits for its turn then is not made."""
     prefix: str = ""
 
 
@@ -110,6 +119,11 @@ class ModelReply(Protocol):
     @property
     def upstream_request_id(self) -> str | None:
         """The server's name for this call: the only handle for a ticket with its vendor."""
+        ...
+
+    @property
+    def deployment(self) -> str:
+        """Which deployment of a route serves it; empty where there is no route."""
         ...
 
     @property

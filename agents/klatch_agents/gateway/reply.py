@@ -46,6 +46,7 @@ class StreamedReply:
         linger: Callable[[aiohttp.ClientResponse], None],
     ) -> None:
         self.model = model
+        self.deployment = ""
         self.upstream_request_id = upstream_request_id
         self.finished: Finished | None = None
         self._response = response

@@ -40,7 +40,9 @@ class Answer:
         self._deltas = [self._choice_deltas(index) for index in range(self._n)]
         self._prompt = len(json.dumps(body.get("messages", "")).split())
         options = body.get("stream_options")
-        self._usage_asked = isinstance(options, dict) and bool(cast("Json", options).get("include_usage"))
+        given = cast("Json", options) if isinstance(options, dict) else {}
+        self._usage_asked = bool(given.get("include_usage"))
+        self._running_usage_asked = bool(given.get("continuous_usage_stats"))
 
     @property
     def streamed(self) -> bool:
@@ -130,7 +132,7 @@ class Answer:
         choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         if self._body.get("logprobs") and isinstance(token := delta.get("content"), str) and token:
             choice["logprobs"] = {"content": [_logprob(token)], "refusal": None}
-        running = self._script.running_usage and self._usage_asked
+        running = (self._script.running_usage or self._running_usage_asked) and self._usage_asked
         return self._whole_chunk([choice], self._usage(spoken) if running else None)
 
     def _whole_chunk(self, choices: list[Json], usage: Json | None) -> Json:

@@ -18,7 +18,7 @@ class Call(msgspec.Struct):
     """One POST as it was received. Times are seconds since 1970; `ended` is 0 while it is open.
 
     `outcome` is `left` when the client hung up first, `fault` when the script broke it off.
-    `authorization` is not among the headers.
+    `authorization` and `api-key` are not among the headers.
     """
 
     id: str
@@ -49,6 +49,22 @@ class Exchange:
     def refuse(self, status: int, message: str, retry_after: str) -> None:
         headers = {**self._ids, **({"retry-after": retry_after} if retry_after else {})}
         refuse(self._connection, status, message, f"status_{status}", headers)
+        self._close("refused")
+
+    def filter_prompt(self) -> None:
+        """Refuse as Azure's content filter does."""
+        error = {
+            "message": "The response was filtered due to the prompt triggering our content management policy.",
+            "type": None,
+            "param": "prompt",
+            "code": "content_filter",
+            "status": 400,
+            "innererror": {
+                "code": "ResponsibleAIPolicyViolation",
+                "content_filter_result": {"violence": {"filtered": True, "severity": "medium"}},
+            },
+        }
+        self._connection.respond(400, json.dumps({"error": error}).encode(), self._ids)
         self._close("refused")
 
     def stream(self, wheel: Wheel, frames: Iterable[Frame], script: Script) -> None:

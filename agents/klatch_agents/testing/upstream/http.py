@@ -22,6 +22,7 @@ class Request(msgspec.Struct):
     path: str
     headers: dict[str, str]
     body: bytes
+    query: str = ""
 
 
 class Connection(asyncio.Protocol):
@@ -81,9 +82,9 @@ class Connection(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        path = urlsplit(self._url.decode("latin-1")).path
+        url = urlsplit(self._url.decode("latin-1"))
         method = self._parser.get_method().decode("latin-1")
-        self._on_request(self, Request(method, path, self._headers, b"".join(self._body)))
+        self._on_request(self, Request(method, url.path, self._headers, b"".join(self._body), url.query))
 
     # -- answering ------------------------------------------------------------------------------
 

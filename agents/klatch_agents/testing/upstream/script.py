@@ -49,6 +49,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     azure: bool = False
     """Azure's first event (no choices, empty id), and an annotation-only event after the answer."""
+    prompt_filtered: bool = False
+    """Azure's refusal of a prompt: 400 `content_filter`, with what was found in `innererror`."""
     running_usage: bool = False
     """A usage total on every chunk, as vLLM's `continuous_usage_stats` sends."""
     newline: Literal["lf", "crlf", "cr"] = "lf"

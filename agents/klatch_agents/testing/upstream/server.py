@@ -6,6 +6,7 @@ up. `changed` wakes on every change of it, so that nothing has to sleep.
 
 import asyncio
 import json
+import re
 import time
 from base64 import b64encode
 from collections import deque
@@ -15,6 +16,7 @@ from hashlib import sha256
 from itertools import count
 from struct import pack
 from typing import Self, cast
+from urllib.parse import unquote
 
 import msgspec
 
@@ -89,13 +91,14 @@ class Upstream:
                 connection.respond(200, b"{}")
             case "GET", "/health":
                 connection.respond(200, b'{"status":"ok"}')
-            case _ if self._key and request.headers.get("authorization") != f"Bearer {self._key}":
-                said = request.headers.get("authorization", "none")
-                refuse(connection, 401, f"Incorrect API key provided: {said}", "invalid_api_key")
-            case "GET", "/v1/models":
+            case _ if self._key and _key_in(request) != self._key:
+                refuse(connection, 401, f"Incorrect API key provided: {_key_in(request)}", "invalid_api_key")
+            case _ if request.path.startswith("/openai/") and "api-version=" not in request.query:
+                refuse(connection, 404, "Resource not found: there is no api-version", "404")
+            case "GET", ("/v1/models" | "/openai/models"):
                 listed = [{"id": m, "object": "model", "owned_by": "klatch"} for m in self.models]
                 connection.respond(200, _json({"object": "list", "data": listed}))
-            case "POST", ("/v1/chat/completions" | "/v1/embeddings") as path:
+            case "POST", path if path in ("/v1/chat/completions", "/v1/embeddings") or _AZURE.fullmatch(path):
                 self._receive(connection, request, path)
             case _:
                 refuse(connection, 404, f"no such path: {request.path}", "not_found")
@@ -103,11 +106,17 @@ class Upstream:
     def _receive(self, connection: Connection, request: Request, path: str) -> None:
         try:
             body = json.loads(request.body)
+            if deployment := _AZURE.fullmatch(path):
+                body = {
+                    **body,
+                    "model": unquote(deployment["name"]),
+                    "x-fake": {"azure": True, **body.get("x-fake", {})},
+                }
             model, script = script_of(body)
         except (ValueError, AttributeError) as error:
             refuse(connection, 400, f"cannot read this request: {error}", "bad_request")
             return
-        headers = {k: v for k, v in request.headers.items() if k != "authorization"}
+        headers = {k: v for k, v in request.headers.items() if k not in ("authorization", "api-key")}
         call = Call(f"c{next(self._ids)}", path, headers, body, time.time())
         self.calls.append(call)
         exchange = Exchange(call, connection, self._notify)
@@ -124,7 +133,9 @@ class Upstream:
             return
         if script.status:
             exchange.refuse(script.status, "as scripted", script.retry_after)
-        elif exchange.call.path == "/v1/embeddings":
+        elif script.prompt_filtered:
+            exchange.filter_prompt()
+        elif exchange.call.path.endswith("/embeddings"):
             exchange.respond(_embeddings(body))
         elif script.reject_stream_options and "stream_options" in body:
             exchange.refuse(400, "Unrecognized request argument supplied: stream_options", "")
@@ -140,6 +151,16 @@ class Upstream:
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
+
+
+_AZURE = re.compile(r"/openai/deployments/(?P<name>[^/]+)/(?:chat/completions|embeddings)")
+
+
+def _key_in(request: Request) -> str:
+    """Azure's way to say a key, on its paths alone, or everybody's."""
+    if request.path.startswith("/openai/") and "api-key" in request.headers:
+        return request.headers["api-key"]
+    return request.headers.get("authorization", "").removeprefix("Bearer ")
 
 
 def _embeddings(body: Json) -> bytes:

@@ -1,0 +1,163 @@
+"""Whose turn it is when the places at a deployment are all taken: weighted fair queueing over tenants, pure.
+
+Between tenants, start-time fair queueing. What a tenant uses is the time that its calls hold places, divided by its
+weight: its tag. The lowest tag is served next, and virtual time follows what is served. So those who want places
+share them by weight, whoever floods waits behind his own requests, and nothing is kept free that somebody wants. A
+tenant that was quiet may catch up by `burst` calls, and no more.
+
+Classes 0 to 9 (0 is first) are a head start: a class counts as the time of one call against the next. A tenant
+borrows it from its own later share, so that urgency reorders and takes nothing from others for good. A waiting
+request rises by one class every `age_s` seconds, so that none starves.
+
+Formulas: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996; the head start is the warp of Duda, Cheriton,
+"Borrowed-virtual-time scheduling", SOSP 1999. Knows no clock: the time, in seconds, is given with each call.
+"""
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+LEAST_WEIGHT = 1e-3
+LAST_CLASS = 9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """A call that wants a place. Two claims are never equal."""
+
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 5
+    expires: float | None = None
+    """After this moment it is worth no place any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a change of the queue brings about: whose turn it is, and who came too late for it."""
+
+    granted: tuple[Claim, ...] = ()
+    shed: tuple[Claim, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FairTerms:
+    """`burst`: calls by which a tenant may lag behind its share and catch up; `age_s`: see above."""
+
+    burst: float = 16.0
+    age_s: float = 2.0
+
+
+@dataclass(slots=True)
+class _Tenant:
+    tag: float = -math.inf
+    waiting: list[tuple[float, int, Claim]] = field(default_factory=list[tuple[float, int, Claim]])
+    """By class and time of arrival in one number: rank grows by one a class, and by one every `age_s`."""
+
+
+class FairQueue:
+    """Places at one deployment, and who waits for them. `limit` None: there are always places."""
+
+    def __init__(self, limit: int | None, terms: FairTerms = FairTerms()) -> None:
+        self.limit = limit
+        self._terms = terms
+        self._tenants: dict[str, _Tenant] = {}
+        self._holding: dict[Claim, tuple[float, float]] = {}
+        """Since when a place is held, and what was charged for it beforehand."""
+        self._waiting: set[Claim] = set()
+        self._backlogged: set[str] = set()
+        self._virtual = 0.0
+        self._usual_s = 1.0
+        """How long a place is usually held: a running mean."""
+        self._numbers = count()
+
+    @property
+    def full(self) -> bool:
+        """Whether a claim would have to wait."""
+        return self.limit is not None and len(self._holding) >= self.limit
+
+    @property
+    def used(self) -> int:
+        """Places held."""
+        return len(self._holding)
+
+    @property
+    def waiting(self) -> int:
+        """Claims that wait."""
+        return len(self._waiting)
+
+    def ask(self, claim: Claim, now: float) -> Turn:
+        """Want a place; it may be granted at once."""
+        tenant = self._tenants.setdefault(claim.tenant, _Tenant())
+        if not tenant.waiting:
+            credit = self._terms.burst * self._usual_s / _weight(claim)
+            tenant.tag = max(tenant.tag, self._virtual - credit)
+        rank = claim.priority + now / self._terms.age_s
+        heapq.heappush(tenant.waiting, (rank, next(self._numbers), claim))
+        self._waiting.add(claim)
+        self._backlogged.add(claim.tenant)
+        return self._next(now)
+
+    def give_back(self, claim: Claim, now: float) -> Turn:
+        """The holder of a place is done with it."""
+        since, charged = self._holding.pop(claim)
+        held_s = max(0.0, now - since)
+        self._usual_s += 0.05 * (held_s - self._usual_s)
+        self._tenants[claim.tenant].tag += (held_s - charged) / _weight(claim)
+        return self._next(now)
+
+    def withdraw(self, claim: Claim) -> None:
+        """A claim that waits does so no longer."""
+        if claim in self._waiting:
+            self._waiting.discard(claim)
+            self._tidy(claim.tenant)
+
+    def resize(self, limit: int | None, now: float) -> Turn:
+        """There are more places now, or fewer; those that are held are held on."""
+        self.limit = limit
+        return self._next(now)
+
+    def _next(self, now: float) -> Turn:
+        granted, shed = list[Claim](), list[Claim]()
+        while self._backlogged and not self.full:
+            name = min(self._backlogged, key=self._score(now))
+            tenant = self._tenants[name]
+            _, _, claim = heapq.heappop(tenant.waiting)
+            self._waiting.discard(claim)
+            self._tidy(name)
+            if claim.expires is not None and claim.expires <= now:
+                shed.append(claim)
+            else:
+                self._grant(tenant, claim, now)
+                granted.append(claim)
+        return Turn(tuple(granted), tuple(shed))
+
+    def _score(self, now: float) -> Callable[[str], tuple[float, int]]:
+        def score(name: str) -> tuple[float, int]:
+            tenant = self._tenants[name]
+            rank, number, _ = tenant.waiting[0]
+            risen = min(max(rank - now / self._terms.age_s, 0.0), float(LAST_CLASS))
+            return tenant.tag + risen * self._usual_s, number
+
+        return score
+
+    def _grant(self, tenant: _Tenant, claim: Claim, now: float) -> None:
+        start = tenant.tag
+        tenant.tag += self._usual_s / _weight(claim)
+        self._holding[claim] = (now, self._usual_s)
+        lowest = min((self._tenants[name].tag for name in self._backlogged), default=start)
+        self._virtual = max(self._virtual, lowest)
+
+    def _tidy(self, name: str) -> None:
+        """Have a tenant's line begin with somebody who waits: those who withdrew are dropped when they get there."""
+        waiting = self._tenants[name].waiting
+        while waiting and waiting[0][2] not in self._waiting:
+            heapq.heappop(waiting)
+        if not waiting:
+            self._backlogged.discard(name)
+
+
+def _weight(claim: Claim) -> float:
+    return max(claim.weight, LEAST_WEIGHT)

@@ -1,0 +1,131 @@
+"""What this process knows of each deployment: how to call it, how it has fared, and who holds its places.
+
+Servers are kept by what they are, so that deployments on one server share its connections; health and places are kept
+by the deployment's name. Nothing is forgotten before the end: a server that no route names any more holds no
+connection after a few idle seconds.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from klatch_agents.gateway.errors import MisconfiguredError, ModelError
+from klatch_agents.gateway.health import Breaker
+from klatch_agents.gateway.places import Places
+from klatch_agents.gateway.port import Catalogue, Gateway
+from klatch_agents.gateway.routing import View, is_servers_doing
+from klatch_schemas.events import Deployment, ModelRouted
+
+
+class Server(Gateway, Catalogue, Protocol):
+    """All that a model server answers."""
+
+
+OpenServer = Callable[[Deployment], Server]
+"""Makes a gateway to a deployment's server. Raises ValueError for one that cannot be."""
+
+PAUSE_S = 1.0
+"""How long a deployment is left alone that refused for its rate and did not say for how long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One deployment, ready to be called."""
+
+    deployment: Deployment
+    server: Server
+    breaker: Breaker
+    places: Places
+
+    def begin(self) -> "Run":
+        """A call is about to be made."""
+        return Run(self.breaker, probe=self.breaker.begin())
+
+
+class Run:
+    """What one call tells about a deployment's health; the first that is said of its end counts."""
+
+    def __init__(self, breaker: Breaker, *, probe: bool) -> None:
+        self._breaker = breaker
+        self._probe = probe
+        self._over = False
+
+    def spoke(self) -> None:
+        """The first token came."""
+        self._breaker.spoke(probe=self._probe)
+        self._probe = False
+
+    def finished(self) -> None:
+        """It came to its end."""
+        if self._ends():
+            self._breaker.finished(probe=self._probe)
+
+    def failed(self, error: ModelError) -> None:
+        """It failed."""
+        if not self._ends():
+            return
+        if error.status == 429:
+            pause = PAUSE_S if error.retry_after is None else error.retry_after
+            self._breaker.told_to_wait(pause, probe=self._probe)
+        elif is_servers_doing(error):
+            self._breaker.failed(probe=self._probe)
+        else:
+            self._breaker.left(probe=self._probe)
+
+    def left(self) -> None:
+        """The caller left it."""
+        if self._ends():
+            self._breaker.left(probe=self._probe)
+
+    def _ends(self) -> bool:
+        over, self._over = self._over, True
+        return not over
+
+
+class Lines:
+    """Every deployment that was ever called from here."""
+
+    def __init__(self, open_server: OpenServer, now: Callable[[], float] = time.monotonic) -> None:
+        self._open_server = open_server
+        self._now = now
+        self._servers: dict[tuple[Any, ...], Server] = {}
+        self._breakers: dict[str, Breaker] = {}
+        self._places: dict[str, Places] = {}
+
+    def line(self, routed: ModelRouted, deployment: Deployment) -> Line:
+        """A deployment as its route has it now. Raises MisconfiguredError."""
+        return Line(deployment, self._server(deployment), self._breaker(routed, deployment), self._room(deployment))
+
+    def view(self, routed: ModelRouted) -> View:
+        """How a route's deployments are, as of now."""
+        names = [one.name for one in routed.deployments]
+        cooling = {name: left for name in names if (left := self._cooling(name)) > 0}
+        full = frozenset(name for name in names if name in self._places and self._places[name].queue.full)
+        return View(cooling, full)
+
+    def servers(self) -> Iterable[Server]:
+        """Every server that was opened."""
+        return self._servers.values()
+
+    def _cooling(self, name: str) -> float:
+        return self._breakers[name].cooling() if name in self._breakers else 0.0
+
+    def _server(self, one: Deployment) -> Server:
+        identity = (one.kind, one.url, one.key, one.auth, one.api_version, one.priority, one.continues)
+        if identity not in self._servers:
+            try:
+                self._servers[identity] = self._open_server(one)
+            except ValueError as error:
+                raise MisconfiguredError(f"deployment {one.name}: {error}") from error
+        return self._servers[identity]
+
+    def _breaker(self, routed: ModelRouted, one: Deployment) -> Breaker:
+        breaker = self._breakers.setdefault(one.name, Breaker(routed.breaker, self._now))
+        breaker.terms = routed.breaker
+        return breaker
+
+    def _room(self, one: Deployment) -> Places:
+        places = self._places.setdefault(one.name, Places(one.concurrency))
+        places.resize(one.concurrency)
+        return places

@@ -1,0 +1,67 @@
+"""The places at one deployment, as something to wait for: the shell of `fair.py`.
+
+They are this process's own: a limit of 8 in four generation processes lets 32 calls through.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+
+from klatch_agents.gateway.errors import ExpiredError
+from klatch_agents.gateway.fair import Claim, FairQueue, Turn
+
+
+class Places:
+    """Hands out places in the order of a `FairQueue`. `now` is in seconds since 1970, as deadlines are."""
+
+    def __init__(self, limit: int | None, now: Callable[[], float] = time.time) -> None:
+        self.queue = FairQueue(limit)
+        self._now = now
+        self._waiting: dict[Claim, asyncio.Future[None]] = {}
+
+    @asynccontextmanager
+    async def hold(self, claim: Claim) -> AsyncGenerator[None]:
+        """Have a place for as long as the block lasts, once it is one's turn. Raises ExpiredError.
+
+        Whoever is cancelled while waiting leaves no trace; whoever was granted a place in that very moment gives it
+        back.
+        """
+        waiting = self._waiting[claim] = asyncio.get_running_loop().create_future()
+        self._tell(self.queue.ask(claim, self._now()))
+        try:
+            if not waiting.done():
+                await self._turn_of(claim, waiting)
+            waiting.result()
+            yield
+        finally:
+            del self._waiting[claim]
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                self._tell(self.queue.give_back(claim, self._now()))
+            else:
+                self.queue.withdraw(claim)
+
+    def resize(self, limit: int | None) -> None:
+        """Set the limit anew."""
+        if limit != self.queue.limit:
+            self._tell(self.queue.resize(limit, self._now()))
+
+    async def _turn_of(self, claim: Claim, waiting: "asyncio.Future[None]") -> None:
+        left_s = None if claim.expires is None else max(0.0, claim.expires - self._now())
+        try:
+            async with asyncio.timeout(left_s):
+                # Shielded: a wait that is cancelled must still tell a place that was granted from one that was not.
+                await asyncio.shield(waiting)
+        except TimeoutError:
+            if not waiting.done():
+                raise _too_late() from None
+
+    def _tell(self, turn: Turn) -> None:
+        for claim in turn.granted:
+            self._waiting[claim].set_result(None)
+        for claim in turn.shed:
+            self._waiting[claim].set_exception(_too_late())
+
+
+def _too_late() -> ExpiredError:
+    return ExpiredError("the request's deadline passed while it waited for a place at the model")

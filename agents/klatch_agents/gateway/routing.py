@@ -1,0 +1,146 @@
+"""Which deployment a request is tried on, and what follows when it fails: the policy of routes, apart from all I/O.
+
+`choose_until_served` is a plain generator, as httpx's `auth_flow` is: it yields a `Try`, is sent the `Outcome`, and
+returns when there is nothing left to try. It touches no clock, no network and no randomness: which of several equal
+deployments is taken is a hash of the request and the try, and jitter is added by whoever carries it out
+(`router.py`).
+
+The order of preference: not cooling down; not failed for this request yet; the lower tier; one with a free place;
+then by weight. What a server's own words allow decides what follows a failure (`judge`): the same deployment again,
+after a pause; only another one; or none.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Literal
+
+from klatch_agents.gateway.continuing import Continues
+from klatch_agents.gateway.errors import MalformedError, MisconfiguredError, ModelError, RefusedError
+from klatch_schemas.events import Deployment, ModelRouted
+
+PATIENCE_S = 10.0
+"""The longest that a request waits for deployments that all cool down; if they need longer, it is refused at once."""
+BACK_OFF_S = 0.4
+"""The first pause before a deployment is tried a second time; it doubles."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is known of deployments at one moment, by name."""
+
+    cooling: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Seconds until a deployment may be called; absent: now."""
+    full: frozenset[str] = frozenset()
+    """Those whose places are all taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """Call this deployment, after at least `after` and at most `after + spread` seconds."""
+
+    deployment: Deployment
+    after: float = 0.0
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile."""
+
+    error: ModelError | None
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class NothingLeft:
+    """Nothing can be tried (any more). `retry_after`: seconds until something might."""
+
+    retry_after: float | None = None
+
+
+Policy = Generator[Try, Outcome, NothingLeft]
+Verdict = Literal["again", "elsewhere", "stop"]
+
+
+def judge(error: ModelError) -> Verdict:
+    """What may follow a failed call: the same deployment again, only another, or nothing."""
+    if error.spoke:
+        return "stop"
+    match error:
+        case RefusedError(code="content_filter"):
+            return "stop"  # a filtered prompt does not go shopping for a vendor that takes it
+        case RefusedError(status=401 | 402 | 403 | 404):
+            return "elsewhere"  # this deployment's key, bill or name
+        case MalformedError() | MisconfiguredError():
+            return "elsewhere"
+        case _:
+            return "again" if error.retriable else "stop"
+
+
+def is_servers_doing(error: ModelError) -> bool:
+    """Whether a failure tells against the deployment, and not against the request."""
+    return error.spoke or judge(error) != "stop"
+
+
+def choose_until_served(routed: ModelRouted, seed: str, view: View, *, continuing: bool = False) -> Policy:
+    """Try deployments of a route until one serves; `continuing`: only those that can continue a partial message."""
+    able = [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
+    failed, waits = dict[str, int](), dict[str, float]()
+    patience, tries = PATIENCE_S, 0
+    while tries < routed.tries:
+        # A server that said when to come back is taken at its word, whether or not it is known to others.
+        cooling = {one.name: max(view.cooling.get(one.name, 0.0), waits.get(one.name, 0.0)) for one in able}
+        chosen = _choose(able, cooling, failed, view.full, f"{seed}/{tries}")
+        if chosen is None:
+            return NothingLeft()
+        cools = cooling[chosen.name]
+        if cools > patience:
+            return NothingLeft(cools)
+        patience -= cools
+        pause = BACK_OFF_S * 2 ** (failed[chosen.name] - 1) if chosen.name in failed else 0.0
+        waits.pop(chosen.name, None)
+        outcome = yield Try(chosen, cools + pause / 2, pause / 2)
+        view = outcome.view
+        if outcome.error is None:
+            patience -= 0.1  # whatever makes it cool down again and again, this comes to an end
+            continue
+        tries += 1
+        verdict = judge(outcome.error)
+        if verdict == "stop":
+            break
+        if verdict == "elsewhere":
+            able = [one for one in able if one.name != chosen.name]
+        failed[chosen.name] = failed.get(chosen.name, 0) + 1
+        if outcome.error.retry_after is not None:
+            waits[chosen.name] = outcome.error.retry_after
+    return NothingLeft()
+
+
+def how_it_continues(deployment: Deployment) -> Continues:
+    """How a deployment goes on with an answer that broke off."""
+    if deployment.continues is None:
+        return "vllm" if deployment.kind == "vllm" else "none"
+    return deployment.continues
+
+
+def _choose(
+    able: Sequence[Deployment], cooling: Mapping[str, float], failed: Mapping[str, int], full: frozenset[str], seed: str
+) -> Deployment | None:
+    def rank(one: Deployment) -> tuple[float, int, int, bool]:
+        return cooling[one.name], failed.get(one.name, 0), one.tier, one.name in full
+
+    if not able:
+        return None
+    best = min(map(rank, able))
+    return _weighted([one for one in able if rank(one) == best], seed)
+
+
+def _weighted(equal: Sequence[Deployment], seed: str) -> Deployment:
+    total = sum(one.weight for one in equal)
+    point = int.from_bytes(sha256(seed.encode()).digest()[:8]) / 2**64 * total
+    for one in equal:
+        point -= one.weight
+        if point < 0:
+            return one
+    return equal[-1]

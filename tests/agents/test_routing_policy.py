@@ -1,0 +1,198 @@
+"""The policy of routes as a table: what was tried, what it said, and what follows. No network, no clock."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klatch_agents.gateway.errors import (
+    ConnectError,
+    ErrorBody,
+    MalformedError,
+    MisconfiguredError,
+    ModelError,
+    RefusedError,
+    StalledError,
+    TruncatedError,
+)
+from klatch_agents.gateway.routing import PATIENCE_S, NothingLeft, Outcome, Try, View, choose_until_served
+from klatch_schemas.events import Deployment, ModelRouted
+
+CALM = View()
+
+
+def route(*deployments: Deployment, tries: int = 3) -> ModelRouted:
+    return ModelRouted(alias="m", deployments=deployments, tries=tries)
+
+
+def one(name: str, **fields: Any) -> Deployment:
+    return Deployment(name=name, url=f"http://{name}/v1", **fields)
+
+
+def refused(status: int, code: str | None = None, retry_after: float | None = None) -> RefusedError:
+    return RefusedError(status, ErrorBody("no", code=code), retry_after=retry_after)
+
+
+@dataclass
+class Told:
+    """What a policy did when every try ended as told."""
+
+    tried: list[str] = field(default_factory=list[str])
+    steps: list[Try] = field(default_factory=list[Try])
+    left: NothingLeft = NothingLeft()
+
+
+def play(routed: ModelRouted, *errors: ModelError | None, view: View = CALM, seed: str = "r1", **how: Any) -> Told:
+    """Fail every try with the next of `errors`, the last one again and again."""
+    policy = choose_until_served(routed, seed, view, **how)
+    told, outcomes = Told(), iter(errors)
+    error = None
+    try:
+        step = next(policy)
+        while True:
+            told.tried.append(step.deployment.name)
+            told.steps.append(step)
+            error = next(outcomes, error)
+            step = policy.send(Outcome(error, view))
+    except StopIteration as over:
+        told.left = over.value
+    return told
+
+
+DOWN, HALF = ConnectError("down"), StalledError("silent")
+A_B = route(one("a"), one("b", tier=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [
+        (DOWN, ["a", "b", "a"]),
+        (HALF, ["a", "b", "a"]),
+        (TruncatedError("cut"), ["a", "b", "a"]),
+        (refused(500), ["a", "b", "a"]),
+        (refused(429), ["a", "b", "a"]),
+        (refused(401), ["a", "b"]),
+        (refused(404), ["a", "b"]),
+        (MalformedError("html"), ["a", "b"]),
+        (MisconfiguredError("no key"), ["a", "b"]),
+        (refused(400), ["a"]),
+        (refused(413), ["a"]),
+        (refused(400, "content_filter"), ["a"]),
+        (refused(400, "context_length_exceeded"), ["a"]),
+        (TruncatedError("cut", spoke=True), ["a"]),
+        (StalledError("silent", spoke=True), ["a"]),
+    ],
+    ids=repr,
+)
+def test_what_follows_a_failure(error: ModelError, tried: list[str]) -> None:
+    assert play(A_B, error).tried == tried
+
+
+def test_a_lone_deployment_is_tried_again_after_pauses_that_grow() -> None:
+    told = play(route(one("a")), DOWN)
+    assert told.tried == ["a", "a", "a"]
+    waits = [step.after for step in told.steps]
+    assert waits[0] == 0 < waits[1] < waits[2]
+    assert all(step.spread > 0 for step in told.steps[1:]), "so that many requests do not come back together"
+
+
+def test_a_tier_is_used_up_before_the_next() -> None:
+    told = play(route(one("a1"), one("a2"), one("b", tier=1), tries=3), DOWN)
+    assert set(told.tried[:2]) == {"a1", "a2"}
+    assert told.tried[2] == "b"
+
+
+def test_retry_after_of_a_lone_deployment_is_waited_out_and_never_cut_short() -> None:
+    told = play(route(one("a")), refused(429, retry_after=3.0))
+    assert [step.after >= 3.0 for step in told.steps] == [False, True, True]
+
+
+def test_retry_after_beyond_all_patience_ends_it_and_says_when_to_come_back() -> None:
+    told = play(route(one("a")), refused(429, retry_after=60.0))
+    assert told.tried == ["a"]
+    assert told.left.retry_after == 60.0
+
+
+def test_while_one_asks_for_a_pause_another_is_tried_at_once() -> None:
+    told = play(A_B, refused(429, retry_after=60.0), DOWN)
+    assert told.tried[:2] == ["a", "b"]
+    assert told.steps[1].after == 0
+
+
+def test_what_cools_down_is_passed_over() -> None:
+    assert play(A_B, DOWN, view=View(cooling={"a": 5.0})).tried[0] == "b"
+
+
+def test_when_all_cool_down_the_first_to_be_ready_is_waited_for() -> None:
+    step = play(A_B, DOWN, view=View(cooling={"a": 5.0, "b": 2.0})).steps[0]
+    assert (step.deployment.name, step.after) == ("b", 2.0)
+
+
+def test_when_all_cool_down_for_long_nobody_is_kept_waiting() -> None:
+    told = play(A_B, DOWN, view=View(cooling={"a": 50.0, "b": 20.0}))
+    assert told.tried == []
+    assert told.left.retry_after == 20.0
+
+
+def test_a_deployment_that_cools_down_again_and_again_is_not_waited_for_for_ever() -> None:
+    told = play(route(one("a")), None, view=View(cooling={"a": 1.0}))
+    assert 0 < len(told.tried) <= PATIENCE_S
+    assert told.left.retry_after == 1.0
+
+
+def test_one_with_a_free_place_comes_before_one_of_its_tier_that_is_full_but_not_before_a_lower_tier() -> None:
+    pair = route(one("a1"), one("a2"), one("b", tier=1))
+    assert play(pair, DOWN, view=View(full=frozenset({"a1"}))).tried[0] == "a2"
+    assert play(pair, DOWN, view=View(full=frozenset({"a1", "a2"}))).tried[0] in {"a1", "a2"}
+
+
+def test_weight_zero_takes_a_deployment_out() -> None:
+    assert play(route(one("a", weight=0), one("b", tier=3)), DOWN).tried == ["b", "b", "b"]
+    assert play(route(one("a", weight=0)), DOWN).tried == []
+
+
+def test_only_those_that_can_continue_are_asked_to() -> None:
+    mixed = route(
+        one("a"), one("b", kind="vllm"), one("c", continues="prefill"), one("d", kind="vllm", continues="none")
+    )
+    assert set(play(mixed, DOWN, continuing=True).tried) == {"b", "c"}
+
+
+def test_the_same_request_is_sent_the_same_way() -> None:
+    pair = route(one("a"), one("b"))
+    assert play(pair, DOWN, seed="r7").tried == play(pair, DOWN, seed="r7").tried
+
+
+def test_requests_spread_by_weight() -> None:
+    pair = route(one("a", weight=3), one("b", weight=1))
+    first = Counter(play(pair, DOWN, seed=f"r{number}").tried[0] for number in range(2_000))
+    assert 0.70 < first["a"] / 2_000 < 0.80
+
+
+failures = st.sampled_from([DOWN, HALF, refused(429, retry_after=2.0), refused(500), refused(404), refused(400), None])
+deployments = st.builds(
+    Deployment,
+    name=st.sampled_from("abcd"),
+    tier=st.integers(0, 2),
+    weight=st.sampled_from([0.0, 1.0, 5.0]),
+)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(deployments, max_size=4, unique_by=lambda deployment: deployment.name),
+    st.lists(failures, max_size=30),
+    st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 3.0, 30.0])),
+    st.integers(1, 6),
+)
+def test_it_always_ends_and_never_costs_more_calls_than_the_route_allows(
+    held: list[Deployment], errors: list[ModelError | None], cooling: dict[str, float], tries: int
+) -> None:
+    told = play(route(*held, tries=tries), *errors, view=View(cooling=cooling))
+    made = sum(1 for error in [*errors, *[errors[-1]] * 100][: len(told.tried)] if error) if errors else 0
+    assert made <= tries
+    assert sum(cooling.get(step.deployment.name, 0.0) for step in told.steps) <= PATIENCE_S
+    assert all(step.after >= cooling.get(step.deployment.name, 0.0) for step in told.steps)
