@@ -5,9 +5,10 @@ weight: its tag. The lowest tag is served next, and virtual time follows what is
 share them by weight, whoever floods waits behind his own requests, and nothing is kept free that somebody wants. A
 tenant that was quiet may catch up by `burst` calls, and no more.
 
-Classes 0 to 9 (0 is first) are a head start: a class counts as the time of one call against the next. A tenant
-borrows it from its own later share, so that urgency reorders and takes nothing from others for good. A waiting
-request rises by one class every `age_s` seconds, so that none starves.
+Classes 0 to 9 (0 is first) order the requests of one tenant; a request that waits rises by one class every `age_s`
+seconds, so that none starves. Between tenants a class is a head start, the time of one call against the next class:
+a tenant borrows it from its own later share, so that urgency reorders and takes nothing from others for good. Age
+counts for nothing there: who floods has the oldest requests.
 
 Formulas: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996; the head start is the warp of Duda, Cheriton,
 "Borrowed-virtual-time scheduling", SOSP 1999. Knows no clock: the time, in seconds, is given with each call.
@@ -15,12 +16,10 @@ Formulas: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996; the head s
 
 import heapq
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
 LEAST_WEIGHT = 1e-3
-LAST_CLASS = 9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +121,7 @@ class FairQueue:
     def _next(self, now: float) -> Turn:
         granted, shed = list[Claim](), list[Claim]()
         while self._backlogged and not self.full:
-            name = min(self._backlogged, key=self._score(now))
+            name = min(self._backlogged, key=self._score)
             tenant = self._tenants[name]
             _, _, claim = heapq.heappop(tenant.waiting)
             self._waiting.discard(claim)
@@ -134,14 +133,10 @@ class FairQueue:
                 granted.append(claim)
         return Turn(tuple(granted), tuple(shed))
 
-    def _score(self, now: float) -> Callable[[str], tuple[float, int]]:
-        def score(name: str) -> tuple[float, int]:
-            tenant = self._tenants[name]
-            rank, number, _ = tenant.waiting[0]
-            risen = min(max(rank - now / self._terms.age_s, 0.0), float(LAST_CLASS))
-            return tenant.tag + risen * self._usual_s, number
-
-        return score
+    def _score(self, name: str) -> tuple[float, int]:
+        tenant = self._tenants[name]
+        _, number, head = tenant.waiting[0]
+        return tenant.tag + head.priority * self._usual_s, number
 
     def _grant(self, tenant: _Tenant, claim: Claim, now: float) -> None:
         start = tenant.tag

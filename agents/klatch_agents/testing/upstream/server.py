@@ -105,13 +105,10 @@ class Upstream:
 
     def _receive(self, connection: Connection, request: Request, path: str) -> None:
         try:
-            body = json.loads(request.body)
+            body: Json = json.loads(request.body)
             if deployment := _AZURE.fullmatch(path):
-                body = {
-                    **body,
-                    "model": unquote(deployment["name"]),
-                    "x-fake": {"azure": True, **body.get("x-fake", {})},
-                }
+                scripted = cast("Json", body.get("x-fake", {}))
+                body = {**body, "model": unquote(deployment["name"]), "x-fake": {"azure": True, **scripted}}
             model, script = script_of(body)
         except (ValueError, AttributeError) as error:
             refuse(connection, 400, f"cannot read this request: {error}", "bad_request")
