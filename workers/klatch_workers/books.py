@@ -6,7 +6,7 @@ a second.
 
 from collections.abc import Iterator, Mapping
 
-from klatch_schemas.events import PromptPublished, TenantConfigured
+from klatch_schemas.events import ModelRouted, Prices, PromptPublished, TenantConfigured
 from klatch_schemas.ids import Tenant
 from klatch_streams.ledger import Ledger
 
@@ -40,6 +40,26 @@ class PromptBook:
         for prompt in self._ledger.values():
             if prompt.name == name and (prompt.tenant or EVERYBODY) == owner:
                 yield prompt
+
+
+class RouteBook:
+    """The routes of model names, of the ledger."""
+
+    def __init__(self, ledger: Ledger[ModelRouted]) -> None:
+        self._ledger = ledger
+
+    def find(self, alias: str) -> ModelRouted | None:
+        """The route of a model name."""
+        return self._ledger.get(alias)
+
+    def aliases(self) -> list[str]:
+        """The model names that have routes."""
+        return [route.alias for route in self._ledger.values()]
+
+    def prices(self, alias: str, deployment: str) -> Prices | None:
+        """What a deployment of a route costs, where it is known."""
+        route = self._ledger.get(alias)
+        return next((one.prices for one in route.deployments if one.name == deployment), None) if route else None
 
 
 class KeyBook(Mapping[str, Tenant]):

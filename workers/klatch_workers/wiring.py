@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from klatch_schemas.events import Event
-from klatch_schemas.topics import PROMPTS, TENANTS, Namespace, Topic
+from klatch_schemas.topics import MODELS, PROMPTS, TENANTS, Namespace, Topic
 from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log
 from klatch_streams.owner import Stage
@@ -76,8 +76,7 @@ async def run_screening(begin: Begin, stop: asyncio.Event, ready: Ready) -> None
 
 async def run_generation(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Answers admitted requests."""
-    from klatch_agents.gateway.openai_compatible import OpenAICompatible
-    from klatch_schemas.events import PromptPublished
+    from klatch_schemas.events import ModelRouted, PromptPublished
     from klatch_workers.books import PromptBook
     from klatch_workers.generation.prepare import Preparer
     from klatch_workers.generation.stage import GenerationStage
@@ -87,13 +86,14 @@ async def run_generation(begin: Begin, stop: asyncio.Event, ready: Ready) -> Non
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
         prompts = await open_parts.enter_async_context(await _ledger(kafka, PROMPTS, settings, PromptPublished))
-        gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
+        routes = await open_parts.enter_async_context(await _ledger(kafka, MODELS, settings, ModelRouted))
+        gateway = await open_parts.enter_async_context(_router(settings, routes))
         recaller = await open_parts.enter_async_context(_memory_client(settings))
-        preparer = Preparer(PromptBook(prompts), recaller, settings.model)
+        preparer = Preparer(PromptBook(prompts), recaller)
         stage = await open_parts.enter_async_context(
             _closing(GenerationStage(kafka, namespace, gateway, preparer, max_in_flight=settings.max_in_flight))
         )
-        await _run(stage, kafka, settings, stop, ready, prompts.failed(), stage.follower.failure())
+        await _run(stage, kafka, settings, stop, ready, prompts.failed(), routes.failed(), stage.follower.failure())
 
 
 async def run_memory(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
@@ -129,12 +129,11 @@ async def run_views(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
 
 async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """The OpenAI-compatible door."""
-    from klatch_agents.gateway.openai_compatible import OpenAICompatible
-    from klatch_schemas.events import TenantConfigured
-    from klatch_workers.books import KeyBook
+    from klatch_schemas.events import ModelRouted, TenantConfigured
+    from klatch_workers.books import KeyBook, RouteBook
     from klatch_workers.http.app import serve
     from klatch_workers.http.door import Door
-    from klatch_workers.http.other import TextEmbeddings
+    from klatch_workers.http.other import RoutedEmbeddings, TextEmbeddings
 
     settings = await begin()
     host, port = host_port(settings.http)
@@ -142,13 +141,15 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
         tenants = await open_parts.enter_async_context(await _ledger(kafka, TENANTS, settings, TenantConfigured))
-        gateway = await open_parts.enter_async_context(OpenAICompatible(_endpoint(settings)))
+        routes = await open_parts.enter_async_context(await _ledger(kafka, MODELS, settings, ModelRouted))
+        gateway = await open_parts.enter_async_context(_router(settings, routes))
         memory = await open_parts.enter_async_context(_memory_client(settings))
+        own = TextEmbeddings(settings.embedder, memory.embed) if memory else None
         door = Door(
             log=kafka,
             keys=KeyBook(tenants),
             namespace=namespace,
-            embeddings=TextEmbeddings(settings.embedder, memory.embed) if memory else None,
+            embeddings=RoutedEmbeddings(RouteBook(routes), gateway, own),
             models=gateway,
         )
         serving = serve(
@@ -159,7 +160,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
             drain_s=settings.drain_s,
             ready=lambda bound: ready({"url": f"http://{host}:{bound}"}),
         )
-        await _first_of(serving, tenants.failed())
+        await _first_of(serving, tenants.failed(), routes.failed())
 
 
 STAGES: Final[dict[str, Callable[[Begin, asyncio.Event, Ready], Awaitable[None]]]] = {
@@ -258,15 +259,23 @@ async def _memory_client(settings: Settings) -> AsyncGenerator[Any, None]:
         await client.close()
 
 
-def _endpoint(settings: Settings) -> Any:
-    from klatch_agents.gateway.openai_compatible import Endpoint
+def _router(settings: Settings, routes: Ledger[Any]) -> Any:
+    from klatch_agents.gateway.errors import MisconfiguredError
+    from klatch_agents.gateway.router import Router
+    from klatch_workers.books import RouteBook
+    from klatch_workers.model_servers import ModelServers
 
-    if settings.model_url is None:
+    try:
+        servers = ModelServers(settings)
+    except MisconfiguredError as error:
+        raise WrongSetup(str(error)) from error
+    default = servers.default_route()
+    if default is None and not routes.values():
         raise MissingSetting(
-            "no model server is set: give --model-url or KLATCH_MODEL_URL, such as http://host:8000/v1"
+            "no model server is set: give --model-url or KLATCH_MODEL_URL, such as http://host:8000/v1, "
+            "or route models to servers with `klatch models`"
         )
-    key = settings.model_key.get_secret_value() if settings.model_key else ""
-    return Endpoint(settings.model_url, key, settings.model, continues=settings.model_continues)
+    return Router(RouteBook(routes), servers.open, default)
 
 
 def _internal_key(settings: Settings) -> str:

@@ -5,13 +5,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.gateway.router import Router
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
@@ -19,6 +19,7 @@ from klatch_schemas.events import (
     ChatAdmitted,
     ChatRequested,
     Event,
+    ModelRouted,
     PromptPublished,
     Reservation,
     TrustVerdict,
@@ -31,16 +32,21 @@ from klatch_schemas.topics import (
     CHAT_REQUESTS,
     CHAT_STREAM,
     CHAT_TURNS,
+    MODELS,
     TOPICS,
     TRUST_VERDICTS,
     Namespace,
     Topic,
 )
+from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log
 from klatch_streams.memory_log import MemoryLog
 from klatch_streams.runner import Runner, RunnerSettings
+from klatch_workers.books import RouteBook
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.stage import GenerationStage
+from klatch_workers.model_servers import ModelServers
+from klatch_workers.settings import Settings
 
 NAMESPACE = Namespace()
 
@@ -154,16 +160,22 @@ class Generation:
 
 
 class Worker:
-    """Generation in one process."""
+    """Generation in one process, wired as `wiring.py` does it; models without a route go to the upstream."""
 
     def __init__(self, generation: Generation, settings: RunnerSettings) -> None:
         self._generation = generation
-        self._gateway = OpenAICompatible(Endpoint(generation.upstream.url))
-        self.stage = GenerationStage(generation.log, NAMESPACE, self._gateway, Preparer(prompts=generation.book))
-        self.runner = Runner(generation.log, self.stage, "klatch.generation", settings)
+        self._settings = settings
+        self._parts = AsyncExitStack()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        log, settings = self._generation.log, Settings(model_url=self._generation.upstream.url)
+        opened = await Ledger[ModelRouted].open(log, MODELS, NAMESPACE, ModelRouted)
+        routes, servers = await self._parts.enter_async_context(opened), ModelServers(settings)
+        router = Router(RouteBook(routes), servers.open, servers.default_route())
+        gateway = await self._parts.enter_async_context(router)
+        self.stage = GenerationStage(log, NAMESPACE, gateway, Preparer(prompts=self._generation.book))
+        self.runner = Runner(log, self.stage, "klatch.generation", self._settings)
         self._task = asyncio.create_task(self.runner.run())
         ready = asyncio.create_task(self.runner.ready.wait())
         await asyncio.wait({self._task, ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -179,7 +191,7 @@ class Worker:
             if not self._task.cancelled():
                 self._task.result()
         await self.stage.close()
-        await self._gateway.close()
+        await self._parts.aclose()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "tail": ("klatch_workers.cli.tail", "Follow streams while they are made."),
     "cancel": ("klatch_workers.cli.cancel", "Cancel a request."),
     "prompts": ("klatch_workers.cli.prompts", "Publish and list prompts."),
+    "models": ("klatch_workers.cli.models", "Route model names to deployments, and try them."),
     "tenants": ("klatch_workers.cli.tenants", "Write tenants, their keys and limits, and list them."),
     "topics": ("klatch_workers.cli.topics", "Create, describe and check klatch's topics."),
     "worker": ("klatch_workers.cli.worker", "Run one stage, or all, on a Kafka that exists."),

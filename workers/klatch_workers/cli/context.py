@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
 import click
+from pydantic import SecretStr
 
 from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import Namespace
@@ -102,6 +103,13 @@ class Context:
         """What to say at the door, if anybody said."""
         given = self.settings.api_key
         return given.get_secret_value() if given else self.run.get("api_key")
+
+    @property
+    def model_settings(self) -> Settings:
+        """The settings, with the model server of a running `klatch up` where none is set."""
+        url, key = self._chosen("model_url", "model_url"), self._chosen("model_key", "model_key")
+        secret = SecretStr(key) if isinstance(key, str) else key
+        return self.settings.model_copy(update={"model_url": url, "model_key": secret})
 
     def door(self) -> DoorAddress:
         """The door with its key. Raises CommandFailed when there is no key."""

@@ -4,13 +4,15 @@ import asyncio
 import base64
 import struct
 from collections.abc import Mapping
+from typing import Protocol
 
 from klatch_schemas import codec
 from klatch_schemas.errors import InvalidRequest, NotFound, Unavailable
+from klatch_schemas.events import ModelRouted
 from klatch_schemas.records import Partition
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import Call
-from klatch_workers.http.door import TextEmbedder
+from klatch_workers.http.door import Embeddings, TextEmbedder
 from klatch_workers.http.envelope import read_json
 from klatch_workers.http.runtime import Runtime
 
@@ -69,6 +71,31 @@ class TextEmbeddings:
         ]
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         return codec.dumps({"object": "list", "model": self._model, "data": data, "usage": usage})
+
+
+class Routes(Protocol):
+    """The routes of model names."""
+
+    def find(self, alias: str) -> ModelRouted | None:
+        """The route of a model name."""
+        ...
+
+
+class RoutedEmbeddings:
+    """`Embeddings` of the model that a request names, if it has a route; else of klatch's own, whatever it names."""
+
+    def __init__(self, routes: Routes, routed: Embeddings, own: Embeddings | None) -> None:
+        self._routes = routes
+        self._routed = routed
+        self._own = own
+
+    async def embed(self, body: Mapping[str, object]) -> bytes:
+        """See `Embeddings.embed`. Raises NotFound."""
+        if self._routes.find(str(body.get("model") or "")):
+            return await self._routed.embed(body)
+        if self._own is None:
+            raise NotFound("no route names this model, and this klatch has no embedding model of its own")
+        return await self._own.embed(body)
 
 
 def _texts(said: object) -> list[str]:

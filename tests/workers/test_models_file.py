@@ -1,0 +1,95 @@
+"""Routes from a file: what is written once is used by many, and what is wrong is named."""
+
+from pathlib import Path
+
+import pytest
+
+from klatch_schemas.events import ModelRouted
+from klatch_schemas.topics import MODELS, Namespace
+from klatch_streams.ledger import Ledger
+from klatch_streams.memory_log import MemoryLog
+from klatch_workers.models_file import ModelsFileError, read_models, write_models
+
+GOOD = """
+[deployments.east]
+kind = "azure"
+url = "https://east.openai.azure.com"
+model = "gpt-4o-eu"
+key = "east"
+concurrency = 32
+prices = { prompt = 2.5, cached = 1.25, completion = 10 }
+
+[deployments.own]
+kind = "vllm"
+url = "http://10.0.0.7:8000/v1"
+
+[deployments.here]
+kind = "local"
+
+[routes."gpt-4o"]
+to = ["east", { deployment = "own", tier = 1, weight = 3 }, { deployment = "here", tier = 2 }]
+tries = 4
+timeouts = { first_token_s = 60 }
+
+[routes.small]
+to = ["own"]
+"""
+
+
+def written(folder: Path, text: str, name: str = "models.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_deployment_is_written_once_and_used_by_any_route(tmp_path: Path) -> None:
+    big, small = read_models(written(tmp_path, GOOD), by="ops")
+    assert (big.alias, big.tries, big.timeouts.first_token_s, big.timeouts.connect_s) == ("gpt-4o", 4, 60, 10)
+    assert [(one.name, one.tier, one.weight) for one in big.deployments] == [
+        ("east", 0, 1),
+        ("own", 1, 3),
+        ("here", 2, 1),
+    ]
+    assert big.deployments[0].prices is not None
+    assert big.deployments[0].prices.completion == 10
+    assert [(one.name, one.tier, one.weight) for one in small.deployments] == [("own", 0, 1)]
+    assert small.by == "ops"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (('to = ["own"]', 'to = ["owm"]'), "route small: there is no .deployments.owm."),
+        (('to = ["own"]', 'to = ["own", "own"]'), "route small names a deployment twice"),
+        (('to = ["own"]', "to = []"), "to"),
+        (("http://10.0.0.7:8000/v1", "10.0.0.7:8000"), "deployment own: a model server's URL looks like"),
+        (("http://10.0.0.7", "http://user:secret@10.0.0.7"), "deployment own: give the model server's key as"),
+        (
+            ("east.openai.azure.com", "east.openai.azure.com/openai"),
+            "deployment east: of Azure give the resource alone",
+        ),
+        (('kind = "local"', 'kind = "local"\nurl = "http://x/v1"'), "deployment here: `local` is the worker's own"),
+        (('kind = "vllm"', 'kind = "vlm"'), "deployment own: kind"),
+        (("concurrency = 32", "concurency = 32"), "deployment east: concurency"),
+        (("tries = 4", "tries = 0"), "tries"),
+        (("[routes.small]", "[routes.small"), "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, change: tuple[str, str], says: str) -> None:
+    path = written(tmp_path, GOOD.replace(*change))
+    with pytest.raises(ModelsFileError, match=says) as refused:
+        read_models(path)
+    assert str(path) in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+async def test_what_is_written_stands_and_only_what_differs_is_written(tmp_path: Path) -> None:
+    log, namespace = MemoryLog({MODELS.name: 1}), Namespace()
+    routes = read_models(written(tmp_path, GOOD))
+    assert await write_models(log, namespace, routes) == (["gpt-4o", "small"], [])
+    assert await write_models(log, namespace, routes) == ([], [])
+    assert await write_models(log, namespace, routes[1:]) == ([], []), "what a file leaves out stays"
+    assert await write_models(log, namespace, routes[1:], prune=True) == ([], ["gpt-4o"])
+    async with await Ledger[ModelRouted].open(log, MODELS, namespace, ModelRouted) as ledger:
+        assert list(ledger.values()) == routes[1:]
+    await log.close()

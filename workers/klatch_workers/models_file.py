@@ -1,0 +1,139 @@
+"""Routes of model names, from a file into the `models` ledger. The file is the source; keep it in git.
+
+It is TOML, or JSON of the same shape. A deployment is written once and used by any route; no secret stands in it,
+`key` names one of the keys file (`model_keys.py`):
+
+[deployments.azure-east]
+kind = "azure"                            # openai, azure, vllm, openai-compatible (default), local
+url = "https://east.openai.azure.com"
+model = "gpt-4o-eu"                       # what the server calls it
+key = "azure-east"
+concurrency = 32                          # calls at once, per generation process
+prices = { prompt = 2.5, cached = 1.25, completion = 10 }    # US dollars a million tokens
+
+[routes.gpt-4o]
+to = ["azure-east", { deployment = "azure-west", weight = 3 }, { deployment = "own", tier = 1 }]
+tries = 3
+timeouts = { connect_s = 5, first_token_s = 60, idle_s = 30 }
+breaker = { failures = 5, cool_down_s = 10 }
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from klatch_agents.gateway.openai_compatible import Endpoint
+from klatch_schemas.codec import explain
+from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted, RouteTimeouts
+from klatch_schemas.ids import LabelField, NameField
+from klatch_schemas.topics import MODELS, Namespace
+from klatch_streams.ledger import Ledger, publish
+from klatch_streams.log import Log
+
+
+class ModelsFileError(ValueError):
+    """The models file cannot be used; names file, field and fix."""
+
+
+class _To(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    deployment: NameField
+    weight: float | None = None
+    tier: int | None = None
+
+    def of(self, deployment: Deployment) -> Deployment:
+        given = {"weight": self.weight, "tier": self.tier}
+        said = {name: value for name, value in given.items() if value is not None}
+        return Deployment.model_validate({**deployment.model_dump(), **said})
+
+
+class _Route(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    to: Annotated[list[NameField | _To], Field(min_length=1)]
+    tries: Annotated[int, Field(ge=1, le=20)] = 3
+    timeouts: RouteTimeouts = RouteTimeouts()
+    breaker: CircuitBreaker = CircuitBreaker()
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    deployments: dict[NameField, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
+    routes: dict[LabelField, _Route]
+
+
+def read_models(path: Path, by: str = "") -> list[ModelRouted]:
+    """The routes that a file names. Raises ModelsFileError."""
+    try:
+        raw = path.read_text()
+        document = json.loads(raw) if path.suffix == ".json" else tomllib.loads(raw)
+        file = _File.model_validate(document)
+        deployments = {name: checked({**fields, "name": name}) for name, fields in file.deployments.items()}
+        return [_routed(alias, route, deployments, by) for alias, route in file.routes.items()]
+    except OSError as error:
+        raise ModelsFileError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ModelsFileError(f"{path}: {explain(error)}") from error
+    except ModelsFileError as error:
+        raise ModelsFileError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ModelsFileError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+
+
+def checked(fields: dict[str, Any]) -> Deployment:
+    """A deployment that a worker will be able to open. Raises ModelsFileError, naming it."""
+    name = fields.get("name")
+    try:
+        deployment = Deployment.model_validate(fields)
+        if deployment.kind == "local":
+            if deployment.url or deployment.key:
+                raise ModelsFileError(f"deployment {name}: `local` is the worker's own server: leave url and key out")
+            return deployment
+        Endpoint(deployment.url)
+    except ValidationError as error:
+        raise ModelsFileError(f"deployment {name}: {explain(error)}") from error
+    except ModelsFileError:
+        raise
+    except ValueError as error:
+        raise ModelsFileError(f"deployment {name}: {error}") from error
+    if deployment.kind == "azure" and deployment.url.rstrip("/").endswith(("/v1", "/openai")):
+        raise ModelsFileError(f"deployment {name}: of Azure give the resource alone, https://NAME.openai.azure.com")
+    return deployment
+
+
+async def write_models(
+    log: Log, namespace: Namespace, routes: Sequence[ModelRouted], *, prune: bool = False
+) -> tuple[list[str], list[str]]:
+    """Put routes into the ledger; returns the aliases that changed, and those that went (with `prune`, all others)."""
+    named = {route.alias for route in routes}
+    async with await Ledger[ModelRouted].open(log, MODELS, namespace, ModelRouted) as ledger:
+        changed = [route for route in routes if ledger.get(route.alias) != route]
+        gone = sorted({route.alias for route in ledger.values()} - named) if prune else []
+    for route in changed:
+        await publish(log, MODELS, route.alias, route, namespace)
+    for alias in gone:
+        await publish(log, MODELS, alias, None, namespace)
+    return [route.alias for route in changed], gone
+
+
+def _routed(alias: str, route: _Route, deployments: dict[str, Deployment], by: str) -> ModelRouted:
+    to = [_To(deployment=one) if isinstance(one, str) else one for one in route.to]
+    for one in to:
+        if one.deployment not in deployments:
+            raise ModelsFileError(f"route {alias}: there is no [deployments.{one.deployment}]")
+    if len({one.deployment for one in to}) < len(to):
+        raise ModelsFileError(f"route {alias} names a deployment twice: give it one weight")
+    return ModelRouted(
+        alias=alias,
+        deployments=tuple(one.of(deployments[one.deployment]) for one in to),
+        timeouts=route.timeouts,
+        tries=route.tries,
+        breaker=route.breaker,
+        by=by,
+    )
