@@ -58,6 +58,8 @@ def torture(  # noqa: PLR0913 - a command has the parameters that it has
     configure_logs("error")
     # Its own connections meet every fault, too: what they come to is counted in the report.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    # Of the model server, whose callers are killed while it writes.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     try:
         given = from_json(schedule_file.read_text()) if schedule_file else None
     except ValueError as error:

@@ -14,6 +14,7 @@ from typing import Final
 import aiohttp
 
 from klatch_schemas import codec
+from klatch_schemas.client import Client
 from klatch_schemas.events import ChatRequested, MemoryPolicy, StreamCancel
 from klatch_schemas.ids import RequestId, Tenant
 from klatch_schemas.records import Draft
@@ -23,6 +24,7 @@ from klatch_workers.torture.door import HttpReader, body_of
 from klatch_workers.torture.evidence import Asked, Observation
 from klatch_workers.torture.live import LiveLog
 from klatch_workers.torture.load import ONCE_OPENED, Talk, Trouble
+from klatch_workers.torture.python_client import ClientReader
 
 PATIENCE_S: Final = 240.0
 """How long a client waits for the end of one reply before it gives up; then the reply counts as lost."""
@@ -41,9 +43,12 @@ class Load:
     namespace: Namespace
     door: str
     keys: Mapping[Tenant, str]
+    clients: Mapping[Tenant, Client]
+    patience_s: float = PATIENCE_S
     asked: dict[RequestId, Asked] = field(default_factory=dict[RequestId, Asked])
     acknowledged: set[RequestId] = field(default_factory=set[RequestId])
-    http: list[Observation] = field(default_factory=list[Observation])
+    seen: list[Observation] = field(default_factory=list[Observation])
+    """By readers over HTTP, and by the Python client."""
     troubles: Counter[str] = field(default_factory=Counter[str])
     """What made clients try again."""
 
@@ -72,19 +77,37 @@ class Load:
                 acknowledged, over = asyncio.Event(), asyncio.Event()
                 ask = self._over_http if talk.edge == "http" else self._over_kafka
                 turns.create_task(self._patiently(ask(asked, acknowledged), acknowledged, over))
+                if turn.by_client:
+                    turns.create_task(self._by_client(asked, over))
                 await (over if turn.waits else acknowledged).wait()
 
     async def _patiently(
         self, asking: Coroutine[None, None, None], acknowledged: asyncio.Event, over: asyncio.Event
     ) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self.patience_s):
                 await asking
         except TimeoutError:
             self.troubles["gave up"] += 1
         finally:
             acknowledged.set()
             over.set()
+
+    async def _by_client(self, asked: Asked, over: asyncio.Event) -> None:
+        """Read it by the Python client too, as long as there is something to read."""
+        request = asked.turn.request
+        place = self.live.place(asked.tenant, request, asked.conversation)
+        reader = ClientReader(self.clients[asked.tenant], place, list(asked.turn.leaves_after), self.troubles)
+        reading, ending = asyncio.create_task(reader.read()), asyncio.create_task(over.wait())
+        try:
+            await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if request in self.accepted:
+                await asyncio.wait({reading}, timeout=self.patience_s)
+        finally:
+            reading.cancel()
+            ending.cancel()
+            await asyncio.wait({reading, ending})
+            self.seen.append(reader.observation())
 
     # --- over Kafka
 
@@ -138,7 +161,7 @@ class Load:
                 await live.until(lambda: live.over)
         finally:
             noting.cancel()
-            self.http.append(reader.observation())
+            self.seen.append(reader.observation())
 
     async def _note(self, reader: HttpReader, acknowledged: asyncio.Event) -> None:
         await reader.acknowledged.wait()
@@ -149,7 +172,7 @@ class Load:
         await first.shown(1)
         again = self.reader(asked, "second http")
         await again.read()
-        self.http.append(again.observation())
+        self.seen.append(again.observation())
 
     async def _cancel_over_http(self, reader: HttpReader) -> None:
         trouble = reader.asked.turn.trouble

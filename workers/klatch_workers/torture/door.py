@@ -16,21 +16,12 @@ import aiohttp
 
 from klatch_schemas import codec
 from klatch_workers.torture.evidence import Asked, Observation
-from klatch_workers.torture.told import content_of
+from klatch_workers.torture.told import ENDS, content_of
 
 _AGAIN_S: Final = 0.3
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=25.0)
 """A keep-alive comes every 15 s."""
 _DONE: Final = b"[DONE]"
-_ENDS: Final = {
-    "cancelled": "cancelled",
-    "deadline_exceeded": "expired",
-    "model_error": "failed",
-    "content_filter": "blocked",
-    "rate_limit_exceeded": "rejected",
-    "stream_broken": "broken",
-}
-"""Codes of errors that are the end of a stream. After any other one asks again."""
 
 
 class Left(Exception):
@@ -156,12 +147,13 @@ class HttpReader:
         if code == "superseded":
             self._voided.append("".join(map(content_of, self._shown)))
             self._shown, self._last_id, self.chunks = [], None, 0
-        elif code in _ENDS:
+        elif code in ENDS:
             if code != "cancelled":
                 # A cancel may be there before its request: then the door answers, and has nothing to accept.
                 self.acknowledged.set()
-            self._outcomes.append(_ENDS[code])
+            self._outcomes.append(ENDS[code])
         else:
+            # After any other error one asks again.
             self.troubles[code] += 1
         self._news.set()
 

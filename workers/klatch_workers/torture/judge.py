@@ -57,6 +57,7 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
     return {
         "faults": len(evidence.struck),
         "readers": len(evidence.observations),
+        **{f"readers: {name}": number for name, number in Counter(one.reader for one in evidence.observations).items()},
         "voided": sum(len(one.voided) for one in evidence.observations),
         "model_calls": len(evidence.calls),
         "published_twice": sum(len(case.published) > 1 for case in cases.values()),

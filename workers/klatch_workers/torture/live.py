@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing
+from klatch_schemas.client import Stream
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import StreamBroken, Superseded
 from klatch_schemas.events import ChatRequested, StreamEnd, UsageSettled
-from klatch_schemas.ids import RequestId
-from klatch_schemas.records import Partition, Record
+from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 from klatch_streams.log import Log, LogError
 from klatch_workers.torture.evidence import Observation
@@ -121,13 +122,21 @@ class LiveLog:
         self._stream, self._requests = namespace.of(CHAT_STREAM), namespace.of(CHAT_REQUESTS)
         self._readers = dict[str, LiveReader]()
         self._positions = dict[Partition, int]()
+        self._streams = 0
 
     def reader(self, request: RequestId) -> LiveReader:
         """The reader of a request's stream, there from now on."""
         return self._readers.setdefault(request, LiveReader(request))
 
+    def place(self, tenant: Tenant, request: RequestId, conversation: Conversation) -> Stream:
+        """Where the stream of a request stands that nobody has asked yet."""
+        number = partition_of(conversation.encode(), self._streams)
+        start = self._positions[Partition(self._stream, number)]
+        return Stream(tenant, request, conversation, number, start)
+
     async def locate(self) -> None:
         """Take the place from which all is read. Raises LogError."""
+        self._streams = await self._log.partitions(self._stream)
         for topic in (self._stream, self._requests):
             for number in range(await self._log.partitions(topic)):
                 partition = Partition(topic, number)

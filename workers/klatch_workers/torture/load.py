@@ -62,7 +62,9 @@ class Turn:
     twice: bool = False
     """Whether the producer sends it again, as after a doubtful failure."""
     leaves_after: tuple[int, ...] = ()
-    """After how many chunks its reader goes away, to come back and resume."""
+    """After how many chunks its readers go away, to come back and resume."""
+    by_client: bool = False
+    """Whether klatch's Python client reads it too."""
     waits: bool = True
     """Whether it is asked only when the turn before it has ended."""
 
@@ -122,7 +124,8 @@ def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, 
         rate=rate,
         trouble=_trouble(chance, edge, tokens),
         twice=chance.random() < 0.1,
-        leaves_after=tuple(sorted(_leaving(chance, tokens))) if edge == "http" else (),
+        leaves_after=tuple(sorted(_leaving(chance, tokens))),
+        by_client=chance.random() < 0.08,
         waits=chance.random() < 0.6,
     )
 

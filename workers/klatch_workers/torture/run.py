@@ -7,7 +7,7 @@ record of its calls; nothing that a stage said about itself.
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -15,12 +15,13 @@ from typing import Final
 import aiohttp
 
 from klatch_agents.testing.upstream import Call
+from klatch_schemas.client import Client
 from klatch_schemas.ids import RequestId
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_streams.log import Log
-from klatch_workers.torture.asking import Load
+from klatch_workers.torture.asking import PATIENCE_S, Load
 from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.live import LiveLog
@@ -32,8 +33,6 @@ from klatch_workers.torture.schedule import Fault
 from klatch_workers.torture.strike import Striker
 from klatch_workers.torture.system import Klatch, System
 
-_QUIET_S: Final = 240.0
-"""How long everything may take to come to rest after the last client has ended."""
 _LATE_READERS: Final = 100
 _PROGRESS_S: Final = 5.0
 
@@ -50,12 +49,14 @@ class Orders:
     static: bool = False
     """Whether workers are static members of their groups."""
     system: System = Klatch()
+    patience_s: float = PATIENCE_S
+    """How long a client waits for the end of one reply, and everything may take to come to rest."""
 
 
 async def torture(folder: Path, orders: Orders, say: Say) -> Report:
     """Run it. Raises what a part raises that does not start."""
     started = rig(folder, orders.nodes, say, system=orders.system, static=orders.static)
-    async with started as tortured, _load(tortured) as load:
+    async with started as tortured, _load(tortured, orders.patience_s) as load:
         striker = Striker(tortured, load.log, say)
         talks = plan(orders.seed, orders.minutes, orders.requests_per_second)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
@@ -75,14 +76,28 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
 
 
 @asynccontextmanager
-async def _load(tortured: Rig) -> AsyncGenerator[Load, None]:
+async def _load(tortured: Rig, patience_s: float) -> AsyncGenerator[Load, None]:
     log = await KafkaLog.open(KafkaOptions(tortured.cluster.bootstrap))
     live = LiveLog(log, tortured.namespace)
     await live.locate()
     following = asyncio.create_task(live.follow())
     try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            yield Load(log, live, session, tortured.namespace, tortured.door, tortured.keys)
+        async with AsyncExitStack() as opened:
+            session = await opened.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+            clients = {
+                tenant: await opened.enter_async_context(Client(tortured.cluster.bootstrap, tenant=tenant))
+                for tenant in tortured.keys
+            }
+            yield Load(
+                log,
+                live,
+                session,
+                tortured.namespace,
+                tortured.door,
+                tortured.keys,
+                clients,
+                patience_s,
+            )
     finally:
         following.cancel()
         await asyncio.wait([following])
@@ -99,7 +114,7 @@ async def _rest(load: Load, say: Say) -> None:
     """Until every accepted request has its end and its bill; what has none by then is the judge's."""
     say(f"waiting for {load.waiting} requests to be concluded")
     try:
-        async with asyncio.timeout(_QUIET_S):
+        async with asyncio.timeout(load.patience_s):
             for request in load.accepted:
                 reader = load.live.reader(request)
                 await reader.until(lambda reader=reader: reader.concluded)  # type: ignore[misc]
@@ -112,7 +127,7 @@ async def _late_readers(load: Load, seed: int) -> list[Observation]:
     chosen = random.Random(f"late {seed}").sample(load.accepted, min(_LATE_READERS, len(load.accepted)))  # noqa: S311
     readers = [load.reader(load.asked[request], "late http", resumes_only=True) for request in chosen]
     try:
-        async with asyncio.timeout(_QUIET_S), asyncio.TaskGroup() as reading:
+        async with asyncio.timeout(load.patience_s), asyncio.TaskGroup() as reading:
             for reader in readers:
                 reading.create_task(reader.read())
     except TimeoutError:
@@ -133,7 +148,7 @@ async def _evidence(load: Load, tortured: Rig, struck: Sequence[Struck], late: S
         stream=entries(stream),
         turns=entries(turns),
         dead=[f"{record.partition.topic}/{record.partition.number}/{record.offset}" for record in dead],
-        observations=[*live, *load.http, *late],
+        observations=[*live, *load.seen, *late],
         calls=[_call(call) for call in tortured.upstream.calls],
         struck=struck,
     )

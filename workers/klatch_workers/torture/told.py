@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly, Ended, Opened, ReplyReader, Spoke, Standing
@@ -17,6 +18,15 @@ from klatch_schemas.ids import RequestId
 from klatch_workers.torture.evidence import Entry, Observation
 
 _CUTS = 3
+ENDS: Final = {
+    "cancelled": "cancelled",
+    "deadline_exceeded": "expired",
+    "model_error": "failed",
+    "content_filter": "blocked",
+    "rate_limit_exceeded": "rejected",
+    "stream_broken": "broken",
+}
+"""Codes of errors that are the end of a stream, as clients are told of them."""
 
 
 @dataclass(slots=True)
@@ -71,6 +81,11 @@ def fold_stream(entries: Sequence[Entry]) -> Told:
             told.ended = entry
     told.text = text_of(told.assembly.standing)
     return told
+
+
+def outcome_of(code: str) -> str:
+    """How a stream ended whose reader was told of this error."""
+    return ENDS.get(code, f"error {code}")
 
 
 def content_of(chunk: bytes) -> str:
