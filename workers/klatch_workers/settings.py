@@ -100,6 +100,9 @@ class Settings(BaseModel):
     """Requests under way at once, per partition."""
     drain_s: Annotated[float, Field(ge=0)] = 10.0
     """How long work in flight may go on after a stop or a rebalance."""
+    idempotency_s: Annotated[float, Field(ge=60)] = 86_400.0
+    """How far back a door looks for the stream of an `Idempotency-Key` that it does not remember. To look is to read
+    the conversation's partition over this time, so on a busy cluster it should be what clients retry within."""
     log_level: str = "info"
 
     tenant: str | None = None

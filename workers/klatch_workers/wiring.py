@@ -132,7 +132,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     from klatch_schemas.events import ModelRouted, TenantConfigured
     from klatch_workers.books import KeyBook, RouteBook
     from klatch_workers.http.app import serve
-    from klatch_workers.http.door import Door
+    from klatch_workers.http.door import Door, Terms
     from klatch_workers.http.other import RoutedEmbeddings, TextEmbeddings
 
     settings = await begin()
@@ -151,6 +151,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
             namespace=namespace,
             embeddings=RoutedEmbeddings(RouteBook(routes), gateway, own),
             models=gateway,
+            terms=Terms(idempotency_window_ms=int(settings.idempotency_s * 1000)),
         )
         serving = serve(
             door,

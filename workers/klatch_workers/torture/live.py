@@ -33,8 +33,8 @@ class LiveReader:
     chunks: int = 0
     """How many it was shown since it last began."""
     outcomes: list[str] = field(default_factory=list[str])
-    published: bool = False
-    """Whether the log holds its request."""
+    published_ms: int = 0
+    """When its request was written; 0: the log does not hold it."""
     refused: bool = False
     settled: bool = False
     _reply: ReplyReader = field(default_factory=ReplyReader)
@@ -46,6 +46,11 @@ class LiveReader:
     def __post_init__(self) -> None:
         # It is there before the first record: whatever comes is shown as it comes.
         self._reply.go_live()
+
+    @property
+    def published(self) -> bool:
+        """Whether the log holds its request."""
+        return self.published_ms > 0
 
     @property
     def over(self) -> bool:
@@ -76,9 +81,10 @@ class LiveReader:
             self.outcomes.append("broken")
         self._news.set()
 
-    def hear_request(self, said: Said) -> None:
+    def hear_request(self, timestamp_ms: int, said: Said) -> None:
         """Take a record of `chat.requests`."""
-        self.published = self.published or isinstance(said, ChatRequested)
+        if isinstance(said, ChatRequested):
+            self.published_ms = self.published_ms or timestamp_ms
         self.settled = self.settled or isinstance(said, UsageSettled)
         self._news.set()
 
@@ -173,4 +179,4 @@ class LiveLog:
         if record.partition.topic == self._stream:
             reader.hear(record.offset, said)
         else:
-            reader.hear_request(said)
+            reader.hear_request(record.timestamp_ms, said)

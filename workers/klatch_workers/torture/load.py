@@ -17,7 +17,8 @@ TENANTS: Final = (Tenant("torture-a"), Tenant("torture-b"))
 
 Edge = Literal["kafka", "http"]
 Cancel = Literal["record", "delete", "disconnect"]
-_EDGES: Final[tuple[Edge, ...]] = ("kafka", "http")
+_EDGES: Final[tuple[Edge, ...]] = ("kafka", "kafka", "http")
+"""A request over HTTP has an `Idempotency-Key`, which costs a door more than all the rest of the request."""
 _TURNS: Final = (1, 2, 2, 3, 4, 6)
 _FAULTS: Final[tuple[dict[str, object], ...]] = (
     {"status": 500},

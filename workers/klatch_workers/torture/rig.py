@@ -29,6 +29,8 @@ from klatch_workers.up.children import Child
 from klatch_workers.up.everything import PARTITIONS, free_address
 
 _DRAIN_S: Final = 3.0
+REMEMBERS_S: Final = 480.0
+"""Twice what a client is patient for: a door reads the log over this time for every key, and the load has many."""
 _START_S: Final = 120.0
 """A worker may have to wait for a broker that is being tortured too."""
 _BROKER_S: Final = 180.0
@@ -86,7 +88,9 @@ class Rig:
             await asyncio.gather(*(self.retire(stage, child) for child in list(self.pools[stage])))
 
     def _place(self, name: str) -> Place:
-        return Place(name, self.cluster.bootstrap, self.upstream.url, self.door, self.folder, _DRAIN_S, self.static)
+        return Place(
+            name, self.cluster.bootstrap, self.upstream.url, self.door, self.folder, _DRAIN_S, REMEMBERS_S, self.static
+        )
 
 
 def _others_environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ record of its calls; nothing that a stage said about itself.
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from klatch_workers.torture.live import LiveLog
 from klatch_workers.torture.load import plan
 from klatch_workers.torture.readback import entries, read_back
 from klatch_workers.torture.report import Report
-from klatch_workers.torture.rig import Rig, Say, rig
+from klatch_workers.torture.rig import REMEMBERS_S, Rig, Say, rig
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.torture.strike import Striker
 from klatch_workers.torture.system import Klatch, System
@@ -124,7 +125,10 @@ async def _rest(load: Load, say: Say) -> None:
 
 async def _late_readers(load: Load, seed: int) -> list[Observation]:
     """Some streams once more over HTTP, from their beginnings, by readers that come when all is over."""
-    chosen = random.Random(f"late {seed}").sample(load.accepted, min(_LATE_READERS, len(load.accepted)))  # noqa: S311
+    # Of the others a door would have to read more of the log than it is told to.
+    since_ms = (time.time() - REMEMBERS_S / 2) * 1000
+    recent = [request for request in load.accepted if load.live.reader(request).published_ms > since_ms]
+    chosen = random.Random(f"late {seed}").sample(recent, min(_LATE_READERS, len(recent)))  # noqa: S311 - no secret
     readers = [load.reader(load.asked[request], "late http", resumes_only=True) for request in chosen]
     try:
         async with asyncio.timeout(load.patience_s), asyncio.TaskGroup() as reading:

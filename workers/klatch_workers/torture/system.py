@@ -26,6 +26,8 @@ class Place:
     data: Path
     drain_s: float
     """How long a worker may take to end in good order."""
+    remembers_s: float
+    """How long a request may be asked again under the same key, and a stream may be looked for by its id."""
     static: bool
     """Whether the worker's name is its static membership in its groups."""
 
@@ -73,6 +75,7 @@ class Klatch:
             "MODEL_URL": place.model_url,
             "DATA": str(place.data),
             "DRAIN_S": str(place.drain_s),
+            "IDEMPOTENCY_S": str(place.remembers_s),
             **({"INSTANCE": place.name} if place.static else {}),
         }
         environment = {PREFIX + setting: value for setting, value in settings.items()}
