@@ -1,3 +1,5 @@
+# pyright: reportMissingTypeStubs=false
+# aiokafka has no types.
 """A reader by klatch's own Python client: a third way to the same stream, beside SSE and the kit's fold of the log.
 
 It goes live before the request is asked, leaves in mid-stream as it means to and resumes after the last chunk that it
