@@ -39,6 +39,8 @@ class StreamState(msgspec.Struct, frozen=True, gc=False):
     """How the stream ended, once it has."""
     settled: bool = False
     """Whether a `stream.end` has been accepted: after a cancel it follows the end."""
+    undone: bool = False
+    """Whether the cancel that ended it took the turn back: the text stands for its readers, and nobody remembers it."""
 
 
 class Opened(msgspec.Struct, frozen=True, gc=False):
@@ -96,7 +98,7 @@ def fold(state: StreamState, said: Said) -> tuple[StreamState, Heard]:
         case StreamEnd():
             return _end(state, said)
         case StreamCancel() if state.status is None:
-            return msgspec.structs.replace(state, status="cancelled"), Ended("cancelled", None)
+            return msgspec.structs.replace(state, status="cancelled", undone=said.undo), Ended("cancelled", None)
         case StreamRetract() if state.status is None and said.from_seq < state.next_seq:
             return state, Retracted(said.from_seq)
         case _:

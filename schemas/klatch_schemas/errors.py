@@ -9,6 +9,7 @@
     ├── LimitExceeded         a quota refused; try again later              rate_limit_exceeded
     ├── Expired               the deadline passed first                     deadline_exceeded
     ├── Cancelled             somebody cancelled the request                cancelled
+    ├── Busy                  the conversation is busy: if_busy is reject   conversation_busy
     ├── ModelFailed           the model server failed, or said no           model_error
     ├── Superseded            the text read so far was taken back           superseded
     ├── LogMoved              the log no longer holds what was asked for    log_moved
@@ -94,6 +95,12 @@ class Cancelled(KlatchError):
     code, status, type = "cancelled", 409, "invalid_request_error"
 
 
+class Busy(KlatchError):
+    """An earlier request of the conversation was not finished, and this one was not to wait (`if_busy: reject`)."""
+
+    code, status, type, retriable = "conversation_busy", 409, "invalid_request_error", True
+
+
 class ModelFailed(KlatchError):
     """The model server failed; its own words stand in `stream.end.error.upstream`."""
 
@@ -136,6 +143,7 @@ ERRORS: dict[str, type[KlatchError]] = {
         LimitExceeded,
         Expired,
         Cancelled,
+        Busy,
         ModelFailed,
         Superseded,
         LogMoved,

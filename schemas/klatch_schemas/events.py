@@ -78,6 +78,10 @@ class RequestContext(Part):
     traceparent: str | None = None
 
 
+IfBusy = Literal["enqueue", "reject", "interrupt", "rollback"]
+OnCrash = Literal["restart", "continue"]
+
+
 class ChatRequested(Event):
     """A producer asks for a chat completion."""
 
@@ -94,10 +98,12 @@ class ChatRequested(Event):
     priority: Annotated[int, Field(ge=0, le=9)] = 5
     """0 is served first."""
     deadline_ms: Milliseconds | None = None
-    if_busy: Literal["enqueue", "reject", "interrupt", "rollback"] = "enqueue"
-    """What to do while the conversation's previous request is running. Only `enqueue` is carried out yet."""
-    on_crash: Literal["restart", "continue"] = "restart"
-    """How a later attempt treats the text of an earlier one. Only `restart` is carried out yet."""
+    if_busy: IfBusy = "enqueue"
+    """What to do if earlier requests of the conversation are not finished: wait for them; end `rejected`
+    (`conversation_busy`); cancel them, what they said stands; or cancel them and remember nothing of their turns."""
+    on_crash: OnCrash = "restart"
+    """How a later attempt treats the text of an earlier one. `continue` holds where the model server can go on from a
+    partial answer and the answer is one choice of plain text; anywhere else the later attempt restarts."""
     context: RequestContext = RequestContext()
 
 
@@ -358,6 +364,8 @@ class StreamCancel(Event):
     conversation: ConversationField
     by: str
     reason: str = ""
+    undo: bool = False
+    """Whether the turn is not to be remembered either: `chat.turns` gets no record of it."""
 
 
 class StreamError(Part):

@@ -7,7 +7,7 @@ to the worker and are tested there.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, assert_never
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
@@ -16,6 +16,7 @@ from klatch_schemas.events import (
     ChatRequested,
     Event,
     StreamAttempt,
+    StreamCancel,
     StreamEnd,
     StreamError,
     TrustVerdict,
@@ -25,23 +26,30 @@ from klatch_schemas.events import (
 from klatch_schemas.ids import Writer
 from klatch_schemas.records import Cause, Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, TRUST_VERDICTS, Topic
+from klatch_streams.continuing import begun
 from klatch_streams.driver import Driver, readable
 from klatch_streams.generation import (
     Broken,
+    Busy,
     Command,
     Conclude,
+    Due,
     End,
     Ended,
     Interrupted,
     Lifecycle,
+    Pause,
     Prepare,
+    Queue,
     Ready,
     Report,
+    Rested,
     Speak,
     Spoken,
     Stalled,
     Watch,
     lifecycle,
+    when_met,
 )
 from klatch_streams.topology import GENERATION
 
@@ -55,12 +63,20 @@ class Wait(NamedTuple):
 
 
 class ModelRefused(Exception):
-    """The model's server said no; the message is what the stream's end says."""
+    """The model's server said no, or broke off; the message is what the stream's end says."""
+
+    def __init__(self, message: str, *, again: bool = False) -> None:
+        """`again`: another try may end well."""
+        super().__init__(message)
+        self.again = again
 
 
 Chunk = Mapping[str, object]
 Model = Callable[[ChatRequested, TrustVerdict], Iterator[Chunk | Wait]]
 """Answers a request, of which the verdict may have found something to redact. May raise ModelRefused."""
+
+ContinuingModel = Callable[[ChatRequested, TrustVerdict, str], Iterator[Chunk | Wait]]
+"""Goes on behind the text that stands."""
 
 
 @dataclass(slots=True)
@@ -77,6 +93,15 @@ class _Request:
     """How many deltas it has written."""
     answer: Iterator[Chunk | Wait] | None = None
     waits_until_ms: int = 0
+    rests_until_ms: int | None = None
+    met: bool = False
+    """Whether it was decided what to do if its conversation is busy."""
+
+    def is_before(self, other: "_Request") -> bool:
+        """Whether it is an earlier one of the same conversation."""
+        mine, others = self.admitted.request, other.admitted.request
+        same = (mine.tenant, mine.conversation) == (others.tenant, others.conversation)
+        return same and self.record.offset < other.record.offset
 
 
 @dataclass(slots=True)
@@ -84,6 +109,8 @@ class GenerationStage:
     """Carries out the policy of every admitted request, one step at a time."""
 
     model: Model
+    continuing: ContinuingModel | None = None
+    """None: the model's server does not go on from a partial answer."""
     row = GENERATION
     _processes: int = 0
     _positions: dict[Partition, int] = field(default_factory=dict[Partition, int])
@@ -115,7 +142,7 @@ class GenerationStage:
             for record, event in readable(records):
                 accepted = True
                 if isinstance(event, ChatAdmitted) and event.request.request not in self._concluded:
-                    policy = lifecycle(driver.reply(event.request.request).state)
+                    policy = lifecycle()
                     request = _Request(record, event, policy, next(policy))
                     self._running.setdefault(event.request.request, request)
         return accepted
@@ -136,10 +163,14 @@ class GenerationStage:
         """The report, or whether anything was done meanwhile."""
         interrupted = _interrupted(driver, request, stream, self.writer)
         match request.command:
+            case Queue():
+                return interrupted or self._queue(driver, request, stream)
             case Prepare():
                 return interrupted or _ready(driver, request)
             case Speak():
                 return interrupted or self._speak(driver, request, stream)
+            case Pause():
+                return interrupted or _pause(driver, request, request.command)
             case Watch():
                 return _watch(driver, request, stream)
             case End():
@@ -150,29 +181,71 @@ class GenerationStage:
             case None:
                 return False
 
-    def _speak(self, driver: Driver, request: _Request, stream: Assembly) -> Report | bool:
+    def _queue(self, driver: Driver, request: _Request, stream: Assembly) -> Report | bool:
+        earlier = [one for one in self._running.values() if one.is_before(request)]
+        running = [one for one in earlier if driver.reply(one.admitted.request.request).state.status is None]
         asked = request.admitted.request
+        what = when_met(asked.if_busy, stream.state, bool(running)) if not request.met else "wait"
+        request.met = True
+        match what:
+            case "wait":
+                return Due() if not earlier else False
+            case "reject":
+                return Busy()
+            case "cancel" | "undo":
+                for one in running:
+                    cancel = StreamCancel(
+                        request=one.admitted.request.request,
+                        tenant=asked.tenant,
+                        conversation=asked.conversation,
+                        by="if_busy",
+                        reason=asked.request,
+                        undo=what == "undo",
+                    )
+                    distance = request.record.offset - one.record.offset
+                    self._write(driver, request, CHAT_STREAM, cancel, 1_000_000 + distance)
+                return True
+        assert_never(what)
+
+    def _speak(self, driver: Driver, request: _Request, stream: Assembly) -> Report | bool:
         if request.attempt == 0:
-            opening = StreamAttempt(
-                request=asked.request,
-                tenant=asked.tenant,
-                conversation=asked.conversation,
-                attempt=stream.state.attempt + 1,
-                writer=self.writer,
-            )
-            self._write(driver, request, CHAT_STREAM, opening, 2 * opening.attempt)
-            request.attempt = opening.attempt
-            verdict = _verdict(driver, asked.request)
-            assert verdict  # noqa: S101 - the policy speaks only after `Ready`
-            request.answer = self.model(asked, verdict)
+            self._open(driver, request, stream)
             return True
-        if driver.now_ms < request.waits_until_ms or request.answer is None:
+        if driver.now_ms < request.waits_until_ms:
             return False
+        if request.answer is None:
+            request.answer = self._answer(driver, request, stream)
         try:
             said = next(request.answer, None)
         except ModelRefused as error:
-            return Broken(StreamError(code="model_error", message=str(error)))
+            request.answer = None
+            if request.said:
+                request.attempt = request.said = 0
+            return Broken(StreamError(code="model_error", message=str(error)), error.again)
         return Spoken() if said is None else self._say(driver, request, said)
+
+    def _open(self, driver: Driver, request: _Request, stream: Assembly) -> None:
+        asked = request.admitted.request
+        opening = StreamAttempt(
+            request=asked.request,
+            tenant=asked.tenant,
+            conversation=asked.conversation,
+            attempt=stream.state.attempt + 1,
+            writer=self.writer,
+            mode="continue" if self.continuing and begun(asked.body, asked.on_crash, stream) else "restart",
+        )
+        self._write(driver, request, CHAT_STREAM, opening, 2 * opening.attempt)
+        request.attempt, request.answer, request.waits_until_ms = opening.attempt, None, 0
+
+    def _answer(self, driver: Driver, request: _Request, stream: Assembly) -> Iterator[Chunk | Wait]:
+        asked = request.admitted.request
+        verdict = _verdict(driver, asked.request)
+        assert verdict  # noqa: S101 - the policy speaks only after `Ready`
+        # What stands after a restart was opened is nothing, so that what stands is what is continued.
+        stands = begun(asked.body, asked.on_crash, stream)
+        if self.continuing and stands:
+            return iter(()) if stands.whole else self.continuing(asked, verdict, stands.text)
+        return self.model(asked, verdict)
 
     def _say(self, driver: Driver, request: _Request, said: Chunk | Wait) -> bool:
         if isinstance(said, Wait):
@@ -234,6 +307,15 @@ def _interrupted(driver: Driver, request: _Request, stream: Assembly, writer: Wr
     if deadline_ms is not None and deadline_ms < driver.now_ms:
         return Interrupted("expired")
     return None
+
+
+def _pause(driver: Driver, request: _Request, pause: Pause) -> Report | bool:
+    if request.rests_until_ms is None:
+        request.rests_until_ms = driver.now_ms + int(1000 * pause.at_least_s) + 100 * 2**pause.failures
+    if driver.now_ms < request.rests_until_ms:
+        return False
+    request.rests_until_ms = None
+    return Rested()
 
 
 def _ready(driver: Driver, request: _Request) -> Report | bool:

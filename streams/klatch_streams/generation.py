@@ -4,24 +4,39 @@
 log. Its only memory is the stream itself, so a successor that folds the same stream goes on where a dead owner
 stopped. Every path leads to a `stream.end` that was read back, and then to `Conclude`, which may be repeated.
 
-        Prepare ──► Ready ──► Speak ──► Spoken ──► End ──► Ended ──► Conclude
-           │          │         │                   ▲
-           │          └ block ──┼───────────────────┤
-           ├ Cancelled, Expired ┼───────────────────┤
-           └ Broken ────────────┤                   │
-                                ├─ Broken ──────────┘
-                                └─ Superseded ──► Watch ──► Stalled ──► Speak, the next attempt
-                                                    └─────► Ended
+        Queue ──► Due ──► Prepare ──► Ready ──► Speak ──► Spoken ──► End ──► Ended ──► Conclude
+          ▲ │                │          │         │ ▲                  ▲
+          │ │                │          └ block ──┼─┼──────────────────┤
+          │ ├ Busy ──────────┼────────────────────┼─┼──────────────────┤
+          │ ├ Cancelled, Expired (also of Prepare, Speak, Pause) ──────┤
+          │ │                └ Broken ────────────┼─┼──────────────────┤
+          │ │                                     ├ Broken for good ───┘
+          │ │                                     ├ Broken ──► Pause ──► Rested ──► Speak, the same attempt if it
+          │ │                                     │                                 said nothing, else the next
+          │ └ Ended ──► Conclude                  └ Superseded ──► Watch ──► Ended ──► Conclude
+          └───────────────────────────────────────────────────────── Stalled
 """
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, assert_never
 
 from klatch_schemas.assembly import StreamState
-from klatch_schemas.events import Decision, Status, StreamError
+from klatch_schemas.errors import Busy as BusyError
+from klatch_schemas.events import Decision, IfBusy, Status, StreamError
+
+TRIES: Final = 3
+"""How often one owner asks the model for one request, if the failures are such that another try may mend them."""
+
+LONGEST_PAUSE_S: Final = 30.0
+"""A server that wants to be left alone for longer has refused: its client is told how long."""
 
 # --- commands ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Wait until the conversation's earlier requests are concluded, or do at once what `if_busy` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +46,18 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Speak:
-    """Open the next attempt and stream the model's answer into it.
+    """Stream the model's answer into an attempt: the present one if it is ours and said nothing, else the next.
 
     A first attempt need not wait to start the model; any other waits until it has read its own opening back.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Leave the model alone for a while, longer after each failure, and at least as long as its server asked."""
+
+    failures: int
+    at_least_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +78,19 @@ class Conclude:
     """The stream has ended, as the log tells: settle the usage, append the turn. Repeating it changes nothing."""
 
 
-Command = Prepare | Speak | Watch | End | Conclude
+Command = Queue | Prepare | Speak | Pause | Watch | End | Conclude
 
 # --- reports -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """It is the request's turn in its conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """The conversation is busy, and the request is not to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +108,18 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Preparing or speaking failed for good."""
+    """Preparing or speaking failed."""
 
     error: StreamError
+    again: bool = False
+    """Whether another try may end well."""
+    retry_after_s: float = 0.0
+    """For how long the server asked to be left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rested:
+    """The pause is over."""
 
 
 Interruption = Literal["cancelled", "expired", "superseded", "ended"]
@@ -100,38 +142,48 @@ class Ended:
     """The log holds the end."""
 
 
-Report = Ready | Spoken | Broken | Interrupted | Stalled | Ended
+Report = Due | Busy | Ready | Spoken | Broken | Rested | Interrupted | Stalled | Ended
 Lifecycle = Generator[Command, Report, None]
 
 
-def lifecycle(state: StreamState) -> Lifecycle:
-    """Bring the stream that stands at `state` to its end, and conclude."""
-    if state.status is None:
-        yield from _to_its_end((yield Prepare()))
-    elif not state.settled:
-        yield from _to_its_end(Interrupted("cancelled"))
+def lifecycle() -> Lifecycle:
+    """Bring a request's stream, however far it has come, to its end, and conclude."""
+    failures = 0
+    report = yield Queue()
+    while (command := _next(report, failures)) is not None:
+        if isinstance(command, Pause):
+            failures = command.failures
+        report = yield command
     yield Conclude()
 
 
-def _to_its_end(report: Report) -> Lifecycle:
-    while (command := _next(report)) is not None:
-        report = yield command
-
-
-def _next(report: Report) -> Command | None:
+def _next(report: Report, failures: int) -> Command | None:
     match report:
+        case Due():
+            return Prepare()
+        case Busy():
+            return End("rejected", _BUSY)
         case Ready(decision="block" | "escalate", categories=categories):
             return End("blocked", _blocked(categories))
-        case Ready() | Stalled():
+        case Ready() | Rested():
             return Speak()
+        case Stalled():
+            # It may have been watched while others were still before it.
+            return Queue()
         case Spoken():
             return End("completed")
-        case Broken(error):
-            return End("failed", error)
+        case Broken():
+            return _after_failure(report, failures + 1)
         case Interrupted(by):
             return _after(by)
         case Ended():
             return None
+
+
+def _after_failure(broken: Broken, failures: int) -> Command:
+    if broken.again and failures < TRIES and broken.retry_after_s <= LONGEST_PAUSE_S:
+        return Pause(failures, broken.retry_after_s)
+    return End("failed", broken.error)
 
 
 def _after(interruption: Interruption) -> Command | None:
@@ -146,7 +198,41 @@ def _after(interruption: Interruption) -> Command | None:
             return None
 
 
-_EXPIRED = StreamError(code="deadline_exceeded", message="the request's deadline passed before its reply was complete")
+# --- when the conversation is busy -------------------------------------------------------------------------------
+
+WhenBusy = Literal["wait", "reject", "cancel", "undo"]
+"""Wait for the earlier requests; end `rejected`; or cancel them, and forget their turns with `undo`."""
+
+
+def when_met(if_busy: IfBusy, own: StreamState, busy: bool) -> WhenBusy:
+    """What a request does when its owner meets it; `busy`: an earlier one of its conversation has not ended.
+
+    Decided by what the log says, so that an owner that meets it again, or two at once, come to the same: a stream that
+    has begun or ended was decided about before, and an earlier request that has ended, for whatever reason, is not
+    busy any more.
+    """
+    if not busy or own.attempt or own.status is not None:
+        return "wait"
+    match if_busy:
+        case "enqueue":
+            return "wait"
+        case "reject":
+            return "reject"
+        case "interrupt":
+            return "cancel"
+        case "rollback":
+            return "undo"
+    assert_never(if_busy)
+
+
+_BUSY: Final = StreamError(
+    code=BusyError.code,
+    message="an earlier request of this conversation is not finished, and this one was not to wait: "
+    "send it again later, or with another if_busy",
+)
+_EXPIRED: Final = StreamError(
+    code="deadline_exceeded", message="the request's deadline passed before its reply was complete"
+)
 
 
 def _blocked(categories: tuple[str, ...]) -> StreamError:

@@ -23,6 +23,10 @@ logger: Final = structlog.stdlib.get_logger()
 Handle = Callable[[Record], Awaitable[None]]
 
 
+class GivenBack(Exception):
+    """Raised by a handler whose owner is being released before it could begin: its record stays uncommitted."""
+
+
 def record_key(record: Record) -> Hashable:
     """Order by the record's own key."""
     return record.key
@@ -127,7 +131,12 @@ class KeyedOwner:
 
     async def _work(self, key: Hashable, line: deque[Record]) -> None:
         while line and not self._releasing:
-            await self._handle(line[0])
+            try:
+                await self._handle(line[0])
+            except GivenBack:
+                if not self._releasing:
+                    raise
+                break
             self._finish(line.popleft().offset)
         del self._lines[key]
 

@@ -13,7 +13,8 @@
         └── MalformedError     what came is no Chat Completions reply
 
 Every error answers the caller's questions: `code` for machines, `status` to show a client,
-`retriable` (another try may succeed; true only while no text went out), `retry_after` in seconds,
+`retriable` (another try may succeed; true only while no text went out), `transient` (once text went
+out: another answer, begun anew or continued, may come to its end), `retry_after` in seconds,
 `upstream_request_id` for a ticket with the vendor. Messages never hold a key.
 """
 
@@ -38,6 +39,7 @@ class ModelError(Exception):
     code: str = "model_error"
     status: int = 502
     retriable: bool = False
+    transient: bool = False
 
     def __init__(
         self,
@@ -129,12 +131,14 @@ class StalledError(BrokenReplyError):
 
     code = "model_stalled"
     status = 504
+    transient = True
 
 
 class TruncatedError(BrokenReplyError):
     """The reply ended before every choice had its finish_reason: it is half an answer."""
 
     code = "model_reply_truncated"
+    transient = True
 
 
 class StreamError(BrokenReplyError):
@@ -145,6 +149,7 @@ class StreamError(BrokenReplyError):
     def __init__(self, body: ErrorBody, *, upstream_request_id: str | None = None, spoke: bool = False) -> None:
         super().__init__(body.message, upstream_request_id=upstream_request_id, spoke=spoke)
         self.body = body
+        self.transient = _is_servers_fault(body)
         if isinstance(body.code, str) and body.code:
             self.code = body.code
 
@@ -157,3 +162,17 @@ class MalformedError(BrokenReplyError):
 
 
 _RETRIABLE = frozenset({408, 409, 425, 429})
+_SERVERS_FAULTS = frozenset(
+    {"server_error", "api_error", "internal_error", "internal_server_error", "internalservererror"}
+    | {"overloaded_error", "rate_limit_error", "rate_limit_exceeded", "timeout_error", "service_unavailable"}
+)
+
+
+def _is_servers_fault(body: ErrorBody) -> bool:
+    """Whether an error event tells of a server in trouble: by a status as code, else by its type. What
+    says neither came from a server that could not say more."""
+    code = int(body.code) if isinstance(body.code, str) and body.code.isdigit() else body.code
+    if isinstance(code, int):
+        return code >= 500 or code in _RETRIABLE
+    named = [name.lower() for name in (code, body.type) if name]
+    return not named or any(name in _SERVERS_FAULTS for name in named)

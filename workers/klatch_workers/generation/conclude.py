@@ -2,7 +2,10 @@
 
 Both are made from the log's own account of the stream, so they agree with what every reader saw, and making them
 again after a crash makes the same records under the same ids. The billing rule: what the model server counted;
-where it sent no count (cancelled, cut, superseded), the chunks that stand and a bound on the prompt.
+where it sent no count (cancelled, cut, superseded), the chunks that stand and a bound on the prompt. Of a reply that
+was continued, the tokens of every attempt: the chunks that stood when the last one began, and what that one counted;
+the prompt is the last one's, in which its server also read the text it continued. Text that an attempt took back
+(`restart`) is not billed: the tenant did not get it.
 """
 
 from dataclasses import dataclass
@@ -79,11 +82,16 @@ def settlement(admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing:
     )
 
 
+def has_turn(assembly: Assembly) -> bool:
+    """Whether there is anything to remember: text that stands, and was not taken back with its turn."""
+    return bool(assembly.standing) and not assembly.state.undone
+
+
 def turn(
     admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing, previous: int | None
 ) -> TurnFinished | None:
-    """The finished turn, if any text of a reply stands."""
-    if not assembly.standing:
+    """The finished turn, if there is one to remember."""
+    if not has_turn(assembly):
         return None
     request, reply = admitted.request, reply_of(assembly)
     prompt = request.prompt and request.prompt.model_copy(update={"version": asked.prompt_version})

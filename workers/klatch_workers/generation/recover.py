@@ -18,6 +18,7 @@ from klatch_schemas.records import Cause, Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, HOUR_MS, TRUST_VERDICTS, Namespace
 from klatch_streams import dead_headers as dead
 from klatch_streams.log import Log, LogError, OffsetGone
+from klatch_workers.generation.conclude import has_turn
 from klatch_workers.generation.table import Table, Tracked
 
 _MARGIN_MS: Final = HOUR_MS
@@ -55,7 +56,7 @@ class Past:
         """Whether nothing is left to do; a stream that retention has taken is known by what followed from it."""
         if not self.assembly.state.settled:
             return self.settled or self.turned
-        return self.settled and (self.turned or not self.assembly.standing)
+        return self.settled and (self.turned or not has_turn(self.assembly))
 
 
 class Archive:

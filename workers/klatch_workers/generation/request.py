@@ -5,74 +5,70 @@ the model's reply closes its connection. Nothing is decided here; see `klatch_st
 """
 
 import asyncio
+import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, assert_never, cast
+from typing import Final, assert_never
 
 import structlog
 
 from klatch_agents.gateway.errors import ModelError
-from klatch_agents.gateway.port import Gateway
 from klatch_schemas import codec
-from klatch_schemas.chunks import Json
-from klatch_schemas.events import ChatAdmitted, Event, StreamAttempt, StreamEnd, StreamError, Usage
-from klatch_schemas.ids import Writer
-from klatch_schemas.records import Cause, Draft, Partition
-from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, Namespace, Topic
-from klatch_streams.batches import Batches
+from klatch_schemas.events import ChatAdmitted, StreamCancel, StreamEnd, StreamError, Usage
+from klatch_schemas.ids import RequestId, Writer
+from klatch_schemas.records import Draft, Partition, Record
+from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS
 from klatch_streams.dead_letters import describe
 from klatch_streams.generation import (
     Broken,
+    Busy,
     Command,
     Conclude,
+    Due,
     End,
     Ended,
     Interrupted,
+    Pause,
     Prepare,
+    Queue,
     Report,
+    Rested,
     Speak,
     Spoken,
     Stalled,
     Watch,
     lifecycle,
+    when_met,
 )
-from klatch_streams.log import Log, LogError, RecordTooLarge
-from klatch_workers.generation.conclude import Asked, Timing, settlement, turn, usage_without_count
-from klatch_workers.generation.prepare import Prepared, Preparer, PreparingFailed, asked_before
-from klatch_workers.generation.speak import Attempt
-from klatch_workers.generation.table import Table, Tracked
-from klatch_workers.generation.turns import Conversations
+from klatch_streams.log import LogError, RecordTooLarge
+from klatch_workers.generation.attempts import Attempts
+from klatch_workers.generation.conclude import (
+    Asked,
+    Timing,
+    has_turn,
+    reply_of,
+    settlement,
+    turn,
+    usage_without_count,
+)
+from klatch_workers.generation.failures import broken_by
+from klatch_workers.generation.interruptions import Interruptions
+from klatch_workers.generation.lines import Place
+from klatch_workers.generation.means import CANCEL, END, SETTLED, TURN, Effects, Means
+from klatch_workers.generation.prepare import Prepared, PreparingFailed, asked_before
+from klatch_workers.generation.recover import cause_of
+from klatch_workers.generation.table import Tracked
 
 log = structlog.get_logger(__name__)
 
-# The numbers of a request's effects: an effect is named by its cause, and is the same one when it is repeated.
-_SETTLED: Final = 0
-_TURN: Final = 1
-_END: Final = 2
-_OPENING: Final = 3
-"""Ends and openings are numbered by attempt from here, in steps of two."""
-
 _INTERNAL: Final = StreamError(code="internal", message="klatch failed on this request; the worker's log tells why")
+
+FIRST_PAUSE_S: Final = 0.2
+"""Doubled by each failure."""
 
 STALL_S: Final = 10.0
 """How long somebody else's attempt may say nothing before it is superseded: a group's session time-out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What a request needs of its process and of its partition."""
-
-    log: Log
-    namespace: Namespace
-    partition: int
-    table: Table
-    conversations: Conversations
-    batches: Batches
-    gateway: Gateway
-    preparer: Preparer
-    owner: str
-    """Unique to this owner of the partition: writers are named after it."""
 
 
 @dataclass(slots=True)
@@ -81,23 +77,29 @@ class RequestUnderWay:
 
     means: Means
     admitted: ChatAdmitted
-    cause: Cause
-    """What its effects are named after."""
-    position: int
-    """Where its record stands on chat.admitted: only for a redriven one is that not its cause."""
-    traceparent: str | None
+    effects: Effects
     tracked: Tracked
+    place: Place
+    attempts: Attempts
     prepared: Prepared | None = None
-    attempt: Attempt | None = None
     first_token_ms: int | None = None
     spoke: bool = False
-    given_up: int = 0
-    """Attempts up to this one are nobody's any more: their owner is succeeded, or said nothing for too long."""
+
+    @classmethod
+    def of(cls, means: Means, admitted: ChatAdmitted, record: Record, place: Place) -> "RequestUnderWay":
+        """The request that the record admitted, at its place in its conversation."""
+        traceparent = record.header(codec.TRACEPARENT)
+        effects = Effects(
+            means.namespace, means.partition, cause_of(record), traceparent.decode() if traceparent else None
+        )
+        tracked = place.tracked
+        given_up = tracked.assembly.state.attempt
+        attempts = Attempts(means, admitted.request, effects, tracked, place.offset, given_up)
+        return cls(means, admitted, effects, tracked, place, attempts)
 
     async def run(self) -> None:
-        """Bring the request to its end and conclude it. Raises LogError."""
-        self.given_up = self.tracked.assembly.state.attempt
-        policy = lifecycle(self.tracked.assembly.state)
+        """Bring the request to its end and conclude it. Raises LogError, GivenBack."""
+        policy = lifecycle()
         command: Command = next(policy)
         while True:
             report = await self._carry_out(command)
@@ -108,10 +110,17 @@ class RequestUnderWay:
 
     async def _carry_out(self, command: Command) -> Report:
         match command:
+            case Queue():
+                return await self._queue()
             case Prepare():
-                return await self._unless_interrupted(self._or_broken(self._prepare))
+                return await self._interruptions.unless(self._or_broken(self._prepare))
             case Speak():
-                return await self._unless_interrupted(self._or_broken(self._speak))
+                try:
+                    return await self._interruptions.unless(self._or_broken(self._speak))
+                finally:
+                    self._note_first_token()
+            case Pause():
+                return await self._interruptions.unless(self._pause(command))
             case Watch():
                 return await self._watch()
             case End():
@@ -120,9 +129,61 @@ class RequestUnderWay:
                 return await self._conclude()
         assert_never(command)
 
+    @property
+    def _interruptions(self) -> Interruptions:
+        return Interruptions(self.tracked, self.admitted.request.deadline_ms, self.attempts.in_force)
+
+    # --- wait for the turn
+
+    async def _queue(self) -> Report:
+        report = await self._interruptions.unless(self._until_due(), alone=True)
+        self.place.stands_aside = not isinstance(report, Due)
+        return report
+
+    async def _until_due(self) -> Report:
+        earlier = self.place.running()
+        what = when_met(self.admitted.request.if_busy, self.tracked.assembly.state, bool(earlier))
+        match what:
+            case "wait":
+                pass
+            case "reject":
+                return Busy()
+            case "cancel" | "undo":
+                await self._cancel(earlier, undo=what == "undo")
+        await self.place.turn()
+        return Due()
+
+    async def _cancel(self, earlier: Sequence[Place], *, undo: bool) -> None:
+        request = self.admitted.request
+        log.info("conversation.interrupted", request=request.request, earlier=len(earlier), undo=undo)
+        written = [
+            self.means.batches.write(
+                # Named by the distance, so that each is the same one when it is repeated.
+                self.effects.draft(
+                    CANCEL + self.place.offset - place.offset,
+                    CHAT_STREAM,
+                    request.conversation,
+                    StreamCancel(
+                        request=RequestId(place.tracked.request),
+                        tenant=request.tenant,
+                        conversation=request.conversation,
+                        by="if_busy",
+                        reason=f"request {request.request} of the same conversation came and was not to wait",
+                        undo=undo,
+                    ),
+                ),
+                urgent=True,
+            )
+            for place in earlier
+        ]
+        for one in written:
+            await one.durable()
+
     # --- prepare and speak
 
     async def _prepare(self) -> Report:
+        if self.prepared:
+            return self.prepared.ready
         try:
             self.prepared = await self.means.preparer.prepare(self.admitted, self.tracked, self.means.conversations)
         except PreparingFailed as error:
@@ -130,53 +191,31 @@ class RequestUnderWay:
         return self.prepared.ready
 
     async def _speak(self) -> Report:
-        if self.prepared is None:
-            # A successor comes here after watching, without having prepared.
-            report = await self._prepare()
-            if isinstance(report, Broken):
-                return report
-        assert self.prepared  # noqa: S101 - just made
-        attempt = await self._open()
+        assert self.prepared  # noqa: S101 - the policy speaks only after `Ready`
+        attempt = await self.attempts.to_speak_into(self.prepared.call)
         if attempt is None:
             return Interrupted("superseded")
+        if attempt.begun and attempt.begun.whole:
+            return Spoken()
         self.spoke = True
         try:
             await attempt.stream(self.means.gateway, self.prepared.call)
         except ModelError as error:
-            log.info("model.failed", request=self.admitted.request.request, code=error.code, seq=attempt.seq)
-            return Broken(said_of(error))
+            broken = broken_by(error)
+            log.info("model.failed", request=self.tracked.request, code=error.code, seq=attempt.seq, again=broken.again)
+            return broken
         except RecordTooLarge as error:
             return Broken(StreamError(code="model_error", message=f"the model sent what the log cannot hold: {error}"))
         return Spoken()
 
-    async def _open(self) -> Attempt | None:
-        request, means = self.admitted.request, self.means
-        number = self.tracked.assembly.state.attempt + 1
-        opening = StreamAttempt(
-            request=request.request,
-            tenant=request.tenant,
-            conversation=request.conversation,
-            attempt=number,
-            writer=Writer(f"{means.owner}.{self.cause.partition.number}.{self.position}.{number}"),
-            mode="restart",
-        )
-        draft = self._draft(_OPENING + 2 * number, CHAT_STREAM, request.conversation, opening)
-        self.attempt = Attempt(opening, means.batches, draft)
-        if number == 1:
-            # Nothing can stand yet that the model would have to know: it starts while the opening is on its way.
-            return self.attempt
-        await means.table.passed(await self.attempt.opened.durable())
-        log.info("attempt.opened", request=request.request, attempt=number)
-        return self.attempt if self._in_force() else None
+    async def _pause(self, pause: Pause) -> Report:
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        wait_s = pause.at_least_s + jitter * FIRST_PAUSE_S * float(2**pause.failures)
+        log.info("model.retried", request=self.tracked.request, failures=pause.failures, wait_s=round(wait_s, 2))
+        await asyncio.sleep(wait_s)
+        return Rested()
 
-    def _is_anothers(self) -> bool:
-        state = self.tracked.assembly.state
-        return state.status is None and state.attempt > 0 and not self._in_force()
-
-    def _in_force(self) -> bool:
-        return self.attempt is not None and self.tracked.assembly.state.writer == self.attempt.opening.writer
-
-    # --- interruptions
+    # --- failures, and attempts of others
 
     async def _or_broken(self, work: Callable[[], Awaitable[Report]]) -> Report:
         """A fault of ours, or a failure nobody foresaw, is this request's end and nobody else's."""
@@ -189,113 +228,79 @@ class RequestUnderWay:
             log.error("request.broken", request=self.admitted.request.request, fault=fault)  # noqa: TRY400
             return Broken(_INTERNAL)
 
-    async def _unless_interrupted(self, work: Coroutine[None, None, Report]) -> Report:
-        working = asyncio.ensure_future(work)
-        listening = asyncio.ensure_future(self._interruption())
-        try:
-            await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working.done() else listening.result()
-        finally:
-            await _cancelled(working, listening)
-            self._note_first_token()
-
-    async def _interruption(self) -> Report:
-        at_start = self.tracked.assembly.state
-        left_s = self._seconds_left()
-        try:
-            async with asyncio.timeout(left_s):
-                await self.tracked.until(lambda: self._interrupted(at_start.attempt) is not None)
-        except TimeoutError:
-            return Interrupted("expired")
-        interrupted = self._interrupted(at_start.attempt)
-        assert interrupted  # noqa: S101 - awaited just now
-        return interrupted
-
-    def _interrupted(self, attempt_at_start: int) -> Interrupted | None:
-        state = self.tracked.assembly.state
-        if state.status is not None:
-            return Interrupted("ended" if state.settled else "cancelled")
-        if state.attempt > attempt_at_start and not self._in_force():
-            return Interrupted("superseded")
-        return None
-
-    def _seconds_left(self) -> float | None:
-        deadline_ms = self.admitted.request.deadline_ms
-        return None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
-
     async def _watch(self) -> Report:
         tracked = self.tracked
         log.info("attempt.superseded", request=tracked.request, attempt=tracked.assembly.state.attempt)
         while tracked.assembly.state.status is None:
-            heard = tracked.records
+            heard, left_s = tracked.records, self._interruptions.seconds_left()
             try:
-                async with asyncio.timeout(STALL_S):
+                async with asyncio.timeout(STALL_S if left_s is None else min(STALL_S, left_s)):
                     await tracked.until(lambda: tracked.assembly.state.status is not None)
             except TimeoutError:
-                if tracked.records == heard:
-                    self.given_up = tracked.assembly.state.attempt
-                    return Stalled()
+                expired = self._interruptions.seconds_left() == 0
+                if expired or tracked.records == heard:
+                    self.attempts.give_up()
+                    return Interrupted("expired") if expired else Stalled()
         return Ended() if tracked.assembly.state.settled else Interrupted("cancelled")
 
     # --- end and conclude
 
     async def _end(self, command: End) -> Report:
         means, request = self.means, self.admitted.request
-        if self.attempt:
-            await means.table.passed(await self.attempt.opened.durable())
-        if self._is_anothers() and (self.tracked.assembly.state.attempt > self.given_up or not await self._open()):
+        if not await self.attempts.to_end_in():
             return Interrupted("superseded")
-        state = self.tracked.assembly.state
-        finished = self.attempt.finished if self.attempt else None
+        state, present = self.tracked.assembly.state, self.attempts.present
         end = StreamEnd(
             request=request.request,
             tenant=request.tenant,
             conversation=request.conversation,
             attempt=state.attempt,
             writer=Writer(state.writer or means.owner),
-            seq=self.attempt.seq if self.attempt and self._in_force() else state.next_seq,
+            seq=present.seq if present and self.attempts.in_force() else state.next_seq,
             status=command.status,
-            finish_reason=finished.finish_reasons.get(0) if finished else None,
+            finish_reason=self._finish_reason(command),
             model=self.prepared.model if self.prepared else "",
             usage=self._usage(),
-            trailer=tuple(codec.loads(raw) for raw in self.attempt.trailer) if self.attempt else (),
+            trailer=tuple(codec.loads(raw) for raw in present.trailer) if present else (),
             error=command.error,
-            upstream_request=self.attempt.upstream_request if self.attempt else None,
+            upstream_request=present.upstream_request if present else None,
         )
-        draft = self._draft(_END + 2 * state.attempt, CHAT_STREAM, request.conversation, end)
+        draft = self.effects.draft(END + 2 * state.attempt, CHAT_STREAM, request.conversation, end)
         written = means.batches.write(draft, urgent=True)
         await means.table.passed(await written.durable())
         if self.tracked.assembly.state.settled:
             return Ended()
         return Interrupted("superseded")
 
+    def _finish_reason(self, command: End) -> str | None:
+        if (present := self.attempts.present) and present.finished:
+            return present.finished.finish_reasons.get(0)
+        # A dead owner's answer that only lacked its end.
+        return reply_of(self.tracked.assembly).finish_reasons.get(0) if command.status == "completed" else None
+
     def _usage(self) -> Usage:
-        counted = self.attempt.counted if self.attempt else None
-        if counted is None:
-            # What stands may be a dead owner's: it was read, and its model was paid.
-            chunks = max(len(self.tracked.assembly.standing), self.attempt.seq if self.attempt else 0)
-            return usage_without_count(self.admitted, chunks, self.spoke)
-        return Usage(
-            prompt_tokens=counted.prompt_tokens,
-            completion_tokens=counted.completion_tokens,
-            cached_tokens=counted.cached_tokens,
-            reasoning_tokens=counted.reasoning_tokens,
-        )
+        if (present := self.attempts.present) and present.usage:
+            return present.usage
+        # What stands may be a dead owner's: it was read, and its model was paid.
+        written = present.deltas if present else 0
+        return usage_without_count(self.admitted, max(len(self.tracked.assembly.standing), written), self.spoke)
 
     async def _conclude(self) -> Report:
         means, request, assembly = self.means, self.admitted.request, self.tracked.assembly
+        if has_turn(assembly):
+            await self.place.first()
         asked = self._asked()
         timing = Timing(int(time.time() * 1000), self.first_token_ms)
         settled = settlement(self.admitted, assembly, asked, timing)
-        drafts = [self._draft(_SETTLED, CHAT_REQUESTS, request.tenant, settled)]
+        drafts = [self.effects.draft(SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
         finished = turn(self.admitted, assembly, asked, timing, head.offset if head else None)
         # In a conversation requests are concluded in order: the turns up to the last one's request were appended.
-        if finished and not (head and head.applied >= self.position):
-            drafts.append(self._draft(_TURN, CHAT_TURNS, request.conversation, finished))
+        if finished and not (head and head.applied >= self.place.offset):
+            drafts.append(self.effects.draft(TURN, CHAT_TURNS, request.conversation, finished))
         places = await self._append(drafts)
         if finished and len(places) == 2:
-            means.conversations.append(places[1][1], finished, self.position)
+            means.conversations.append(places[1][1], finished, self.place.offset)
         log.info(
             "request.concluded",
             request=request.request,
@@ -324,37 +329,8 @@ class RequestUnderWay:
             return asked_before(self.admitted.request, self.tracked.verdict)
         return Asked(spoke=self.spoke)
 
-    # --- small change
-
-    def _draft(self, effect: int, topic: Topic, key: str, event: Event) -> Draft:
-        partition = None if topic is CHAT_REQUESTS else self.means.partition
-        return codec.draft(
-            self.means.namespace.of(topic),
-            key,
-            event,
-            cause=self.cause._replace(effect=effect),
-            traceparent=self.traceparent,
-            partition=partition,
-        )
-
     def _note_first_token(self) -> None:
-        if self.attempt and self.attempt.first_token_at is not None and self.first_token_ms is None:
-            ago = asyncio.get_running_loop().time() - self.attempt.first_token_at
+        present = self.attempts.present
+        if present and present.first_token_at is not None and self.first_token_ms is None:
+            ago = asyncio.get_running_loop().time() - present.first_token_at
             self.first_token_ms = int((time.time() - ago) * 1000)
-
-
-def said_of(error: ModelError) -> StreamError:
-    """A model's failure in the words of the contract: the server's own error object, with its HTTP `status`."""
-    upstream: Json = {"status": error.status, "code": error.code, "upstream_request": error.upstream_request_id}
-    if body := error.body:
-        extra = cast("Json", body.extra or {})
-        upstream |= {**extra, "message": body.message, "type": body.type, "param": body.param, "code": body.code}
-        upstream["status"] = error.status
-    retry = None if error.retry_after is None else int(error.retry_after * 1000)
-    return StreamError(code="model_error", message=error.message, retry_after_ms=retry, upstream=upstream)
-
-
-async def _cancelled(*tasks: "asyncio.Future[Report]") -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)

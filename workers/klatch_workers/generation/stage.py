@@ -31,12 +31,14 @@ from klatch_streams.addresses import MOVED_FROM, Addresses
 from klatch_streams.batches import Batches
 from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
 from klatch_streams.follower import Follower
-from klatch_streams.keyed_owner import Doing, KeyedOwner
+from klatch_streams.keyed_owner import Doing, GivenBack, KeyedOwner
 from klatch_streams.log import Log, LogError
 from klatch_streams.snapshots import Snapshots
+from klatch_workers.generation.lines import Lines
+from klatch_workers.generation.means import Means
 from klatch_workers.generation.prepare import Preparer
-from klatch_workers.generation.recover import Archive, cause_of, was_redriven
-from klatch_workers.generation.request import Means, RequestUnderWay
+from klatch_workers.generation.recover import Archive, was_redriven
+from klatch_workers.generation.request import RequestUnderWay
 from klatch_workers.generation.table import Table, source_of
 from klatch_workers.generation.turns import Conversations, Head, TurnReader
 
@@ -164,6 +166,7 @@ def _head(key: str, head: Head) -> tuple[str, int, dict[str, object]]:
 
 class _Named(msgspec.Struct):
     tenant: str
+    conversation: str
 
 
 class _Admitted(msgspec.Struct):
@@ -173,16 +176,17 @@ class _Admitted(msgspec.Struct):
 _read_admitted: Final = msgspec.json.Decoder(_Admitted).decode
 
 
-def _conversation_of(record: Record) -> Hashable:
-    """Tenant and conversation: tenants that chose the same name do not wait for each other."""
+def _line_of(record: Record) -> Hashable:
+    """Admissions that stand where they belong wait in `Lines`, where they can be ended; all others by their key."""
     value = record.value or b""
     try:
         try:
-            return _read_admitted(value).request.tenant, record.key
+            conversation = _read_admitted(value).request.conversation
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return msgspec.convert(codec.loads(value), _Admitted).request.tenant, record.key
+            conversation = msgspec.convert(codec.loads(value), _Admitted).request.conversation
     except (msgspec.ValidationError, Unreadable):
-        return "", record.key
+        return record.key
+    return record.offset if conversation.encode("utf-8", "replace") == record.key else record.key
 
 
 class GenerationOwner:
@@ -211,9 +215,10 @@ class GenerationOwner:
             stage.name,
             self._handle,
             max_in_flight=stage.max_in_flight,
-            order_by=_conversation_of,
+            order_by=_line_of,
             before_commit=self._before_commit,
         )
+        self._lines = Lines()
         self._doer = KeyedOwner(doing, stage.log, stage.namespace, committed)
 
     async def take(self, records: Sequence[Record]) -> None:
@@ -230,7 +235,8 @@ class GenerationOwner:
         return await self._doer.checkpoint()
 
     async def release(self, drain_s: float) -> None:
-        """Finish what is in flight, then leave the rest to the next owner."""
+        """Finish what has begun, then leave the rest to the next owner."""
+        self._lines.close()
         await self._doer.release(drain_s)
         self._stage.give_up(self._means.partition)
 
@@ -274,28 +280,25 @@ class GenerationOwner:
 
     async def _bring_to_its_end(self, admitted: ChatAdmitted, record: Record) -> None:
         request = admitted.request
-        traceparent = record.header(codec.TRACEPARENT)
         tracked = self._means.table.take(request.tenant, request.request)
+        # Met in the order of admission: nothing is awaited before.
+        place = self._lines.join(tracked, request.conversation, record.offset)
         if was_redriven(record) and (await self._archive.recover(admitted, record, tracked)).concluded:
             log.info("redriven.was_answered", request=request.request, offset=record.offset)
             self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
+            place.leave()
             return
-        under_way = RequestUnderWay(
-            means=self._means,
-            admitted=admitted,
-            cause=cause_of(record),
-            position=record.offset,
-            traceparent=traceparent.decode() if traceparent else None,
-            tracked=tracked,
-        )
+        under_way = RequestUnderWay.of(self._means, admitted, record, place)
         try:
             await under_way.run()
-        except LogError:
+        except (LogError, GivenBack):
             raise
         except Exception as error:
             # A fault of ours in what this request needs must not stop the others of its partition, again and again.
+            place.leave()
             raise DeadLetter("failed", describe(error)) from error
         self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
+        place.leave()
 
     async def _before_commit(self, low_water: int) -> None:
         table, conversations = self._means.table, self._means.conversations

@@ -1,0 +1,111 @@
+"""The attempts of one request, as one owner sees them: which is in force, whose it is, and how the next one opens.
+
+Open, read back, then speak: an owner opens the next attempt and waits until it reads its own opening. By then it knows
+exactly which text stands, and whether somebody else's opening won. A first attempt speaks at once: nothing can stand
+that the model would have to know.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+from klatch_agents.gateway.port import ModelCall
+from klatch_schemas.events import ChatRequested, StreamAttempt
+from klatch_schemas.ids import Writer
+from klatch_schemas.topics import CHAT_STREAM
+from klatch_streams.continuing import Begun, begun
+from klatch_workers.generation.means import OPENING, Effects, Means
+from klatch_workers.generation.speak import Attempt
+from klatch_workers.generation.table import Tracked
+
+log = structlog.get_logger(__name__)
+
+Mode = Literal["restart", "continue"]
+
+
+@dataclass(slots=True)
+class Attempts:
+    """Those of one request."""
+
+    means: Means
+    request: ChatRequested
+    effects: Effects
+    tracked: Tracked
+    position: int
+    """Where its record stands on chat.admitted: of a redriven one that is not its cause."""
+    given_up: int
+    """Attempts up to this one are nobody's any more: their owner is succeeded, or said nothing for too long."""
+    present: Attempt | None = None
+    """The last that this owner opened."""
+
+    def in_force(self) -> bool:
+        """Whether the attempt in force is this owner's."""
+        return self.present is not None and self.tracked.assembly.state.writer == self.present.opening.writer
+
+    def is_anothers(self) -> bool:
+        """Whether somebody else's attempt is in force."""
+        state = self.tracked.assembly.state
+        return state.status is None and state.attempt > 0 and not self.in_force()
+
+    def give_up(self) -> None:
+        """The attempt in force is nobody's any more."""
+        self.given_up = self.tracked.assembly.state.attempt
+
+    def _must_be_watched(self) -> bool:
+        return self.is_anothers() and self.tracked.assembly.state.attempt > self.given_up
+
+    async def to_speak_into(self, call: ModelCall) -> Attempt | None:
+        """An attempt that is in force, as far as the log was read; None if somebody else's is. Raises LogError."""
+        if self.present:
+            await self.means.table.passed(await self.present.written.durable())
+            if self.in_force() and not self.present.seq:
+                return self.present
+        if self._must_be_watched():
+            return None
+        while True:
+            mode: Mode = "continue" if self._begun(call) else "restart"
+            attempt = await self._open(mode)
+            if attempt is None or mode == "restart":
+                return attempt
+            attempt.begun = self._begun(call)
+            if attempt.begun:
+                return attempt
+            # What came before our opening was read cannot be continued: one more attempt takes it back.
+
+    async def to_end_in(self) -> bool:
+        """See to it that no attempt of somebody else's is in force, which could not be ended; false if one is.
+
+        Nobody's attempt is superseded by one that only ends: what stands was read by somebody, and stays.
+        Raises LogError.
+        """
+        if self.present:
+            await self.means.table.passed(await self.present.opened.durable())
+        if not self.is_anothers():
+            return True
+        if self._must_be_watched():
+            return False
+        return await self._open("restart" if self.tracked.assembly.gap else "continue") is not None
+
+    def _begun(self, call: ModelCall) -> Begun | None:
+        stands = begun(call.body, self.request.on_crash, self.tracked.assembly)
+        return stands if stands and (stands.whole or self.means.gateway.continues(call)) else None
+
+    async def _open(self, mode: Mode) -> Attempt | None:
+        request, means = self.request, self.means
+        number = self.tracked.assembly.state.attempt + 1
+        opening = StreamAttempt(
+            request=request.request,
+            tenant=request.tenant,
+            conversation=request.conversation,
+            attempt=number,
+            writer=Writer(f"{means.owner}.{means.partition}.{self.position}.{number}"),
+            mode=mode,
+        )
+        draft = self.effects.draft(OPENING + 2 * number, CHAT_STREAM, request.conversation, opening)
+        self.present = Attempt(opening, means.batches, draft)
+        if number == 1:
+            return self.present
+        await means.table.passed(await self.present.opened.durable())
+        log.info("attempt.opened", request=request.request, attempt=number, mode=mode)
+        return self.present if self.in_force() else None
