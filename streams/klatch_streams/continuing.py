@@ -6,7 +6,7 @@ stands whole, of which only the end is missing, is not asked for again.
 """
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
@@ -54,7 +54,7 @@ def _choices(body: Mapping[str, object]) -> int:
 
 def _more_than_text(body: Mapping[str, object]) -> bool:
     asked = body.get("response_format")
-    schema = isinstance(asked, dict) and asked.get("type") not in {None, "text"}
+    schema = isinstance(asked, dict) and cast("Json", asked).get("type") not in {None, "text"}
     return _choices(body) > 1 or schema or any(body.get(name) for name in _NOT_CONTINUED)
 
 

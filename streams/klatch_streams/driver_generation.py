@@ -93,7 +93,8 @@ class _Request:
     """How many deltas it has written."""
     answer: Iterator[Chunk | Wait] | None = None
     waits_until_ms: int = 0
-    rests_until_ms: int | None = None
+    rests_until_ms: int = 0
+    """The end of a pause; 0: there is none."""
     met: bool = False
     """Whether it was decided what to do if its conversation is busy."""
 
@@ -310,12 +311,10 @@ def _interrupted(driver: Driver, request: _Request, stream: Assembly, writer: Wr
 
 
 def _pause(driver: Driver, request: _Request, pause: Pause) -> Report | bool:
-    if request.rests_until_ms is None:
-        request.rests_until_ms = driver.now_ms + int(1000 * pause.at_least_s) + 100 * 2**pause.failures
-    if driver.now_ms < request.rests_until_ms:
-        return False
-    request.rests_until_ms = None
-    return Rested()
+    until_ms = request.rests_until_ms or driver.now_ms + int(1000 * pause.at_least_s) + 100 * 2**pause.failures
+    over = driver.now_ms >= until_ms
+    request.rests_until_ms = 0 if over else until_ms
+    return Rested() if over else False
 
 
 def _ready(driver: Driver, request: _Request) -> Report | bool:

@@ -283,11 +283,14 @@ class GenerationOwner:
         tracked = self._means.table.take(request.tenant, request.request)
         # Met in the order of admission: nothing is awaited before.
         place = self._lines.join(tracked, request.conversation, record.offset)
-        if was_redriven(record) and (await self._archive.recover(admitted, record, tracked)).concluded:
-            log.info("redriven.was_answered", request=request.request, offset=record.offset)
-            self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
-            place.leave()
-            return
+        if was_redriven(record):
+            # It may have been redriven more than once: what the one before it says has to stand.
+            await place.turn()
+            if (await self._archive.recover(admitted, record, tracked)).concluded:
+                log.info("redriven.was_answered", request=request.request, offset=record.offset)
+                self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
+                place.leave()
+                return
         under_way = RequestUnderWay.of(self._means, admitted, record, place)
         try:
             await under_way.run()
