@@ -228,7 +228,7 @@ def test_two_owners_at_once_decide_alike() -> None:
                 world.expel(zombie)
                 world.worker(Life())
                 await generation.settled(request)
-                await asyncio.sleep(1)
+                await asyncio.sleep(1)  # whatever the zombie still writes; the clock is virtual
                 for one, status in ((running, "cancelled"), (request, "completed")):
                     stream = world.stream_of(one.request)
                     every_reader_agrees(stream)
