@@ -146,18 +146,18 @@ Report = Due | Busy | Ready | Spoken | Broken | Rested | Interrupted | Stalled |
 Lifecycle = Generator[Command, Report, None]
 
 
-def lifecycle() -> Lifecycle:
+def lifecycle(tries: int = TRIES) -> Lifecycle:
     """Bring a request's stream, however far it has come, to its end, and conclude."""
     failures = 0
     report = yield Queue()
-    while (command := _next(report, failures)) is not None:
+    while (command := _next(report, failures, tries)) is not None:
         if isinstance(command, Pause):
             failures = command.failures
         report = yield command
     yield Conclude()
 
 
-def _next(report: Report, failures: int) -> Command | None:
+def _next(report: Report, failures: int, tries: int) -> Command | None:
     match report:
         case Due():
             return Prepare()
@@ -173,15 +173,15 @@ def _next(report: Report, failures: int) -> Command | None:
         case Spoken():
             return End("completed")
         case Broken():
-            return _after_failure(report, failures + 1)
+            return _after_failure(report, failures + 1, tries)
         case Interrupted(by):
             return _after(by)
         case Ended():
             return None
 
 
-def _after_failure(broken: Broken, failures: int) -> Command:
-    if broken.again and failures < TRIES and broken.retry_after_s <= LONGEST_PAUSE_S:
+def _after_failure(broken: Broken, failures: int, tries: int) -> Command:
+    if broken.again and failures < tries and broken.retry_after_s <= LONGEST_PAUSE_S:
         return Pause(failures, broken.retry_after_s)
     return End("failed", broken.error)
 

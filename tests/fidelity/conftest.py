@@ -187,7 +187,8 @@ async def _stack() -> AsyncIterator[Stack]:
     async with AsyncExitStack() as parts:
         wire = await parts.enter_async_context(Wire())
         gateway = await parts.enter_async_context(OpenAICompatible(Endpoint(wire.url)))
-        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book(), timeouts=PATIENCE))
+        # One try: what the tests look at is how the last of them ends. Others are in test_attempts.py.
+        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book(), timeouts=PATIENCE), tries=1)
         parts.push_async_callback(generation.close)
         judge = RulesJudge()
         parts.push_async_callback(judge.close)

@@ -115,23 +115,6 @@ async def test_a_stream_may_last_longer_than_any_silence_may(stack: "Stack") -> 
     assert finishes(await stack.stream(script)) == [(0, "stop")]
 
 
-async def test_a_call_is_tried_again_as_long_as_nothing_came(stack: "Stack") -> None:
-    """[38] The client sees one whole reply."""
-
-    async def script(talk: Talk) -> None:
-        tries = len(stack.wire.talks[model])
-        if tries == 1:
-            talk.drop()
-        elif tries == 2:
-            talk.begin().drop()
-        else:
-            talk.begin().send(whole("third time")).end()
-
-    model = stack.model(script)
-    events = await (await stack.door.chat(model=model)).events()
-    assert (text_of(events), len(stack.wire.talks[model])) == ("third time", 3)
-
-
 async def test_a_call_is_not_repeated_once_something_was_said(stack: "Stack") -> None:
     """[38] Its beginning would be said twice, or a call of a tool be executed in half."""
 

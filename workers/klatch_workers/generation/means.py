@@ -36,6 +36,8 @@ class Means:
     batches: Batches
     gateway: Gateway
     preparer: Preparer
+    tries: int
+    """How often the model is asked for one request, if another try may mend its failures."""
     owner: str
     """Unique to this owner of the partition: writers are named after it."""
 

@@ -99,7 +99,7 @@ class RequestUnderWay:
 
     async def run(self) -> None:
         """Bring the request to its end and conclude it. Raises LogError, GivenBack."""
-        policy = lifecycle()
+        policy = lifecycle(self.means.tries)
         command: Command = next(policy)
         while True:
             report = await self._carry_out(command)

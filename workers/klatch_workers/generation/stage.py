@@ -31,6 +31,7 @@ from klatch_streams.addresses import MOVED_FROM, Addresses
 from klatch_streams.batches import Batches
 from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
 from klatch_streams.follower import Follower
+from klatch_streams.generation import TRIES
 from klatch_streams.keyed_owner import Doing, GivenBack, KeyedOwner
 from klatch_streams.log import Log, LogError
 from klatch_streams.snapshots import Snapshots
@@ -64,11 +65,12 @@ class GenerationStage:
         preparer: Preparer,
         *,
         max_in_flight: int = 256,
+        tries: int = TRIES,
     ) -> None:
         self.topic = namespace.of(CHAT_ADMITTED)
         self.log, self.namespace = log, namespace
         self.gateway, self.preparer = gateway, preparer
-        self.max_in_flight = max_in_flight
+        self.max_in_flight, self.tries = max_in_flight, tries
         self.follower = Follower(log)
         self.batches = Batches(log)
         self._turns = TurnReader(log)
@@ -91,6 +93,7 @@ class GenerationStage:
             batches=self.batches,
             gateway=self.gateway,
             preparer=self.preparer,
+            tries=self.tries,
             # Not the process's: what it wrote when it owned the partition before may still be on its way.
             owner=uuid4().hex[:12],
         )
