@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
+from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
 from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel, StreamEnd, Usage
 from klatch_schemas.ids import Writer
@@ -253,6 +254,41 @@ async def test_prompts_are_published_under_growing_versions_that_never_change(to
     assert (await town.run("prompts", "show", "hello", "--version", "1")).out == "v1\n"
     assert (await town.run("prompts", "show", "hello", "--tenant", "acme")).out == "acme's\n"
     assert (await town.run("prompts", "show", "nothing")).code == 1
+
+
+async def test_routes_of_models_are_applied_from_a_file_listed_tried_and_removed(town: Town) -> None:
+    file = town.data / "models.toml"
+    async with Upstream() as upstream:
+        file.write_text(
+            f"""
+            [deployments.own]
+            kind = "vllm"
+            url = "{upstream.url}"
+            model = "fake?tokens=3"
+            [deployments.gone]
+            url = "http://127.0.0.1:9/v1"
+            [routes.m]
+            to = ["own", {{ deployment = "gone", tier = 1 }}]
+            """
+        )
+        applied = await town.run("models", "apply", str(file), "--by", "ops", "--json")
+        assert applied.objects == [{"routes": 1, "changed": ["m"], "removed": []}]
+        single = await town.run(
+            "models", "set", "other/name", "--url", upstream.url, "--model", "fake?tokens=2", "--json"
+        )
+        assert single.objects == [{"alias": "other/name", "changed": True}]
+        listed = await town.run("models", "list", "--json")
+        assert [(one["alias"], [to["name"] for to in one["deployments"]]) for one in listed.objects] == [
+            ("m", ["own", "gone"]),
+            ("other/name", ["other-name"]),
+        ]
+        tried = await town.run("models", "test", "m", "--json")
+    assert tried.code == 1, "one of them is not there"
+    assert {one["deployment"]: one["ok"] for one in tried.objects} == {"own": True, "gone": False}
+    assert next(one for one in tried.objects if one["ok"])["text"] == "The quick brown "
+    assert (await town.run("models", "remove", "other/name")).code == 0
+    assert (await town.run("models", "remove", "other/name")).code == 1
+    assert (await town.run("models", "set", "m", "--url", "nowhere")).code == 2
 
 
 async def test_a_template_that_does_not_compile_is_refused_before_it_is_published(town: Town) -> None:
