@@ -17,11 +17,12 @@ stopped. Every path leads to a `stream.end` that was read back, and then to `Con
           └───────────────────────────────────────────────────────── Stalled
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, assert_never
 
 from klatch_schemas.assembly import StreamState
+from klatch_schemas.errors import Blocked, Expired
 from klatch_schemas.errors import Busy as BusyError
 from klatch_schemas.events import Decision, IfBusy, Status, StreamError
 
@@ -183,7 +184,7 @@ def _next(report: Report, failures: int, tries: int) -> Command | None:
 def _after_failure(broken: Broken, failures: int, tries: int) -> Command:
     if broken.again and failures < tries and broken.retry_after_s <= LONGEST_PAUSE_S:
         return Pause(failures, broken.retry_after_s)
-    return End("failed", broken.error)
+    return End(_ENDINGS.get(broken.error.code, "failed"), broken.error)
 
 
 def _after(interruption: Interruption) -> Command | None:
@@ -197,6 +198,9 @@ def _after(interruption: Interruption) -> Command | None:
         case "ended":
             return None
 
+
+_ENDINGS: Final[Mapping[str, Status]] = {Blocked.code: "blocked", Expired.code: "expired"}
+"""What a failure is that is none of the model's: its vendor's filter refused the prompt, or the time was up."""
 
 # --- when the conversation is busy -------------------------------------------------------------------------------
 

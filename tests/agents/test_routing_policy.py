@@ -161,6 +161,12 @@ def test_only_those_that_can_continue_are_asked_to() -> None:
     assert set(play(mixed, DOWN, continuing=True).tried) == {"b", "c"}
 
 
+def test_one_that_broke_off_before_is_taken_only_where_there_is_no_other() -> None:
+    assert play(A_B, DOWN, avoid=frozenset({"a"})).tried[0] == "b"
+    assert play(route(one("a")), DOWN, avoid=frozenset({"a"})).tried[0] == "a"
+    assert play(route(one("a")), DOWN, avoid=frozenset({"a"})).steps[0].after == 0
+
+
 def test_the_same_request_is_sent_the_same_way() -> None:
     pair = route(one("a"), one("b"))
     assert play(pair, DOWN, seed="r7").tried == play(pair, DOWN, seed="r7").tried

@@ -77,7 +77,7 @@ async def run_screening(begin: Begin, stop: asyncio.Event, ready: Ready) -> None
 async def run_generation(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """Answers admitted requests."""
     from klatch_schemas.events import ModelRouted, PromptPublished
-    from klatch_workers.books import PromptBook
+    from klatch_workers.books import PromptBook, RouteBook
     from klatch_workers.generation.prepare import Preparer
     from klatch_workers.generation.stage import GenerationStage
 
@@ -91,7 +91,16 @@ async def run_generation(begin: Begin, stop: asyncio.Event, ready: Ready) -> Non
         recaller = await open_parts.enter_async_context(_memory_client(settings))
         preparer = Preparer(PromptBook(prompts), recaller)
         stage = await open_parts.enter_async_context(
-            _closing(GenerationStage(kafka, namespace, gateway, preparer, max_in_flight=settings.max_in_flight))
+            _closing(
+                GenerationStage(
+                    kafka,
+                    namespace,
+                    gateway,
+                    preparer,
+                    max_in_flight=settings.max_in_flight,
+                    prices=RouteBook(routes).prices,
+                )
+            )
         )
         await _run(stage, kafka, settings, stop, ready, prompts.failed(), routes.failed(), stage.follower.failure())
 

@@ -59,6 +59,8 @@ class ModelCall:
     deadline: float | None = None
     """Seconds since 1970: a call that still waits for its turn then is not made."""
     prefix: str = ""
+    avoid: frozenset[str] = frozenset()
+    """Deployments that failed this request before: taken only where there is no other."""
 
 
 class Usage(msgspec.Struct, frozen=True):

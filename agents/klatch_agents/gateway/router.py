@@ -52,6 +52,7 @@ class _Asked(NamedTuple):
     seed: str
     claim: Claim
     continuing: bool = False
+    avoid: frozenset[str] = frozenset()
 
 
 class Router:
@@ -134,12 +135,13 @@ class Router:
                 f"no route names the model {alias!r}: `klatch models list` shows those there are", status=404
             )
         claim = Claim(call.tenant, call.weight, call.priority, call.deadline)
-        return _Asked(route, alias, call.request or str(next(self._numbers)), claim, bool(call.prefix))
+        return _Asked(route, alias, call.request or str(next(self._numbers)), claim, bool(call.prefix), call.avoid)
 
     async def _served(self, asked: _Asked, attempt: Callable[[Line], Awaitable[T]]) -> T:
         """What the first deployment gives that serves. Raises the last failure when none does."""
         route = asked.route
-        policy = choose_until_served(route, asked.seed, self._lines.view(route), continuing=asked.continuing)
+        view = self._lines.view(route)
+        policy = choose_until_served(route, asked.seed, view, continuing=asked.continuing, avoid=asked.avoid)
         outcome, failure = None, None
         while True:
             try:

@@ -83,15 +83,19 @@ def is_servers_doing(error: ModelError) -> bool:
     return error.spoke or judge(error) != "stop"
 
 
-def choose_until_served(routed: ModelRouted, seed: str, view: View, *, continuing: bool = False) -> Policy:
-    """Try deployments of a route until one serves; `continuing`: only those that can continue a partial message."""
+def choose_until_served(
+    routed: ModelRouted, seed: str, view: View, *, continuing: bool = False, avoid: frozenset[str] = frozenset()
+) -> Policy:
+    """Try deployments of a route until one serves; `continuing`: only those that can continue a partial message;
+    `avoid`: rather not these."""
     able = [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
     failed, waits = dict[str, int](), dict[str, float]()
     patience, tries = PATIENCE_S, 0
     while tries < routed.tries:
         # A server that said when to come back is taken at its word, whether or not it is known to others.
         cooling = {one.name: max(view.cooling.get(one.name, 0.0), waits.get(one.name, 0.0)) for one in able}
-        chosen = _choose(able, cooling, failed, view.full, f"{seed}/{tries}")
+        liked = {one.name: (failed.get(one.name, 0) + (one.name in avoid), one.tier) for one in able}
+        chosen = _choose(able, cooling, liked, view.full, f"{seed}/{tries}")
         if chosen is None:
             return NothingLeft()
         cools = cooling[chosen.name]
@@ -125,10 +129,14 @@ def how_it_continues(deployment: Deployment) -> Continues:
 
 
 def _choose(
-    able: Sequence[Deployment], cooling: Mapping[str, float], failed: Mapping[str, int], full: frozenset[str], seed: str
+    able: Sequence[Deployment],
+    cooling: Mapping[str, float],
+    liked: Mapping[str, tuple[int, int]],
+    full: frozenset[str],
+    seed: str,
 ) -> Deployment | None:
-    def rank(one: Deployment) -> tuple[float, int, int, bool]:
-        return cooling[one.name], failed.get(one.name, 0), one.tier, one.name in full
+    def rank(one: Deployment) -> tuple[float, tuple[int, int], bool]:
+        return cooling[one.name], liked[one.name], one.name in full
 
     if not able:
         return None

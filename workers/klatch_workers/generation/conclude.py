@@ -8,18 +8,24 @@ the prompt is the last one's, in which its server also read the text it continue
 (`restart`) is not billed: the tenant did not get it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.chunks import Json, Reply
 from klatch_schemas.events import (
     ChatAdmitted,
+    Prices,
     Status,
     TurnFinished,
     Usage,
     UsageSettled,
 )
+
+PriceOf = Callable[[str, str], Prices | None]
+"""What a model costs at a deployment, where it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +71,36 @@ def usage_without_count(admitted: ChatAdmitted, chunks: int, spoke: bool) -> Usa
     return Usage(prompt_tokens=prompt, completion_tokens=chunks, estimated=True)
 
 
-def settlement(admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing) -> UsageSettled:
+def settlement(
+    admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing, prices: PriceOf
+) -> UsageSettled:
     """The record that settles the request's reservation."""
     request = admitted.request
     first = timing.first_token_ms
+    usage, model = usage_of(admitted, assembly, asked.spoke), _model(admitted, assembly)
+    deployment = assembly.end.deployment if assembly.end else ""
     return UsageSettled(
         request=request.request,
         tenant=request.tenant,
         person=request.person,
         use_case=request.use_case,
-        model=_model(admitted, assembly),
+        model=model,
+        deployment=deployment,
         status=_status(assembly),
-        usage=usage_of(admitted, assembly, asked.spoke),
+        usage=usage,
+        cost_micros=cost_micros(usage, prices(model, deployment)),
         first_token_ms=None if first is None else max(0, first - admitted.requested_ms),
         total_ms=max(0, timing.finished_ms - admitted.requested_ms),
     )
+
+
+def cost_micros(usage: Usage, prices: Prices | None) -> int:
+    """What tokens cost, in millionths of a US dollar, rounded up: that is dollars a million tokens, times tokens."""
+    if prices is None:
+        return 0
+    cached = prices.prompt if prices.cached is None else prices.cached
+    fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
+    return ceil(fresh * prices.prompt + usage.cached_tokens * cached + usage.completion_tokens * prices.completion)
 
 
 def has_turn(assembly: Assembly) -> bool:

@@ -2,16 +2,18 @@
 
 from typing import cast
 
-from klatch_agents.gateway.errors import ModelError
+from klatch_agents.gateway.errors import ExpiredError, ModelError
 from klatch_schemas.chunks import Json
+from klatch_schemas.errors import Blocked, Expired
 from klatch_schemas.events import StreamError
 from klatch_streams.generation import Broken
 
 
 def broken_by(error: ModelError) -> Broken:
     """What the policy is told of a failure."""
-    # `retriable` is about sending the same call again; once text went out, the next attempt takes that text back.
-    again = error.transient if error.spoke else error.retriable
+    # What failed before it spoke was tried again by the gateway, as often as its route allows. Once text went out, only
+    # another attempt can mend it, which continues that text or takes it back.
+    again = error.spoke and error.transient
     return Broken(said_of(error), again, error.retry_after or 0.0)
 
 
@@ -23,4 +25,12 @@ def said_of(error: ModelError) -> StreamError:
         upstream |= {**extra, "message": body.message, "type": body.type, "param": body.param, "code": body.code}
         upstream["status"] = error.status
     retry = None if error.retry_after is None else int(error.retry_after * 1000)
-    return StreamError(code="model_error", message=error.message, retry_after_ms=retry, upstream=upstream)
+    # The vendor's filter refused the prompt: no failure of the model, and nothing to try elsewhere (trap 32).
+    code = (
+        Blocked.code
+        if error.code == Blocked.code
+        else Expired.code
+        if isinstance(error, ExpiredError)
+        else "model_error"
+    )
+    return StreamError(code=code, message=error.message, retry_after_ms=retry, upstream=upstream)

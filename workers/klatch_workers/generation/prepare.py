@@ -101,7 +101,7 @@ class Preparer:
             body = redacted(request, tracked.verdict)
             if ready.decision in {"block", "escalate"}:
                 return Prepared(ready, ModelCall(body))
-            return self._compose(request, ready, body, *await gathering)
+            return self._compose(admitted, ready, body, *await gathering)
         finally:
             gathering.cancel()
 
@@ -125,13 +125,13 @@ class Preparer:
 
     def _compose(
         self,
-        request: ChatRequested,
+        admitted: ChatAdmitted,
         ready: Ready,
         body: Mapping[str, object],
         recalled: Sequence[Memory],
         recent: Sequence[TurnFinished],
     ) -> Prepared:
-        own = _messages(body)
+        request, own = admitted.request, _messages(body)
         prompt, system = self._system(request)
         if system or recalled or recent:
             past = [message for turn in recent for message in (*_said(turn), *turn.reply[:1])]
@@ -139,11 +139,25 @@ class Preparer:
             body = {**body, "messages": composed}
         return Prepared(
             ready=ready,
-            call=ModelCall(body, model=self.model, timeouts=self.timeouts, headers=_headers(request)),
+            call=self._call(admitted, body),
             model=self.model or str(body.get("model") or ""),
             messages=tuple(own),
             prompt_version=prompt.version if prompt else None,
             recalled=tuple(memory.id for memory in recalled),
+        )
+
+    def _call(self, admitted: ChatAdmitted, body: Mapping[str, object]) -> ModelCall:
+        request = admitted.request
+        return ModelCall(
+            body,
+            model=self.model,
+            timeouts=self.timeouts,
+            headers=_headers(request),
+            request=request.request,
+            tenant=request.tenant,
+            weight=admitted.weight,
+            priority=request.priority,
+            deadline=None if request.deadline_ms is None else request.deadline_ms / 1000,
         )
 
     def _system(self, request: ChatRequested) -> tuple[PromptPublished | None, str]:

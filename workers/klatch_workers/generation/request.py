@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
 
 import structlog
@@ -84,6 +84,8 @@ class RequestUnderWay:
     prepared: Prepared | None = None
     first_token_ms: int | None = None
     spoke: bool = False
+    failed_on: set[str] = field(default_factory=set[str])
+    """Deployments whose answers broke off."""
 
     @classmethod
     def of(cls, means: Means, admitted: ChatAdmitted, record: Record, place: Place) -> "RequestUnderWay":
@@ -198,9 +200,12 @@ class RequestUnderWay:
         if attempt.begun and attempt.begun.whole:
             return Spoken()
         self.spoke = True
+        call = self.prepared.call
+        named = f"{call.request}.{attempt.opening.attempt}"
         try:
-            await attempt.stream(self.means.gateway, self.prepared.call)
+            await attempt.stream(self.means.gateway, replace(call, request=named, avoid=frozenset(self.failed_on)))
         except ModelError as error:
+            self.failed_on.add(attempt.deployment)
             broken = broken_by(error)
             log.info("model.failed", request=self.tracked.request, code=error.code, seq=attempt.seq, again=broken.again)
             return broken
@@ -260,6 +265,7 @@ class RequestUnderWay:
             status=command.status,
             finish_reason=self._finish_reason(command),
             model=self.prepared.model if self.prepared else "",
+            deployment=present.deployment if present else "",
             usage=self._usage(),
             trailer=tuple(codec.loads(raw) for raw in present.trailer) if present else (),
             error=command.error,
@@ -291,7 +297,7 @@ class RequestUnderWay:
             await self.place.first()
         asked = self._asked()
         timing = Timing(int(time.time() * 1000), self.first_token_ms)
-        settled = settlement(self.admitted, assembly, asked, timing)
+        settled = settlement(self.admitted, assembly, asked, timing, means.prices)
         drafts = [self.effects.draft(SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
         finished = turn(self.admitted, assembly, asked, timing, head.offset if head else None)

@@ -1,8 +1,8 @@
 """One attempt: opens it, streams the model's chunks into it as they come, and says how the model ended.
 
 Chunks pass as the bytes they came in, but for those of an attempt that continues (`continuation.py`). The first that
-speaks leaves at once; the others share batches. Nothing is retried here: what a failure means is a matter of the
-policy.
+speaks leaves at once; the others share batches. Nothing is retried here: before the first token that
+is the gateway's affair, after it the policy's.
 """
 
 import asyncio
@@ -34,6 +34,8 @@ class Attempt:
         """What it continues."""
         self.seq = 0
         """How many deltas were written."""
+        self.deployment = ""
+        """Which deployment answers."""
         self.trailer: list[bytes] = []
         self.finished: Finished | None = None
         self.counted: Counted | None = None
@@ -48,7 +50,7 @@ class Attempt:
         prefix = codec.delta_prefix(opening.request, opening.attempt, opening.writer)
         self.trailer.clear()
         async with gateway.stream(rest_of(call, self.begun) if self.begun else call) as reply:
-            self.upstream_request = reply.upstream_request_id
+            self.deployment, self.upstream_request = reply.deployment, reply.upstream_request_id
             async for chunks in reply:
                 for chunk in chunks:
                     if chunk.usage is not None:

@@ -35,6 +35,7 @@ from klatch_streams.generation import TRIES
 from klatch_streams.keyed_owner import Doing, GivenBack, KeyedOwner
 from klatch_streams.log import Log, LogError
 from klatch_streams.snapshots import Snapshots
+from klatch_workers.generation.conclude import PriceOf
 from klatch_workers.generation.lines import Lines
 from klatch_workers.generation.means import Means
 from klatch_workers.generation.prepare import Preparer
@@ -66,11 +67,12 @@ class GenerationStage:
         *,
         max_in_flight: int = 256,
         tries: int = TRIES,
+        prices: PriceOf = lambda _model, _deployment: None,
     ) -> None:
         self.topic = namespace.of(CHAT_ADMITTED)
         self.log, self.namespace = log, namespace
         self.gateway, self.preparer = gateway, preparer
-        self.max_in_flight, self.tries = max_in_flight, tries
+        self.max_in_flight, self.tries, self.prices = max_in_flight, tries, prices
         self.follower = Follower(log)
         self.batches = Batches(log)
         self._turns = TurnReader(log)
@@ -94,6 +96,7 @@ class GenerationStage:
             gateway=self.gateway,
             preparer=self.preparer,
             tries=self.tries,
+            prices=self.prices,
             # Not the process's: what it wrote when it owned the partition before may still be on its way.
             owner=uuid4().hex[:12],
         )

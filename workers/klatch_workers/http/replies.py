@@ -216,10 +216,10 @@ class WholeReply(_Answer):
         # Nobody else's token waits for a long reply to be put together.
         large = len(standing) > _OFF_LOOP_CHUNKS
         body = await asyncio.to_thread(_whole, standing, end) if large else _whole(standing, end)
-        upstream = end.upstream_request if end else None
-        await self._call.answer(
-            200, body, [(b"x-klatch-upstream-request", header_value(upstream))] if upstream else None
+        told = (
+            {b"x-klatch-upstream-request": end.upstream_request, b"x-klatch-deployment": end.deployment} if end else {}
         )
+        await self._call.answer(200, body, [(name, header_value(said)) for name, said in told.items() if said])
         return True
 
 
@@ -234,7 +234,8 @@ def _whole(standing: Sequence[Standing], end: StreamEnd | None) -> bytes:
 
 def trailer_of(end: StreamEnd, last: Sequence[Standing]) -> list[Json]:
     """The chunks that follow the last choice: the model server's own, and a usage chunk if it sent none, named after
-    one of the `last`."""
+    one of the `last`. The usage chunk says in klatch's field which deployment answered: a stream's status line left
+    before that was known."""
     chunks: list[Json] = list(end.trailer)
     if end.usage and not any(map(_is_usage, chunks)):
         read: list[Json] = [codec.loads(bytes(one.chunk)) for one in reversed(last)]
@@ -242,6 +243,9 @@ def trailer_of(end: StreamEnd, last: Sequence[Standing]) -> list[Json]:
         spoken = next((chunk for chunk in read if chunk.get("id")), nobody)
         said: Json = {name: spoken[name] for name in ("id", "created", "model", "system_fingerprint") if name in spoken}
         chunks.append({**said, "object": "chat.completion.chunk", "choices": [], "usage": _usage(end.usage)})
+    if end.deployment:
+        ours: Json = {"klatch": {"deployment": end.deployment}}
+        chunks = [{**chunk, **ours} if _is_usage(chunk) else chunk for chunk in chunks]
     return chunks
 
 
