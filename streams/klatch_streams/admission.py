@@ -1,81 +1,58 @@
 """Admission: which requests of a tenant may run, decided in the order of the tenant's own log.
 
-A request is admitted once (ids are remembered for 24 hours), before its deadline, and within the tenant's limits;
-whatever is refused gets its `stream.end` here. Its estimated cost is reserved on entry and replaced by the real one
-when its usage is settled, so a limit is never exceeded by more than estimates were too low.
+A request is admitted once (ids are remembered for 24 hours), before its deadline, and within the limits of all its
+scopes (`quota.rules`, `quota.checks`); whatever is refused gets its `stream.end` here. Its estimated cost is reserved
+on entry and replaced by the real one when its usage is settled, so a limit is never exceeded by more than estimates
+were too low.
 
-What counts against a limit, all in record time:
+A request that does not say how long its reply may be is granted what its budgets (of days and months) have room for,
+up to the estimate; the reply asks for more while it runs (`usage.running`) and is told how far it may go
+(`stream.budget`). So a budget ends replies that run, and is used up before it refuses.
 
-    requests_per_minute   admitted requests of the sliding minute (`windows.Window`)
-    tokens_per_minute     real tokens of settled requests and estimates of others, in the sliding minute they entered
-    tokens_per_day        the same, on the UTC day they entered
-    concurrent_requests   admitted requests that are neither settled nor expired
-
-A reservation that nobody settles expires 15 minutes after its deadline (or its request), and no later than the
-memory of its id: the slot is free again and the estimate stands as its cost. A settlement without a reservation is
-a repeat, or came too late, and changes nothing. A refused id stays refused: its stream has ended.
+A reservation that nobody settles expires 15 minutes after its deadline (or its request, or its last `usage.running`),
+and no later than the memory of its id: the slot is free again and the estimate stands as its cost. A settlement
+without a reservation is a repeat, or came too late, and changes nothing. A refused id stays refused.
 """
 
-from __future__ import annotations  # rpds classes take type arguments in annotations only
-
-from collections.abc import Iterator, Sequence
-from typing import Final, cast
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import msgspec
-from rpds import HashTrieMap
 
 from klatch_schemas.events import (
     ChatAdmitted,
     ChatRefused,
     ChatRequested,
-    Limits,
     QuotaLimitSet,
+    RateLimits,
     Refusal,
     Reservation,
     Status,
+    StreamBudget,
     StreamEnd,
     StreamError,
+    TokenPrice,
+    UsageRunning,
     UsageSettled,
 )
 from klatch_schemas.ids import Writer
-from klatch_schemas.topics import ADMISSION_STATE, CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, DAY_MS, Topic
-from klatch_streams.estimate import Estimate
+from klatch_schemas.topics import ADMISSION_STATE, CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, Topic
+from klatch_streams.estimate import Estimate, Estimated
 from klatch_streams.kernel import Emit, Input
-from klatch_streams.seen import MEMORY_MS, Bucket, Seen
-from klatch_streams.windows import Window
+from klatch_streams.quota import checks, ledger
+from klatch_streams.quota.calendar import Moment, moment
+from klatch_streams.quota.changes import recorded
+from klatch_streams.quota.checks import Counted
+from klatch_streams.quota.counters import Counter, Need
+from klatch_streams.quota.ledger import Held, Ledger
+from klatch_streams.quota.rules import Rules, Scope, Settings, micros, model_of
+from klatch_streams.seen import MEMORY_MS
 
 WRITER: Final = Writer("admission")
 HOLD_MS: Final = 15 * 60_000
+LEAST_GRANT: Final = 16
+"""A reply is not begun for fewer tokens."""
 _MINUTE_MS: Final = 60_000
-_SLOT_RETRY_MS: Final = 1_000
-"""When a concurrent slot frees is unknown: a hint to try again soon."""
-
-
-class Held(msgspec.Struct, frozen=True):
-    """A reservation in force."""
-
-    tokens: int
-    entered_ms: int
-    expires_ms: int
-    bucket: int
-    """Number of the bucket of `Seen` that the request's id is in: reservations are written with their like."""
-
-
-class Ledger(msgspec.Struct, frozen=True):
-    """What admission knows of one tenant."""
-
-    tenant: str
-    clock_ms: int = 0
-    """The latest record time: a broker whose clock is behind does not turn it back."""
-    limits: Limits = Limits()
-    seen: Seen = Seen()
-    held: HashTrieMap[str, Held] = HashTrieMap()
-    next_expiry_ms: int = 0
-    """No reservation expires before this."""
-    requests: Window = Window()
-    tokens: Window = Window()
-    day: int = 0
-    day_tokens: int = 0
 
 
 class Admission:
@@ -92,18 +69,30 @@ class Admission:
         """The ledger of a tenant that was never heard of: no limits, nothing used."""
         return Ledger(key)
 
+    def dump(self, state: Ledger) -> dict[str, object]:
+        """See `quota.ledger`."""
+        return ledger.dump(state)
+
+    def load(self, key: str, parts: dict[str, object]) -> Ledger:
+        """What `dump` wrote, as a ledger again."""
+        return ledger.load(key, parts)
+
     def decide(self, state: Ledger, said: Input[Ledger]) -> tuple[Ledger, Sequence[Emit]]:
         """The next ledger, and what follows."""
         match said.event:
-            case ChatRequested() | UsageSettled() | QuotaLimitSet() if said.event.tenant != state.tenant:
+            case ChatRequested() | UsageSettled() | UsageRunning() | QuotaLimitSet() if (
+                said.event.tenant != state.tenant
+            ):
                 # Under another tenant's key it has no place in this order: owners move it to its own (`Addresses`).
                 return state, ()
             case ChatRequested():
-                return self._request(_advance(state, said.timestamp_ms), said.event, said.timestamp_ms)
+                return self._request(advanced(state, said.timestamp_ms), said.event, said.timestamp_ms)
             case UsageSettled():
-                return _settle(_advance(state, said.timestamp_ms), said.event), ()
+                return _settle(advanced(state, said.timestamp_ms), said.event), ()
+            case UsageRunning():
+                return _grant(advanced(state, said.timestamp_ms), said.event, self._estimate.completion)
             case QuotaLimitSet():
-                return msgspec.structs.replace(_advance(state, said.timestamp_ms), limits=said.event.limits), ()
+                return _set(advanced(state, said.timestamp_ms), said.event), ()
             case _:
                 return state, ()
 
@@ -115,121 +104,101 @@ class Admission:
         if asked.deadline_ms is not None and asked.deadline_ms < state.clock_ms:
             late = Refusal(code="deadline_exceeded", message="the deadline had passed when the request was read")
             return known, _refused(asked, "expired", late)
-        tokens = self._estimate.tokens(asked.body)
-        if refusal := _refusal(state, tokens):
+        now = moment(state.clock_ms)
+        counted = _counted(state, state.rules.scopes(asked), now)
+        plan = _plan(counted, self._estimate.of(asked.body), state.rules.price_of(model_of(asked)))
+        if refusal := checks.refusal(counted, plan.need, now):
             return known, _refused(asked, "rejected", refusal)
-        held = Held(tokens, state.clock_ms, _expiry(state.clock_ms, asked.deadline_ms), seen.newest)
-        reservation = Reservation(tokens=tokens, expires_ms=held.expires_ms)
-        admitted = ChatAdmitted(request=asked, requested_ms=requested_ms, reservation=reservation)
-        return _reserve(known, asked.request, held), [Emit(CHAT_ADMITTED, asked.conversation, admitted)]
-
-    def dump(self, state: Ledger) -> dict[str, object]:
-        """The ledger as `head`, `ids/N` a bucket of ids, and `held/N` the reservations of those ids."""
-        head = {
-            "clock_ms": state.clock_ms,
-            "limits": state.limits.model_dump(exclude_none=True),
-            "requests": state.requests.slots,
-            "tokens": state.tokens.slots,
-            "day": state.day,
-            "day_tokens": state.day_tokens,
-        }
-        parts: dict[str, object] = {"head": head}
-        for number, bucket in state.seen.buckets.items():
-            parts[f"ids/{number}"] = {"newest_ms": bucket.newest_ms, "ids": bucket.ids}
-        for request, held in state.held.items():
-            group = cast("dict[str, object]", parts.setdefault(f"held/{held.bucket}", {}))
-            group[request] = (held.tokens, held.entered_ms, held.expires_ms)
-        return parts
-
-    def load(self, key: str, parts: dict[str, object]) -> Ledger:
-        """What `dump` wrote, as a ledger again."""
-        head = msgspec.convert(parts.get("head", {}), _Head)
-        held = HashTrieMap(_held(parts))
-        return Ledger(
-            tenant=key,
-            clock_ms=head.clock_ms,
-            limits=Limits.model_validate(head.limits, extra="ignore"),
-            seen=Seen.of(dict(_buckets(parts))),
-            held=held,
-            next_expiry_ms=_next_expiry(held),
-            requests=Window.of(head.requests),
-            tokens=Window.of(head.tokens),
-            day=head.day,
-            day_tokens=head.day_tokens,
+        held = Held(
+            tokens=plan.need.tokens,
+            entered_ms=state.clock_ms,
+            expires_ms=_expiry(state.clock_ms, state.clock_ms, asked.deadline_ms),
+            bucket=seen.newest,
+            micros=plan.need.micros,
+            granted=plan.granted,
+            price=plan.price.completion,
+            scopes=tuple(scope.key for scope, _ in counted),
         )
+        counted = [Counted(scope, counter.add(now, plan.need)) for scope, counter in counted]
+        terms = _Terms(plan.limit, checks.rate_limits(counted, now))
+        admitted = _admitted(state.rules.settings, asked, requested_ms, held, terms)
+        state = _with(_held(known, asked.request, held), counted)
+        return state, [Emit(CHAT_ADMITTED, asked.conversation, admitted)]
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
 
 
-def _advance(state: Ledger, timestamp_ms: int) -> Ledger:
-    """The ledger at a record's time: old ids forgotten, reservations expired, windows moved on."""
+def advanced(state: Ledger, timestamp_ms: int) -> Ledger:
+    """The ledger at a record's time: old ids forgotten, reservations expired, a few counters looked through."""
     now = max(state.clock_ms, timestamp_ms)
-    day = now // DAY_MS
-    state = msgspec.structs.replace(
-        state,
-        clock_ms=now,
-        requests=state.requests.at(now),
-        tokens=state.tokens.at(now),
-        seen=state.seen.forget(now),
-        day=day,
-        day_tokens=state.day_tokens if day == state.day else 0,
-    )
+    swept, counters = state.swept, state.counters
+    if now // 1_000 != state.clock_ms // 1_000 and counters.count:
+        swept, counters = swept + 1, counters.sweep(swept, moment(now))
+    state = msgspec.structs.replace(state, clock_ms=now, seen=state.seen.forget(now), swept=swept, counters=counters)
     return _expire(state) if state.held and now >= state.next_expiry_ms else state
 
 
 def _expire(state: Ledger) -> Ledger:
     # Expiries fall on whole minutes, so the reservations are walked through at most once a minute.
-    held = state.held
     for request, one in state.held.items():
         if one.expires_ms <= state.clock_ms:
-            held = held.discard(request)
-    return msgspec.structs.replace(state, held=held, next_expiry_ms=_next_expiry(held))
+            state = _release(state, request, one, Need(0))
+    return msgspec.structs.replace(state, next_expiry_ms=ledger.next_expiry(state.held.values()))
 
 
-def _next_expiry(held: HashTrieMap[str, Held]) -> int:
-    return min((one.expires_ms for one in held.values()), default=0)
-
-
-def _expiry(now_ms: int, deadline_ms: int | None) -> int:
+def _expiry(now_ms: int, entered_ms: int, deadline_ms: int | None) -> int:
     due = max(now_ms, deadline_ms or 0) + HOLD_MS
     whole_minute = -(-due // _MINUTE_MS) * _MINUTE_MS
     # The id must be remembered as long as its reservation, or a repeat would be admitted beside it.
-    return min(whole_minute, (now_ms + MEMORY_MS) // _MINUTE_MS * _MINUTE_MS)
+    return min(whole_minute, (entered_ms + MEMORY_MS) // _MINUTE_MS * _MINUTE_MS)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
 
 
-def _refusal(state: Ledger, tokens: int) -> Refusal | None:
-    """The refusal that lasts longest, if any limit refuses: a client that waits for it meets no other."""
-    refusals = list(_refusals(state, tokens))
-    return max(refusals, key=lambda one: _NEVER if one.retry_after_ms is None else one.retry_after_ms, default=None)
+def _set(state: Ledger, said: QuotaLimitSet) -> Ledger:
+    old, new = state.rules.settings, Settings.of(said)
+    changes = recorded(state.changes, state.clock_ms, said.by, old, new)
+    return state if old == new else msgspec.structs.replace(state, rules=Rules(new), changes=changes)
 
 
-_NEVER: Final = 1 << 62
+def _counted(state: Ledger, scopes: Sequence[Scope], now: Moment) -> list[Counted]:
+    return [Counted(scope, _counter(state, scope, now)) for scope in scopes]
 
 
-def _refusals(state: Ledger, tokens: int) -> Iterator[Refusal]:
-    limits, now = state.limits, state.clock_ms
-    if (most := limits.requests_per_minute) is not None and state.requests.total + 1 > most:
-        yield _limit("requests_per_minute", most, 1, state.requests.wait_for(now, 1, most))
-    if (most := limits.tokens_per_minute) is not None and state.tokens.total + tokens > most:
-        yield _limit("tokens_per_minute", most, tokens, state.tokens.wait_for(now, tokens, most))
-    if (most := limits.tokens_per_day) is not None and state.day_tokens + tokens > most:
-        tomorrow = (state.day + 1) * DAY_MS - now
-        yield _limit("tokens_per_day", most, tokens, tomorrow if tokens <= most else None)
-    if (most := limits.concurrent_requests) is not None and len(state.held) + 1 > most:
-        yield _limit("concurrent_requests", most, 1, _SLOT_RETRY_MS if most else None)
+def _counter(state: Ledger, scope: Scope, now: Moment) -> Counter:
+    counter = state.counters.get(scope.key, now) if scope.key else state.used.at(now)
+    limits = scope.limits
+    return counter.bursting(now, limits.burst_requests is not None, limits.burst_tokens is not None)
 
 
-def _limit(name: str, most: int, need: int, wait_ms: int | None) -> Refusal:
-    if wait_ms is None:
-        advice = f"this request needs {need}: make it smaller, or ask for a higher limit"
-    else:
-        advice = f"try again in {-(-wait_ms // 1_000)} s"
-    message = f"the limit of {most} {name.replace('_', ' ')} is reached: {advice}"
-    return Refusal(code="rate_limit_exceeded", limit=name, message=message, retry_after_ms=wait_ms)
+def _with(state: Ledger, counted: Sequence[Counted]) -> Ledger:
+    used, counters = state.used, state.counters
+    for scope, counter in counted:
+        if scope.key:
+            counters = counters.put(scope.key, counter)
+        else:
+            used = counter
+    return msgspec.structs.replace(state, used=used, counters=counters)
+
+
+class _Plan(NamedTuple):
+    """What to reserve."""
+
+    need: Need
+    price: TokenPrice
+    granted: int | None = None
+    limit: str | None = None
+
+
+def _plan(counted: Sequence[Counted], estimated: Estimated, price: TokenPrice) -> _Plan:
+    prompt, completion = estimated.prompt, estimated.completion
+    room = None if estimated.bounded else checks.room(counted, Need(prompt, micros(price, prompt, 0)), price)
+    if room is None:
+        return _Plan(Need(prompt + completion, micros(price, prompt, completion)), price)
+    granted = min(completion, max(room.tokens, LEAST_GRANT))
+    return _Plan(Need(prompt + granted, micros(price, prompt, granted)), price, granted, room.limit)
 
 
 def _refused(asked: ChatRequested, status: Status, refusal: Refusal) -> list[Emit]:
@@ -262,55 +231,88 @@ def _refused(asked: ChatRequested, status: Status, refusal: Refusal) -> list[Emi
 # --- reservations -------------------------------------------------------------------------------------------------
 
 
-def _reserve(state: Ledger, request: str, held: Held) -> Ledger:
-    return msgspec.structs.replace(
-        state,
-        held=state.held.insert(request, held),
-        next_expiry_ms=min(state.next_expiry_ms, held.expires_ms) if state.held else held.expires_ms,
-        requests=state.requests.add(state.clock_ms, 1),
-        tokens=state.tokens.add(state.clock_ms, held.tokens),
-        day_tokens=state.day_tokens + held.tokens,
+class _Terms(NamedTuple):
+    """What else an admitted request is told."""
+
+    limit: str | None
+    rates: RateLimits | None
+
+
+def _admitted(settings: Settings, asked: ChatRequested, requested_ms: int, held: Held, terms: _Terms) -> ChatAdmitted:
+    if asked.priority < settings.priority:
+        asked = asked.model_copy(update={"priority": settings.priority})
+    reservation = Reservation(
+        tokens=held.tokens,
+        expires_ms=held.expires_ms,
+        cost_micros=held.micros,
+        granted=held.granted,
+        limit=terms.limit,
     )
+    return ChatAdmitted(
+        request=asked,
+        requested_ms=requested_ms,
+        reservation=reservation,
+        weight=settings.weight,
+        rate_limits=terms.rates,
+    )
+
+
+def _held(state: Ledger, request: str, held: Held) -> Ledger:
+    expiry = min(state.next_expiry_ms, held.expires_ms) if state.held else held.expires_ms
+    return msgspec.structs.replace(state, held=state.held.insert(request, held), next_expiry_ms=expiry)
 
 
 def _settle(state: Ledger, settled: UsageSettled) -> Ledger:
     held = state.held.get(settled.request)
     if held is None:
         return state
-    more = settled.usage.total_tokens - held.tokens
-    today = held.entered_ms // DAY_MS == state.day
-    return msgspec.structs.replace(
-        state,
-        held=state.held.discard(settled.request),
-        tokens=state.tokens.correct(held.entered_ms, more),
-        day_tokens=state.day_tokens + more if today else state.day_tokens,
+    more = Need(settled.usage.total_tokens - held.tokens, settled.cost_micros - held.micros)
+    return _release(state, settled.request, held, more)
+
+
+def _release(state: Ledger, request: str, held: Held, more: Need) -> Ledger:
+    state = msgspec.structs.replace(state, held=state.held.discard(request))
+    return _corrected(state, held, more, ended=True)
+
+
+def _corrected(state: Ledger, held: Held, more: Need, *, ended: bool) -> Ledger:
+    now, entered = moment(state.clock_ms), moment(held.entered_ms)
+    used, counters = state.used, state.counters
+    for key in held.scopes:
+        if key:
+            counters = counters.put(key, counters.get(key, now).correct(entered, more, ended))
+        else:
+            used = used.at(now).correct(entered, more, ended)
+    return msgspec.structs.replace(state, used=used, counters=counters)
+
+
+def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequence[Emit]]:
+    """More for a reply that has nearly used what it was granted; asked twice, it is told the same."""
+    held = state.held.get(said.request)
+    if held is None or held.granted is None:
+        return state, ()
+    granted, limit = held.granted, None
+    if said.granted >= granted:
+        price = TokenPrice(completion=held.price)
+        counted = _counted(state, [state.rules.scope_of(key) for key in held.scopes], moment(state.clock_ms))
+        room = checks.room(counted, Need(0), price)
+        more = step if room is None else min(step, room.tokens)
+        limit = room.limit if room and more < step else None
+        added = Need(more, micros(price, 0, more))
+        kept = msgspec.structs.replace(
+            held,
+            tokens=held.tokens + added.tokens,
+            micros=held.micros + added.micros,
+            granted=granted + more,
+            expires_ms=max(held.expires_ms, _expiry(state.clock_ms, held.entered_ms, None)),
+        )
+        state = _corrected(_held(state, said.request, kept), held, added, ended=False)
+        granted += more
+    told = StreamBudget(
+        request=said.request,
+        tenant=said.tenant,
+        conversation=said.conversation,
+        granted=granted,
+        limit=limit,
     )
-
-
-# --- snapshots ----------------------------------------------------------------------------------------------------
-
-
-class _Head(msgspec.Struct):
-    clock_ms: int = 0
-    limits: dict[str, int] = {}
-    requests: tuple[tuple[int, int], ...] = ()
-    tokens: tuple[tuple[int, int], ...] = ()
-    day: int = 0
-    day_tokens: int = 0
-
-
-def _buckets(parts: dict[str, object]) -> Iterator[tuple[int, Bucket]]:
-    for name, part in parts.items():
-        if name.startswith("ids/"):
-            yield _number(name), msgspec.convert(part, Bucket)
-
-
-def _held(parts: dict[str, object]) -> Iterator[tuple[str, Held]]:
-    for name, part in parts.items():
-        if name.startswith("held/"):
-            for request, fields in msgspec.convert(part, dict[str, tuple[int, int, int]]).items():
-                yield request, Held(*fields, bucket=_number(name))
-
-
-def _number(name: str) -> int:
-    return int(name.split("/")[1])
+    return state, [Emit(CHAT_STREAM, said.conversation, told)]

@@ -6,6 +6,7 @@ for text in any script and cheap to compute (one walk over the body), and it is 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -16,6 +17,16 @@ _READ = ("messages", "prediction", "tools", "functions", "response_format")
 _NUMBER = "12345678"
 """Stands for any number: writing out a huge one may raise."""
 _MEDIA = frozenset({"image_url", "input_audio", "audio", "video_url", "audio_url", "file"})
+
+
+class Estimated(NamedTuple):
+    """What a request may cost, in tokens; never more than 10**9 together."""
+
+    prompt: int
+    completion: int
+    """Of all its choices."""
+    bounded: bool
+    """Whether the request says how long its reply may be, so that the model server keeps to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +47,16 @@ class Estimate:
     completion: int = 1_024
 
     def tokens(self, body: Mapping[str, JsonValue]) -> int:
-        """What to reserve for a request with this body; never more than 10**9."""
-        return min(self._prompt(body) + _choices(body) * self._completion(body), _MOST_TOKENS)
+        """What a request with this body may cost in all."""
+        prompt, completion, _ = self.of(body)
+        return prompt + completion
+
+    def of(self, body: Mapping[str, JsonValue]) -> Estimated:
+        """What a request with this body may cost."""
+        said = _said(body)
+        prompt = min(self._prompt(body), _MOST_TOKENS)
+        completion = _choices(body) * (self.completion if said is None else said)
+        return Estimated(prompt, min(completion, _MOST_TOKENS - prompt), said is not None)
 
     def _prompt(self, body: Mapping[str, JsonValue]) -> int:
         text = media = 0
@@ -49,13 +68,6 @@ class Estimate:
         messages = body.get("messages")
         count = len(messages) if isinstance(messages, list) else 0
         return self.overhead + count * self.per_message + media * self.per_media - (-text // self.bytes_per_token)
-
-    def _completion(self, body: Mapping[str, JsonValue]) -> int:
-        for name in ("max_completion_tokens", "max_tokens"):
-            said = _whole(body.get(name))
-            if said is not None:
-                return said
-        return self.completion
 
 
 def _walk(body: Mapping[str, JsonValue]) -> Iterator[str | None]:
@@ -81,6 +93,13 @@ def _walk(body: Mapping[str, JsonValue]) -> Iterator[str | None]:
 
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def _said(body: Mapping[str, JsonValue]) -> int | None:
+    for name in ("max_completion_tokens", "max_tokens"):
+        if (said := _whole(body.get(name))) is not None:
+            return said
+    return None
 
 
 def _choices(body: Mapping[str, JsonValue]) -> int:

@@ -1,51 +1,58 @@
-"""Amounts of the last minute, as a sliding window of seconds.
+"""Amounts of the last minute or hour, as a sliding window of sixty slots.
 
-What was added in second `s` counts while the current second is at most `s + 60`. So no interval of 60 s ever holds
-more than what was counted when its last amount was added, and an amount leaves at most a second late. Times are
-record times and never go back.
+What was added in slot `s` counts while the current slot is at most `s + 60`. So no interval of sixty slots' length
+ever holds more than what was counted when its last amount was added, and an amount leaves at most a slot late. Times
+are record times and never go back.
 """
 
 import msgspec
 
 SLOT_MS = 1_000
+HOUR_SLOT_MS = 60_000
 SLOTS = 60
 
 
-class Window(msgspec.Struct, frozen=True):
-    """What was added in each second that still counts, oldest first."""
+class Window(msgspec.Struct, frozen=True, array_like=True):
+    """What was added in each slot that still counts, oldest first."""
 
     slots: tuple[tuple[int, int], ...] = ()
-    """(second since the epoch, amount)."""
+    """(slot since the epoch, amount)."""
     total: int = 0
+    slot_ms: int = SLOT_MS
+    since_ms: int = -1
+    """What was added up to then was not counted here."""
 
     @classmethod
-    def of(cls, slots: tuple[tuple[int, int], ...]) -> "Window":
+    def of(cls, slots: tuple[tuple[int, int], ...], slot_ms: int = SLOT_MS, since_ms: int = -1) -> "Window":
         """The window that holds these slots."""
-        return cls(slots, sum(amount for _, amount in slots))
+        return cls(slots, sum(amount for _, amount in slots), slot_ms, since_ms)
 
     def at(self, now_ms: int) -> "Window":
         """The window without what no longer counts."""
-        first = now_ms // SLOT_MS - SLOTS
+        first = now_ms // self.slot_ms - SLOTS
         if not self.slots or self.slots[0][0] >= first:
             return self
-        return Window.of(tuple(slot for slot in self.slots if slot[0] >= first))
+        kept = tuple(slot for slot in self.slots if slot[0] >= first)
+        return Window.of(kept, self.slot_ms, self.since_ms)
 
     def add(self, now_ms: int, amount: int) -> "Window":
         """Count `amount` now, which is no earlier than anything counted before."""
-        second = now_ms // SLOT_MS
-        if self.slots and self.slots[-1][0] == second:
-            slots = (*self.slots[:-1], (second, self.slots[-1][1] + amount))
+        slot = now_ms // self.slot_ms
+        if self.slots and self.slots[-1][0] == slot:
+            slots = (*self.slots[:-1], (slot, self.slots[-1][1] + amount))
         else:
-            slots = (*self.slots, (second, amount))
-        return Window(slots, self.total + amount)
+            slots = (*self.slots, (slot, amount))
+        return Window(slots, self.total + amount, self.slot_ms, self.since_ms)
 
     def correct(self, then_ms: int, by: int) -> "Window":
-        """Change what was added at `then_ms`; what has left the window is not corrected."""
-        second = then_ms // SLOT_MS
+        """Change what was added at `then_ms`; what has left the window, or came before it, is not corrected."""
+        then = then_ms // self.slot_ms
+        if then_ms <= self.since_ms:
+            return self
         for at, (slot, amount) in enumerate(self.slots):
-            if slot == second:
+            if slot == then:
                 slots = (*self.slots[:at], (slot, amount + by), *self.slots[at + 1 :])
-                return Window(slots, self.total + by)
+                return Window(slots, self.total + by, self.slot_ms, self.since_ms)
         return self
 
     def wait_for(self, now_ms: int, amount: int, limit: int) -> int | None:
@@ -53,8 +60,12 @@ class Window(msgspec.Struct, frozen=True):
         excess = self.total + amount - limit
         if excess <= 0:
             return 0
-        for second, held in self.slots:
+        for slot, held in self.slots:
             excess -= held
             if excess <= 0:
-                return (second + SLOTS + 1) * SLOT_MS - now_ms
+                return (slot + SLOTS + 1) * self.slot_ms - now_ms
         return None
+
+    def empty_after(self, now_ms: int) -> int:
+        """Milliseconds until nothing that was added so far counts any more."""
+        return (self.slots[-1][0] + SLOTS + 1) * self.slot_ms - now_ms if self.slots else 0

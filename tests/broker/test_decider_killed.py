@@ -24,12 +24,13 @@ from klatch_schemas.events import ChatRequested, Event, Limits, QuotaLimitSet, U
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import ADMISSION_STATE, CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, DEAD_LETTERS, Namespace
-from klatch_streams.admission import Admission, Ledger
+from klatch_streams.admission import Admission
 from klatch_streams.catch_up import catch_up
 from klatch_streams.decider_owner import DeciderStage
 from klatch_streams.kafka_log import KafkaLog, KafkaOptions
 from klatch_streams.kernel import Input, drafts_of
 from klatch_streams.log import Log
+from klatch_streams.quota.ledger import Ledger
 from klatch_workers.kafka import Cluster
 
 pytestmark = pytest.mark.broker

@@ -19,8 +19,9 @@ from klatch_schemas.events import (
 )
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_STREAM
-from klatch_streams.admission import HOLD_MS, Admission, Ledger
+from klatch_streams.admission import HOLD_MS, Admission
 from klatch_streams.kernel import Emit, Input, fold
+from klatch_streams.quota.ledger import Ledger
 from klatch_streams.seen import BUCKET, MEMORY_MS
 
 ADMISSION = Admission()
@@ -210,7 +211,7 @@ def test_a_settlement_counts_once_however_often_it_comes() -> None:
     once, _ = run(*at(NOON, ask(), settle(tokens=400)))
     thrice, _ = run(*at(NOON, ask(), settle(tokens=400), settle(tokens=500), settle(tokens=400)))
     assert once == thrice
-    assert (once.tokens.total, once.day_tokens) == (400, 400)
+    assert (once.used.tokens.total, once.used.day_tokens) == (400, 400)
 
 
 def test_a_reservation_that_nobody_settles_frees_its_slot_and_its_estimate_stands() -> None:
@@ -218,7 +219,7 @@ def test_a_reservation_that_nobody_settles_frees_its_slot_and_its_estimate_stand
     assert outcome(after(before, ask("r2"), ms=HOLD_MS - 1)) == "rejected"
     assert outcome(after(before, ask("r2"), ms=HOLD_MS)) == "admitted"
     state, _ = run(*before, *at(NOON + HOUR, settle(tokens=1)))
-    assert (len(state.held), state.day_tokens) == (0, 100)
+    assert (len(state.held), state.used.day_tokens) == (0, 100)
 
 
 def test_a_reservation_outlives_its_deadline_but_never_the_memory_of_its_id() -> None:
@@ -232,7 +233,7 @@ def test_yesterdays_tokens_do_not_count_today_and_settling_them_changes_nothing_
     before = at(NOON, limit(tokens_per_day=100), ask(tokens=100, deadline_ms=NOON + 13 * HOUR))
     state, effects = run(*before, *at(NOON + 12 * HOUR, ask("r2"), settle(tokens=1), ask("r3", tokens=17)))
     assert [type(effect.event) for effect in effects] == [ChatAdmitted, ChatAdmitted, StreamEnd, ChatRefused]
-    assert state.day_tokens == 100
+    assert state.used.day_tokens == 100
 
 
 def test_a_request_id_is_remembered_for_a_day_and_then_forgotten() -> None:

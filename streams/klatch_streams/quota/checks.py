@@ -1,0 +1,192 @@
+"""Whether a request has room in all its scopes, how much there is left, and how far a running reply may go.
+
+What counts against a limit, all in record time:
+
+    requests_per_minute     admitted requests of the sliding minute (`windows.Window`)
+    tokens_per_minute       real tokens of settled requests and estimates of others, in the minute they entered
+    tokens_per_day, _month  the same, on the UTC day and in the UTC month they entered
+    cost_micros_per_day, …  the same for money
+    concurrent_requests     admitted requests that are neither settled nor expired
+
+With a burst, a minute may hold that much more than its limit, as long as no sliding hour holds over 60 times the limit.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from klatch_schemas.events import Limits, RateLimit, RateLimits, Refusal, TokenPrice
+from klatch_streams.quota.calendar import Moment, until_next_month, until_tomorrow
+from klatch_streams.quota.counters import Counter, Need
+from klatch_streams.quota.rules import Scope, tokens_for
+from klatch_streams.windows import SLOTS, Window
+
+_SLOT_RETRY_MS: Final = 1_000
+"""When a concurrent slot frees is unknown: a hint to try again soon."""
+_NEVER: Final = 1 << 62
+
+
+class Counted(NamedTuple):
+    """A scope and what it has used so far."""
+
+    scope: Scope
+    counter: Counter
+
+
+class Room(NamedTuple):
+    """How many more completion tokens budgets allow, and the tightest of them."""
+
+    tokens: int
+    limit: str
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def refusal(counted: Sequence[Counted], need: Need, now: Moment) -> Refusal | None:
+    """The refusal that lasts longest, if any limit refuses: a client that waits for it meets no other."""
+    longest: Refusal | None = None
+    for scope, counter in counted:
+        for one in _refusals(scope, counter, need, now):
+            if longest is None or _lasts(one) > _lasts(longest):
+                longest = one
+    return longest
+
+
+def _lasts(one: Refusal) -> int:
+    return _NEVER if one.retry_after_ms is None else one.retry_after_ms
+
+
+def _refusals(scope: Scope, counter: Counter, need: Need, now: Moment) -> Iterator[Refusal]:
+    limits = scope.limits
+    if (most := limits.requests_per_minute) is not None:
+        asks = _Asks("requests_per_minute", 1, most, limits.burst_requests or 0)
+        yield from _rate(scope, asks, counter.requests, counter.hour_requests, now)
+    if (most := limits.tokens_per_minute) is not None:
+        asks = _Asks("tokens_per_minute", need.tokens, most, limits.burst_tokens or 0)
+        yield from _rate(scope, asks, counter.tokens, counter.hour_tokens, now)
+    for budget in _budgets(limits, counter):
+        needed = need.micros if budget.money else need.tokens
+        # What costs nothing is never refused for money.
+        if budget.used + needed > budget.most and (needed or not budget.money):
+            wait = budget.ends_in(now) if needed <= budget.most else None
+            yield _refused(scope, budget.name, budget.most, needed, wait)
+    if (most := limits.concurrent_requests) is not None and counter.running + 1 > most:
+        yield _refused(scope, "concurrent_requests", most, 1, _SLOT_RETRY_MS if most else None)
+
+
+class _Asks(NamedTuple):
+    """What a request asks of a limit a minute."""
+
+    name: str
+    needed: int
+    most: int
+    burst: int
+
+
+def _rate(scope: Scope, asks: _Asks, minute: Window, hour: Window | None, now: Moment) -> Iterator[Refusal]:
+    wait = minute.wait_for(now.ms, asks.needed, asks.most + asks.burst)
+    if hour and wait is not None:
+        later = hour.wait_for(now.ms, asks.needed, SLOTS * asks.most)
+        wait = None if later is None else max(wait, later)
+    if wait != 0:
+        yield _refused(scope, asks.name, asks.most, asks.needed, wait)
+
+
+def _refused(scope: Scope, name: str, most: int, needed: int, wait_ms: int | None) -> Refusal:
+    if wait_ms is None:
+        advice = f"this request needs {needed}: make it smaller, or ask for a higher limit"
+    else:
+        advice = f"try again in {-(-wait_ms // 1_000)} s"
+    dimensions = scope.dimensions
+    whose = f" for this {dimensions.replace('_', ' ').replace('+', ' and ')}" if dimensions else ""
+    message = f"the limit of {most} {name.replace('_', ' ')}{whose} is reached: {advice}"
+    return Refusal(code="rate_limit_exceeded", limit=name, scope=dimensions, message=message, retry_after_ms=wait_ms)
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+
+class _Budget(NamedTuple):
+    """A limit of a day or a month: it does not come back by waiting a little, so it stops replies that run."""
+
+    name: str
+    used: int
+    most: int
+    money: bool = False
+    monthly: bool = False
+
+    def ends_in(self, now: Moment) -> int:
+        return until_next_month(now.ms) if self.monthly else until_tomorrow(now.ms)
+
+
+def _budgets(limits: Limits, counter: Counter) -> Iterator[_Budget]:
+    if (most := limits.tokens_per_day) is not None:
+        yield _Budget("tokens_per_day", counter.day_tokens, most)
+    if (most := limits.tokens_per_month) is not None:
+        yield _Budget("tokens_per_month", counter.month_tokens, most, monthly=True)
+    if (most := limits.cost_micros_per_day) is not None:
+        yield _Budget("cost_micros_per_day", counter.day_micros, most, money=True)
+    if (most := limits.cost_micros_per_month) is not None:
+        yield _Budget("cost_micros_per_month", counter.month_micros, most, money=True, monthly=True)
+
+
+def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | None:
+    """How many completion tokens budgets allow beside `prompt`, at `price` each; None: no budget bounds them.
+
+    Of money, a millionth is kept back for what rounding up adds.
+    """
+    tightest: Room | None = None
+    for scope, counter in counted:
+        for budget in _budgets(scope.limits, counter):
+            left = budget.most - budget.used - (prompt.micros if budget.money else prompt.tokens)
+            tokens = tokens_for(price, max(0, left - 1)) if budget.money else left
+            if tokens is not None and (tightest is None or tokens < tightest.tokens):
+                tightest = Room(max(0, tokens), budget.name)
+    return tightest
+
+
+# --- what clients are told ------------------------------------------------------------------------------------------
+
+
+class _Standing(NamedTuple):
+    """How a scope stands with one limit. Compared by what is left."""
+
+    left: int
+    name: str
+    most: int
+    reset_ms: int
+
+
+def rate_limits(counted: Sequence[Counted], now: Moment) -> RateLimits | None:
+    """Where a request stands that is counted in all of `counted`; None: nothing limits its kind."""
+    requests = [one for scope, counter in counted for one in _request_rates(scope.limits, counter, now)]
+    tokens = [one for scope, counter in counted for one in _token_rates(scope.limits, counter, now)]
+    if not requests and not tokens:
+        return None
+    return RateLimits(requests=_tightest(requests), tokens=_tightest(tokens))
+
+
+def _tightest(found: list[_Standing]) -> RateLimit | None:
+    if not found:
+        return None
+    left, name, most, reset_ms = min(found)
+    return RateLimit(name=name, limit=most, remaining=max(0, left), reset_ms=reset_ms)
+
+
+def _request_rates(limits: Limits, counter: Counter, now: Moment) -> Iterator[_Standing]:
+    if (most := limits.requests_per_minute) is not None:
+        most += limits.burst_requests or 0
+        left = most - counter.requests.total
+        yield _Standing(left, "requests_per_minute", most, counter.requests.empty_after(now.ms))
+    if (most := limits.concurrent_requests) is not None:
+        yield _Standing(most - counter.running, "concurrent_requests", most, _SLOT_RETRY_MS)
+
+
+def _token_rates(limits: Limits, counter: Counter, now: Moment) -> Iterator[_Standing]:
+    if (most := limits.tokens_per_minute) is not None:
+        most += limits.burst_tokens or 0
+        left = most - counter.tokens.total
+        yield _Standing(left, "tokens_per_minute", most, counter.tokens.empty_after(now.ms))
+    for budget in _budgets(limits, counter):
+        if not budget.money:
+            yield _Standing(budget.most - budget.used, budget.name, budget.most, budget.ends_in(now))

@@ -1,0 +1,164 @@
+"""What admission knows of one tenant, and how it stands in a snapshot.
+
+Parts of a snapshot: `head` (time, the whole tenant's counter), `settings` and `changes`, `ids/N` a bucket of ids,
+`held/N` the reservations of those ids, `used/N` a shard of counters. Only parts that changed are written again.
+"""
+
+from __future__ import annotations  # rpds classes take type arguments in annotations only
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import msgspec
+from rpds import HashTrieMap
+
+from klatch_schemas.events import LimitRule, Limits, TokenPrice
+from klatch_schemas.topics import DAY_MS
+from klatch_streams.quota.calendar import moment
+from klatch_streams.quota.changes import Change
+from klatch_streams.quota.counters import Counter, Counters
+from klatch_streams.quota.rules import Rules, Settings
+from klatch_streams.seen import Bucket, Seen
+from klatch_streams.windows import Window
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """A reservation in force."""
+
+    tokens: int
+    entered_ms: int
+    expires_ms: int
+    bucket: int
+    """Number of the bucket of `Seen` that the request's id is in: reservations are written with their like."""
+    micros: int = 0
+    granted: int | None = None
+    """Completion tokens that the reply may have; None: budgets do not bound it."""
+    price: int = 0
+    """Of a million completion tokens, in millionths of a dollar."""
+    scopes: tuple[str, ...] = ("",)
+    """Keys of the scopes it is counted in."""
+
+
+class Ledger(msgspec.Struct, frozen=True):
+    """What admission knows of one tenant."""
+
+    tenant: str
+    clock_ms: int = 0
+    """The latest record time: a broker whose clock is behind does not turn it back."""
+    rules: Rules = Rules(Settings())
+    changes: tuple[Change, ...] = ()
+    seen: Seen = Seen()
+    held: HashTrieMap[str, Held] = HashTrieMap()
+    next_expiry_ms: int = 0
+    """No reservation expires before this."""
+    used: Counter = Counter()
+    """By the whole tenant."""
+    counters: Counters = Counters()
+    """Of its other scopes."""
+    swept: int = 0
+    """How many seconds had an event: each sweeps a shard."""
+
+
+def dump(state: Ledger) -> dict[str, object]:
+    """The ledger as parts of plain JSON data."""
+    parts: dict[str, object] = {
+        "head": {"clock_ms": state.clock_ms, "used": state.used, "swept": state.swept},
+        "settings": state.rules.settings.dump(),
+        "changes": state.changes,
+    }
+    for number, bucket in state.seen.buckets.items():
+        parts[f"ids/{number}"] = {"newest_ms": bucket.newest_ms, "ids": bucket.ids}
+    for request, held in state.held.items():
+        group = cast("dict[str, object]", parts.setdefault(f"held/{held.bucket}", {}))
+        group[request] = held
+    for number, shard in state.counters.shards.items():
+        parts[f"used/{number}"] = shard
+    return parts
+
+
+def load(tenant: str, parts: Mapping[str, object]) -> Ledger:
+    """What `dump` wrote, as a ledger again."""
+    if "settings" not in parts and parts:
+        parts = _upgraded(parts)
+    head = msgspec.convert(parts.get("head", {}), _Head)
+    groups = [msgspec.convert(part, dict[str, Held]) for _, part in _numbered(parts, "held")]
+    held = HashTrieMap({request: one for group in groups for request, one in group.items()})
+    shards = {number: msgspec.convert(part, dict[str, Counter]) for number, part in _numbered(parts, "used")}
+    return Ledger(
+        tenant=tenant,
+        clock_ms=head.clock_ms,
+        rules=Rules(_settings(cast("Mapping[str, Any]", parts.get("settings", {})))),
+        changes=msgspec.convert(parts.get("changes", ()), tuple[Change, ...]),
+        seen=Seen.of({number: msgspec.convert(part, Bucket) for number, part in _numbered(parts, "ids")}),
+        held=held,
+        next_expiry_ms=next_expiry(held.values()),
+        used=head.used,
+        counters=Counters.of(shards),
+        swept=head.swept,
+    )
+
+
+def next_expiry(held: Iterable[Held]) -> int:
+    """When the first of some reservations expires."""
+    return min((one.expires_ms for one in held), default=0)
+
+
+class _Head(msgspec.Struct):
+    clock_ms: int = 0
+    used: Counter = Counter()
+    swept: int = 0
+
+
+def _settings(said: Mapping[str, Any]) -> Settings:
+    # A newer klatch may have written more.
+    return Settings(
+        limits=Limits.model_validate(said.get("limits", {}), extra="ignore"),
+        rules=tuple(LimitRule.model_validate(rule, extra="ignore") for rule in said.get("rules", ())),
+        weight=float(said.get("weight", 1.0)),
+        priority=int(said.get("priority", 0)),
+        prices={
+            model: TokenPrice.model_validate(price, extra="ignore") for model, price in said.get("prices", {}).items()
+        },
+    )
+
+
+def _numbered(parts: Mapping[str, object], prefix: str) -> Iterator[tuple[int, object]]:
+    for name, part in parts.items():
+        kind, _, number = name.partition("/")
+        if kind == prefix:
+            yield int(number), part
+
+
+# --- what klatch wrote before it knew scopes ------------------------------------------------------------------------
+
+
+class _OldHead(msgspec.Struct):
+    clock_ms: int = 0
+    limits: dict[str, int] = {}
+    requests: tuple[tuple[int, int], ...] = ()
+    tokens: tuple[tuple[int, int], ...] = ()
+    day: int = 0
+    day_tokens: int = 0
+
+
+def _upgraded(parts: Mapping[str, object]) -> dict[str, object]:
+    """Parts of the first format: one counter a tenant, tokens only. Its month begins with its last day."""
+    old = msgspec.convert(parts.get("head", {}), _OldHead)
+    groups = {
+        f"held/{number}": {
+            request: Held(tokens, entered, expires, number)
+            for request, (tokens, entered, expires) in msgspec.convert(part, dict[str, tuple[int, int, int]]).items()
+        }
+        for number, part in _numbered(parts, "held")
+    }
+    used = Counter(
+        requests=Window.of(old.requests),
+        tokens=Window.of(old.tokens),
+        day=old.day,
+        day_tokens=old.day_tokens,
+        month=moment(old.day * DAY_MS).month,
+        month_tokens=old.day_tokens,
+        running=sum(map(len, groups.values())),
+    )
+    head = {"clock_ms": old.clock_ms, "used": used}
+    return {**parts, **groups, "head": head, "settings": {"limits": old.limits}}

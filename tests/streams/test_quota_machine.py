@@ -1,0 +1,333 @@
+"""Quotas as one linearizable machine: whatever order requests, replies, settlements, duplicates, crashes and changes
+of settings come in, the ledger holds what a reference holds that keeps every fact and forgets nothing.
+
+The reference knows the rules of docs/quotas.md and nothing of how the ledger counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from klatch_schemas import codec
+from klatch_schemas.events import (
+    ChatAdmitted,
+    ChatRefused,
+    ChatRequested,
+    Event,
+    LimitRule,
+    Limits,
+    QuotaLimitSet,
+    StreamBudget,
+    TokenPrice,
+    Usage,
+    UsageRunning,
+    UsageSettled,
+)
+from klatch_schemas.ids import Conversation, Person, RequestId, Tenant
+from klatch_schemas.topics import DAY_MS
+from klatch_streams.admission import HOLD_MS, Admission, advanced
+from klatch_streams.estimate import Estimate
+from klatch_streams.kernel import Emit, Input
+from klatch_streams.quota.calendar import moment
+from klatch_streams.quota.ledger import Ledger
+from klatch_streams.seen import MEMORY_MS
+
+ACME, TALK = Tenant("acme"), Conversation("c")
+PROMPT, OPEN_ENDED = 16, 40
+ADMISSION = Admission(Estimate(completion=OPEN_ENDED))
+START = 1_801_396_800_000 - 2 * DAY_MS
+"""Two days before a month begins."""
+MINUTE = 60_000
+PRICES = {"small": TokenPrice(prompt=500_000, completion=1_000_000), "large": TokenPrice(completion=3_000_000)}
+
+_few = st.none() | st.integers(0, 4)
+_many = st.none() | st.integers(30, 300)
+_limits = st.builds(
+    Limits,
+    requests_per_minute=_few,
+    tokens_per_minute=_many,
+    tokens_per_day=_many,
+    tokens_per_month=_many,
+    cost_micros_per_day=_many,
+    cost_micros_per_month=_many,
+    concurrent_requests=_few,
+)
+_persons = st.sampled_from([None, "ann", "bob"])
+_models = st.sampled_from(["small", "large"])
+_rules = st.builds(
+    LimitRule,
+    use_case=st.sampled_from([None, None, "support", "*"]),
+    person=st.sampled_from([None, "ann", "*"]),
+    model=st.sampled_from([None, None, "small", "*"]),
+    limits=_limits,
+)
+
+
+@dataclass
+class Fact:
+    """A request that was admitted."""
+
+    asked: ChatRequested
+    entered_ms: int
+    until_ms: int
+    tokens: int
+    micros: int
+    granted: int | None
+    scopes: set[tuple[str | None, ...]]
+    produced: int = 0
+
+    @property
+    def most(self) -> int:
+        """How far an honest reply goes."""
+        said = cast("int", self.asked.body.get("max_tokens", OPEN_ENDED))
+        return said if self.granted is None else self.granted
+
+
+@dataclass
+class Reference:
+    """Every fact, and sums over them."""
+
+    facts: dict[str, Fact] = field(default_factory=dict[str, Fact])
+    limits: Limits = Limits()
+    rules: tuple[LimitRule, ...] = ()
+
+    def scopes(self, asked: ChatRequested) -> dict[tuple[str | None, ...], Limits]:
+        """By the values of its dimensions, the limits of every scope of a request."""
+        values = (asked.use_case, asked.person or "", str(asked.body["model"]))
+        found: dict[tuple[str | None, ...], Limits] = {(None, None, None): self.limits}
+        named: dict[tuple[str | None, ...], tuple[int, ...]] = {}
+        for one in self.rules:
+            names = (one.use_case, one.person, one.model)
+            if any(names) and all(name in (None, "*", value) for name, value in zip(names, values, strict=True)):
+                scope = tuple(None if name is None else value for name, value in zip(names, values, strict=True))
+                rank = (sum(name not in (None, "*") for name in names), *(name not in (None, "*") for name in names))
+                if rank >= named.get(scope, ()):
+                    named[scope], found[scope] = rank, one.limits
+        return found
+
+    def used(self, scope: tuple[str | None, ...], now_ms: int, window_ms: int = MINUTE) -> dict[str, int]:
+        """What a scope has used of each kind, with a minute that is `window_ms` long."""
+        facts = [fact for fact in self.facts.values() if scope in fact.scopes]
+        minute = [fact for fact in facts if fact.entered_ms > now_ms - window_ms]
+        now = moment(now_ms)
+        day = [fact for fact in facts if moment(fact.entered_ms).day == now.day]
+        month = [fact for fact in facts if moment(fact.entered_ms).month == now.month]
+        return {
+            "requests_per_minute": len(minute),
+            "tokens_per_minute": sum(fact.tokens for fact in minute),
+            "tokens_per_day": sum(fact.tokens for fact in day),
+            "tokens_per_month": sum(fact.tokens for fact in month),
+            "cost_micros_per_day": sum(fact.micros for fact in day),
+            "cost_micros_per_month": sum(fact.micros for fact in month),
+            "concurrent_requests": sum(fact.until_ms > now_ms for fact in facts),
+        }
+
+
+def _cost(model: object, prompt: int, completion: int) -> int:
+    price = PRICES[str(model)]
+    return -(-(prompt * price.prompt + completion * price.completion) // 1_000_000)
+
+
+def _most(limits: Limits, name: str) -> float:
+    most = cast("int | None", getattr(limits, name))
+    return float("inf") if most is None else most
+
+
+class Quotas(RuleBasedStateMachine):
+    """Admission on one tenant's log, and honest replies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = START
+        self.state: Ledger = ADMISSION.initial(ACME)
+        self.log: list[Input[Ledger]] = []
+        self.snapshots: list[tuple[int, bytes]] = [(0, codec.dumps(ADMISSION.dump(self.state)))]
+        self.model = Reference()
+        self.number = 0
+        self.highest: dict[str, float] = {}
+        """The highest that each of the tenant's budgets was since the month before."""
+
+    # --- what happens
+
+    @initialize(limits=_limits, rules=st.lists(_rules, max_size=4))
+    def begin(self, limits: Limits, rules: list[LimitRule]) -> None:
+        self.set(limits, rules)
+
+    @rule(limits=_limits, rules=st.lists(_rules, max_size=4))
+    def set(self, limits: Limits, rules: Sequence[LimitRule]) -> None:
+        self.say(QuotaLimitSet(tenant=ACME, limits=limits, rules=tuple(rules), prices=PRICES))
+        self.model.limits, self.model.rules = limits, tuple(rules)
+        for name in ("tokens_per_day", "tokens_per_month", "cost_micros_per_day", "cost_micros_per_month"):
+            self.highest[name] = max(self.highest.get(name, 0), _most(limits, name))
+
+    @rule(
+        person=_persons,
+        use_case=st.sampled_from(["support", "search"]),
+        model=_models,
+        most=st.none() | st.integers(0, 60),
+    )
+    def ask(self, person: str | None, use_case: str, model: str, most: int | None) -> None:
+        self.number += 1
+        asked = ChatRequested(
+            request=RequestId(f"r{self.number}"),
+            tenant=ACME,
+            conversation=TALK,
+            person=Person(person) if person else None,
+            use_case=use_case,
+            body={"model": model} if most is None else {"model": model, "max_tokens": most},
+        )
+        scopes = self.model.scopes(asked)
+        before = {scope: self.model.used(scope, self.now, MINUTE + 1_000) for scope in scopes}
+        for event in (emit.event for emit in self.say(asked)):
+            if isinstance(event, ChatAdmitted):
+                self._admitted(event, scopes)
+            elif isinstance(event, ChatRefused):
+                need = PROMPT + (OPEN_ENDED if most is None else most)
+                self._refused(event, scopes, before, need)
+
+    @precondition(lambda self: self.model.facts)
+    @rule(data=st.data(), tokens=st.integers(0, 80))
+    def speak(self, data: st.DataObject, tokens: int) -> None:
+        """A reply goes on, as far as it may, and asks for more."""
+        fact = self._any(data)
+        fact.produced = min(fact.produced + tokens, fact.most)
+        if fact.granted is not None:
+            known = data.draw(st.sampled_from([fact.granted, fact.granted, 0]))
+            request = fact.asked.request
+            self._asks(
+                fact, UsageRunning(request=request, tenant=ACME, conversation=TALK, tokens=fact.produced, granted=known)
+            )
+
+    @precondition(lambda self: self.model.facts)
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        fact = self._any(data)
+        usage = Usage(prompt_tokens=PROMPT, completion_tokens=fact.produced)
+        cost = _cost(fact.asked.body["model"], PROMPT, fact.produced)
+        self.say(
+            UsageSettled(request=fact.asked.request, tenant=ACME, status="completed", usage=usage, cost_micros=cost)
+        )
+        if fact.until_ms > self.now:
+            fact.tokens, fact.micros, fact.until_ms = usage.total_tokens, cost, self.now
+
+    @rule(ms=st.sampled_from([1, 999, 1_000, 20_000, 59_999, 60_000, 61_000, 15 * MINUTE, DAY_MS // 2]))
+    def wait(self, ms: int) -> None:
+        self.now += ms
+
+    @precondition(lambda self: self.log)
+    @rule(data=st.data())
+    def hear_again(self, data: st.DataObject) -> None:
+        """A producer sends a request again, or a worker its settlement."""
+        said = data.draw(st.sampled_from(self.log)).event
+        if isinstance(said, ChatRequested | UsageSettled):
+            asked = isinstance(said, ChatRequested)
+            fact = self.model.facts.get(said.request)
+            old = next(one.timestamp_ms for one in self.log if one.event == said)
+            if self.now - old < MEMORY_MS and (asked or fact is None or fact.until_ms <= self.now):
+                before = _plain(advanced(self.state, self.now))
+                assert not self.say(said)
+                assert _plain(self.state) == before
+
+    @rule()
+    def snapshot(self) -> None:
+        self.snapshots.append((len(self.log), codec.dumps(ADMISSION.dump(self.state))))
+
+    @rule(data=st.data())
+    def crash(self, data: st.DataObject) -> None:
+        """Any snapshot, and what came after it, is the ledger."""
+        applied, parts = data.draw(st.sampled_from(self.snapshots))
+        state = ADMISSION.load(ACME, cast("dict[str, object]", codec.loads(parts)))
+        for one in self.log[applied:]:
+            state, _ = ADMISSION.decide(state, one)
+        assert _plain(state) == _plain(self.state)
+        self.state = state
+
+    # --- what must hold
+
+    @invariant()
+    def real_use_stays_within_every_budget_that_was_in_force(self) -> None:
+        for name, used in self.model.used((None, None, None), self.now).items():
+            assert used <= self.highest.get(name, float("inf")), name
+
+    @invariant()
+    def the_ledger_holds_what_the_facts_come_to(self) -> None:
+        state = advanced(self.state, self.now)
+        used, now = state.used.at(moment(self.now)), self.now
+        model = self.model.used((None, None, None), now)
+        at_most = self.model.used((None, None, None), now, MINUTE + 1_000)
+        assert model["requests_per_minute"] <= used.requests.total <= at_most["requests_per_minute"]
+        assert min(model["tokens_per_minute"], at_most["tokens_per_minute"]) <= used.tokens.total
+        assert used.day_tokens == model["tokens_per_day"]
+        assert used.month_tokens == model["tokens_per_month"]
+        assert used.day_micros == model["cost_micros_per_day"]
+        assert used.month_micros == model["cost_micros_per_month"]
+        assert used.running == model["concurrent_requests"] == len(state.held)
+
+    # --- small change
+
+    def say(self, event: Event) -> Sequence[Emit]:
+        said: Input[Ledger] = Input(event, self.now)
+        self.log.append(said)
+        self.state, effects = ADMISSION.decide(self.state, said)
+        return effects
+
+    def _any(self, data: st.DataObject) -> Fact:
+        return self.model.facts[data.draw(st.sampled_from(sorted(self.model.facts)))]
+
+    def _admitted(self, event: ChatAdmitted, scopes: dict[tuple[str | None, ...], Limits]) -> None:
+        kept, asked = event.reservation, event.request
+        self.model.facts[asked.request] = Fact(
+            asked, self.now, kept.expires_ms, kept.tokens, kept.cost_micros, kept.granted, set(scopes)
+        )
+        assert kept.granted is None or "max_tokens" not in asked.body
+        for scope, limits in scopes.items():
+            for name, used in self.model.used(scope, self.now).items():
+                assert used <= _most(limits, name) or (name.startswith("cost") and not kept.cost_micros), name
+
+    def _refused(
+        self,
+        event: ChatRefused,
+        scopes: dict[tuple[str | None, ...], Limits],
+        before: dict[tuple[str | None, ...], dict[str, int]],
+        need: int,
+    ) -> None:
+        name, model = event.refusal.limit, event.model
+        assert name is not None
+        needs = {"requests": 1, "concurrent": 1, "tokens": need, "cost": _cost(model, PROMPT, need)}
+        more = needs[name.split("_", maxsplit=1)[0]]
+        assert any(before[scope][name] + more > _most(limits, name) for scope, limits in scopes.items()), name
+
+    def _asks(self, fact: Fact, said: UsageRunning) -> None:
+        running = fact.until_ms > self.now
+        effects = self.say(said)
+        assert bool(effects) == running
+        for event in (emit.event for emit in effects):
+            assert isinstance(event, StreamBudget)
+            assert fact.granted is not None
+            more = event.granted - fact.granted
+            assert more == 0 or (said.granted == fact.granted and 0 < more <= OPEN_ENDED)
+            fact.tokens += more
+            fact.micros += _cost(fact.asked.body["model"], 0, more)
+            fact.granted = event.granted
+            if said.granted == event.granted - more:
+                memory = (fact.entered_ms + MEMORY_MS) // MINUTE * MINUTE
+                fact.until_ms = max(fact.until_ms, min(-(-(self.now + HOLD_MS) // MINUTE) * MINUTE, memory))
+
+
+def _plain(state: Ledger) -> Any:
+    return codec.loads(codec.dumps(ADMISSION.dump(state)))
+
+
+def test_the_ledger_agrees_with_a_reference_in_whatever_order_things_happen() -> None:
+    run_state_machine_as_test(Quotas, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
