@@ -67,15 +67,7 @@ class Snapshots:
 
         `committed` is the offset from which the input will be read again.
         """
-        first, end = await log.bounds(partition)
-        restoring = _Restoring(partition)
-        tail = await log.tail()
-        try:
-            async for records in catch_up(tail, partition, first, end):
-                for record in records:
-                    restoring.read(record)
-        finally:
-            await tail.close()
+        restoring = await _read(log, partition)
         snapshots = cls(log, partition, restoring.result(committed))
         await snapshots._append(restoring.repairs())
         return snapshots
@@ -129,6 +121,24 @@ class Snapshots:
 
     def _tombstone(self, key: str, applied: int) -> Draft:
         return _gone(self._partition, _key(key), ((_APPLIED, b"%d" % applied),))
+
+
+async def look(log: Log, partition: Partition) -> dict[str, Saved]:
+    """The states that stand, for those who only look: nothing is put right. Raises LogError, StateLost."""
+    return (await _read(log, partition)).result(0)
+
+
+async def _read(log: Log, partition: Partition) -> "_Restoring":
+    first, end = await log.bounds(partition)
+    restoring = _Restoring(partition)
+    tail = await log.tail()
+    try:
+        async for records in catch_up(tail, partition, first, end):
+            for record in records:
+                restoring.read(record)
+    finally:
+        await tail.close()
+    return restoring
 
 
 def _same(one: object, other: object) -> bool:

@@ -27,7 +27,7 @@ PURE = {
     *("annotated_types", "msgspec", "pydantic", "rpds"),
 }
 """What a decider may import, and what that may import in turn, besides klatch's own modules."""
-PURE_NAMES = {"uuid": {"NAMESPACE_URL", "UUID", "uuid5"}}
+PURE_NAMES = {"uuid": {"NAMESPACE_URL", "UUID", "uuid5"}, "zlib": {"crc32"}}
 
 
 def label(path: Path) -> str:

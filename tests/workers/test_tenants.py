@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from klatch_schemas import codec
-from klatch_schemas.events import Limits, QuotaLimitSet, TenantConfigured
+from klatch_schemas.events import LimitRule, Limits, QuotaLimitSet, TenantConfigured
 from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import CHAT_REQUESTS, TENANTS, TOPICS, Namespace
 from klatch_streams.ledger import Ledger
@@ -68,3 +68,19 @@ async def test_a_key_that_is_written_while_a_door_serves_is_known_to_it() -> Non
         await asyncio.gather(ledger.changed(), write_tenants(log, Namespace(), [tenant], by="test"))
         assert book[DIGEST] == "acme"
         assert list(book) == [DIGEST]
+
+
+def test_rules_weight_and_priority_are_read(tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(
+        "[tenants.acme]\nweight = 2\npriority = 3\n"
+        '[[tenants.acme.rules]]\nperson = "*"\nlimits = {tokens_per_day = 5}\n'
+    )
+    (tenant,) = read_tenants(tmp_path / "t.toml")
+    assert (tenant.weight, tenant.priority) == (2.0, 3)
+    assert tenant.rules == (LimitRule(person="*", limits=Limits(tokens_per_day=5)),)
+
+
+def test_a_rule_that_names_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text("[[tenants.acme.rules]]\nlimits = {tokens_per_day = 5}\n")
+    with pytest.raises(TenantsFileError, match=r"tenants\.acme\.rules: rule 1 names no use_case, person or model"):
+        read_tenants(tmp_path / "t.toml")

@@ -9,22 +9,38 @@ requests_per_minute = 60
 tokens_per_minute = 50000
 tokens_per_day = 1000000
 concurrent_requests = 8
+[[tenants.acme.rules]]                   # limits of a part: a use case, a person, a model; "*" is each by itself
+person = "*"
+limits = { tokens_per_day = 20000 }
+
+`weight` and `priority` may stand beside `keys`; docs/quotas.md tells what all of it means.
 """
 
 import hashlib
 import json
+import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from klatch_schemas.codec import draft, explain
-from klatch_schemas.events import ApiKey, Limits, QuotaLimitSet, TenantConfigured
+from klatch_schemas.events import (
+    ApiKey,
+    LimitRule,
+    Limits,
+    ModelRouted,
+    PriorityClass,
+    QuotaLimitSet,
+    TenantConfigured,
+    TokenPrice,
+    Weight,
+)
 from klatch_schemas.ids import Tenant, TenantField
-from klatch_schemas.topics import CHAT_REQUESTS, TENANTS, Namespace
+from klatch_schemas.topics import CHAT_REQUESTS, MODELS, TENANTS, Namespace
 from klatch_streams.ledger import Ledger, publish
 from klatch_streams.log import Log
 
@@ -40,6 +56,9 @@ class _Tenant(BaseModel):
 
     keys: list[Annotated[str, StringConstraints(min_length=8)]] = Field(default_factory=list[str])
     limits: Limits = Limits()
+    rules: tuple[LimitRule, ...] = Field(default=(), max_length=500)
+    weight: Weight = 1.0
+    priority: PriorityClass = 0
 
 
 class _File(BaseModel):
@@ -60,7 +79,18 @@ def read_tenants(path: Path) -> list[TenantConfigured]:
         raise TenantsFileError(f"{path}: {explain(error)}") from error
     except ValueError as error:
         raise TenantsFileError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
-    return [tenant_configured(name, tenant.keys, tenant.limits) for name, tenant in file.tenants.items()]
+    return [_configured(path, name, tenant) for name, tenant in file.tenants.items()]
+
+
+def _configured(path: Path, name: Tenant, said: _Tenant) -> TenantConfigured:
+    for number, rule in enumerate(said.rules, 1):
+        if not (rule.use_case or rule.person or rule.model):
+            raise TenantsFileError(
+                f"{path}: tenants.{name}.rules: rule {number} names no use_case, person or model; the tenant's own "
+                "limits stand in `limits`"
+            )
+    configured = tenant_configured(name, said.keys, said.limits)
+    return configured.model_copy(update={"rules": said.rules, "weight": said.weight, "priority": said.priority})
 
 
 def tenant_configured(name: Tenant, keys: list[str], limits: Limits) -> TenantConfigured:
@@ -68,20 +98,65 @@ def tenant_configured(name: Tenant, keys: list[str], limits: Limits) -> TenantCo
     return TenantConfigured(tenant=name, keys=tuple(_key(key) for key in keys), limits=limits)
 
 
-async def write_tenants(log: Log, namespace: Namespace, tenants: Sequence[TenantConfigured], by: str) -> list[Tenant]:
-    """Put tenants into the ledger, and their limits into their own logs; returns those that differed."""
+async def write_tenants(
+    log: Log, namespace: Namespace, tenants: Sequence[TenantConfigured], by: str, *, keep: Collection[Tenant] = ()
+) -> list[Tenant]:
+    """Put tenants into the ledger, and their limits into their own logs; returns those that differed.
+
+    Tenants of `keep` keep the limits that they have. Those whose money is limited get the prices of the routes that
+    stand now.
+    """
     changed: list[Tenant] = []
+    prices = await read_prices(log, namespace)
     async with await Ledger[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
-        for tenant in tenants:
-            if ledger.get(tenant.tenant) == tenant:
+        for said in tenants:
+            held = ledger.get(said.tenant)
+            tenant = said.model_copy(update=_limits_of(held)) if held and said.tenant in keep else said
+            tenant = tenant.model_copy(update={"prices": prices if limits_money(tenant) else {}})
+            if held == tenant:
                 continue
             # Decisions have one order: the limits in force are those in the tenant's own log. They come first, so
             # that a crash between the two is mended by writing again.
-            limits = QuotaLimitSet(tenant=tenant.tenant, limits=tenant.limits, by=by)
+            limits = QuotaLimitSet.model_validate({"tenant": tenant.tenant, "by": by, **_limits_of(tenant)})
             await log.append([draft(namespace.of(CHAT_REQUESTS), tenant.tenant, limits)])
             await publish(log, TENANTS, tenant.tenant, tenant, namespace)
             changed.append(tenant.tenant)
     return changed
+
+
+async def write_prices(log: Log, namespace: Namespace, by: str) -> list[Tenant]:
+    """After routes changed: give tenants whose money is limited the prices that stand now; returns those changed."""
+    async with await Ledger[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
+        tenants = [tenant for tenant in ledger.values() if limits_money(tenant)]
+    return await write_tenants(log, namespace, tenants, by) if tenants else []
+
+
+async def read_prices(log: Log, namespace: Namespace) -> dict[str, TokenPrice]:
+    """By alias, the highest price of any deployment of its route: what a request for it may cost at most."""
+    async with await Ledger[ModelRouted].open(log, MODELS, namespace, ModelRouted) as ledger:
+        priced = [(route.alias, [one.prices for one in route.deployments if one.prices]) for route in ledger.values()]
+    return {
+        alias: TokenPrice(
+            prompt=max(_micros(one.prompt) for one in prices),
+            completion=max(_micros(one.completion) for one in prices),
+        )
+        for alias, prices in sorted(priced)
+        if prices
+    }
+
+
+def limits_money(tenant: TenantConfigured) -> bool:
+    """Whether any of a tenant's limits is one of money."""
+    limits = (tenant.limits, *(rule.limits for rule in tenant.rules))
+    return any(one.cost_micros_per_day is not None or one.cost_micros_per_month is not None for one in limits)
+
+
+def _limits_of(tenant: TenantConfigured) -> dict[str, object]:
+    return {name: getattr(tenant, name) for name in ("limits", "rules", "weight", "priority", "prices")}
+
+
+def _micros(dollars: float) -> int:
+    return math.ceil(round(dollars * 1_000_000, 3))
 
 
 def _key(key: str) -> ApiKey:

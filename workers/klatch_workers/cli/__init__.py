@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     "prompts": ("klatch_workers.cli.prompts", "Publish and list prompts."),
     "models": ("klatch_workers.cli.models", "Route model names to deployments, and try them."),
     "tenants": ("klatch_workers.cli.tenants", "Write tenants, their keys and limits, and list them."),
+    "quota": ("klatch_workers.cli.quota", "What tenants may use: set it, show what is used, and who changed it."),
     "topics": ("klatch_workers.cli.topics", "Create, describe and check klatch's topics."),
     "worker": ("klatch_workers.cli.worker", "Run one stage, or all, on a Kafka that exists."),
     "kafka": ("klatch_workers.cli.kafka", "Run an Apache Kafka on this machine, without Docker."),

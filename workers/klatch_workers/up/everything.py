@@ -242,7 +242,9 @@ async def _furnish(running: Everything, tenants: list[TenantConfigured]) -> None
     await create_topics(running.bootstrap, namespace, Partitions(PARTITIONS, PARTITIONS))
     kafka = await KafkaLog.open(KafkaOptions(running.bootstrap))
     try:
-        await write_tenants(kafka, namespace, _with_local(tenants, running.keys), by="klatch up")
+        # Without a file that says otherwise, what `klatch quota set` has set stands.
+        keep = {LOCAL_TENANT} - {tenant.tenant for tenant in tenants}
+        await write_tenants(kafka, namespace, _with_local(tenants, running.keys), by="klatch up", keep=keep)
         await _write_prompt(kafka, namespace)
     finally:
         await kafka.close()
@@ -250,9 +252,9 @@ async def _furnish(running: Everything, tenants: list[TenantConfigured]) -> None
 
 def _with_local(tenants: list[TenantConfigured], keys: Keys) -> list[TenantConfigured]:
     given = next((tenant for tenant in tenants if tenant.tenant == LOCAL_TENANT), None)
-    local = tenant_configured(LOCAL_TENANT, [keys.api], given.limits if given else Limits())
+    local = tenant_configured(LOCAL_TENANT, [keys.api], Limits())
     if given:
-        local = local.model_copy(update={"keys": (*local.keys, *given.keys)})
+        local = given.model_copy(update={"keys": (*local.keys, *given.keys)})
     return [local, *(tenant for tenant in tenants if tenant.tenant != LOCAL_TENANT)]
 
 

@@ -1,0 +1,65 @@
+"""Where a tenant stands: every limit of every scope that is counted, and what is used of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from klatch_streams.quota.calendar import moment
+from klatch_streams.quota.counters import Counter
+from klatch_streams.quota.ledger import Ledger
+from klatch_streams.quota.rules import Names, Scope
+
+_DIMENSIONS: Final = ("use_case", "person", "model")
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """One limit of one scope."""
+
+    scope: Mapping[str, str]
+    """Dimension to value; empty for the whole tenant."""
+    limit: str
+    """As in `Limits`."""
+    most: int
+    used: int
+
+    @property
+    def left(self) -> int:
+        """What remains; 0 when estimates were too low."""
+        return max(0, self.most - self.used)
+
+
+def standings(ledger: Ledger) -> Iterator[Standing]:
+    """The whole tenant's limits, then those of its other scopes that have used anything."""
+    now = moment(ledger.clock_ms)
+    yield from _of(Scope("", ledger.rules.settings.limits), {}, ledger.used.at(now))
+    for shard in ledger.counters.shards.values():
+        for key, counter in shard.items():
+            if key.startswith("~"):
+                continue  # whose it is cannot be told
+            yield from _of(ledger.rules.scope_of(key), _named(key), counter.at(now))
+
+
+def used(counter: Counter) -> dict[str, int]:
+    """What a counter, one of `at`, holds against each limit."""
+    return {
+        "requests_per_minute": counter.requests.total,
+        "tokens_per_minute": counter.tokens.total,
+        "tokens_per_day": counter.day_tokens,
+        "tokens_per_month": counter.month_tokens,
+        "cost_micros_per_day": counter.day_micros,
+        "cost_micros_per_month": counter.month_micros,
+        "concurrent_requests": counter.running,
+    }
+
+
+def _of(scope: Scope, names: Mapping[str, str], counter: Counter) -> Iterator[Standing]:
+    limits = scope.limits.model_dump(exclude_none=True)
+    for name, amount in used(counter).items():
+        if name in limits:
+            yield Standing(names, name, limits[name], amount)
+
+
+def _named(key: str) -> dict[str, str]:
+    names = msgspec.json.decode(key, type=Names)
+    return {dimension: name for dimension, name in zip(_DIMENSIONS, names, strict=True) if name is not None}

@@ -1,0 +1,168 @@
+"""Quotas as operators set and read them, on a log."""
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from klatch_schemas import codec
+from klatch_schemas.events import (
+    ChatRequested,
+    Deployment,
+    Event,
+    LimitRule,
+    Limits,
+    ModelRouted,
+    Prices,
+    QuotaLimitSet,
+    TokenPrice,
+)
+from klatch_schemas.ids import Conversation, Person, RequestId, Tenant
+from klatch_schemas.records import Partition
+from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, MODELS, TOPICS, Namespace
+from klatch_streams.admission import Admission
+from klatch_streams.kernel import Input
+from klatch_streams.ledger import publish
+from klatch_streams.memory_log import MemoryLog
+from klatch_streams.quota.report import standings
+from klatch_streams.snapshots import Snapshots
+from klatch_workers.cli import main
+from klatch_workers.quotas import Change, UnknownTenant, read_quota, set_quota
+from klatch_workers.tenants import tenant_configured, write_prices, write_tenants
+
+ACME = Tenant("acme")
+SPACE = Namespace()
+KEY = "klatch-0123456789"
+
+
+@pytest.fixture
+async def log() -> MemoryLog:
+    log = MemoryLog({topic.name: 1 for topic in TOPICS})
+    await write_tenants(log, SPACE, [tenant_configured(ACME, [KEY], Limits(tokens_per_day=1_000))], by="test")
+    return log
+
+
+def route(dollars: float) -> ModelRouted:
+    cheap = Deployment(name="a", url="http://a", prices=Prices(prompt=0.1, completion=0.2))
+    dear = Deployment(name="b", url="http://b", prices=Prices(prompt=0.05, completion=dollars))
+    return ModelRouted(alias="small", deployments=(cheap, dear, Deployment(name="c", url="http://c")))
+
+
+def settings(log: MemoryLog) -> list[QuotaLimitSet]:
+    said = [codec.decode(record.value) for record in log.records(CHAT_REQUESTS.name)]
+    return [one for one in said if isinstance(one, QuotaLimitSet)]
+
+
+def ask(number: int, person: str) -> Event:
+    return ChatRequested(
+        request=RequestId(f"r{number}"),
+        tenant=ACME,
+        conversation=Conversation("c"),
+        person=Person(person),
+        body={"max_tokens": 84},
+    )
+
+
+async def says(log: MemoryLog, *events: Event) -> None:
+    await log.append([codec.draft(CHAT_REQUESTS.name, ACME, event) for event in events])
+
+
+async def test_a_change_leaves_what_it_does_not_name() -> None:
+    before = tenant_configured(ACME, [KEY], Limits(tokens_per_day=1_000))
+    after = Change(limits={"requests_per_minute": 5}, weight=2.0).of(before)
+    assert after.limits == Limits(tokens_per_day=1_000, requests_per_minute=5)
+    assert (after.weight, after.keys, after.priority) == (2.0, before.keys, 0)
+    scoped = Change(scope={"person": "*"}, limits={"tokens_per_day": 9}).of(after)
+    more = Change(scope={"person": "*"}, limits={"concurrent_requests": 1}).of(scoped)
+    assert more.rules == (LimitRule(person="*", limits=Limits(tokens_per_day=9, concurrent_requests=1)),)
+    none = Change(scope={"person": "*"}, limits={"tokens_per_day": None, "concurrent_requests": None}).of(more)
+    assert none == after
+
+
+async def test_what_is_set_stands_in_the_tenants_log_and_in_its_history(log: MemoryLog) -> None:
+    await set_quota(log, SPACE, ACME, Change({"person": "*"}, {"tokens_per_day": 7}), by="ann")
+    await set_quota(log, SPACE, ACME, Change({"person": "*"}, {"tokens_per_day": 7}), by="bob")
+    assert [one.by for one in settings(log)] == ["test", "ann"]
+    ledger = await read_quota(log, SPACE, ACME, 0)
+    assert [(change.by, change.what) for change in ledger.changes] == [
+        ("test", ("tokens_per_day: none -> 1000",)),
+        ("ann", ("person=* tokens_per_day: none -> 7",)),
+    ]
+
+
+async def test_a_tenant_that_does_not_exist_is_told_with_those_that_do(log: MemoryLog) -> None:
+    with pytest.raises(UnknownTenant, match=r"no tenant 'acne'.*holds acme.*klatch tenants apply"):
+        await set_quota(log, SPACE, Tenant("acne"), Change(weight=2.0), by="")
+    with pytest.raises(ValidationError):
+        await set_quota(log, SPACE, ACME, Change(weight=1_000.0), by="")
+
+
+@pytest.mark.parametrize("snapshot_after", [None, 1, 3])
+async def test_where_a_tenant_stands_is_admissions_ledger_whatever_a_snapshot_holds(
+    log: MemoryLog, snapshot_after: int | None
+) -> None:
+    each = Change({"person": "*"}, {"tokens_per_day": 500})
+    await set_quota(log, SPACE, ACME, each, by="ann")
+    await says(log, ask(1, "ann"), ask(2, "ann"), ask(3, "bob"))
+    records = log.records(CHAT_REQUESTS.name)
+    if snapshot_after is not None:
+        admission, state = Admission(), Admission().initial(ACME)
+        for record in records[: snapshot_after + 1]:
+            event = codec.decode(record.value)
+            assert isinstance(event, Event)
+            state, _ = admission.decide(state, Input(event, record.timestamp_ms))
+        snapshots = await Snapshots.open(log, Partition(ADMISSION_STATE.name, 0), 0)
+        await snapshots.write([(ACME, snapshot_after, admission.dump(state))])
+    ledger = await read_quota(log, SPACE, ACME, records[-1].timestamp_ms)
+    found = {(tuple(one.scope.items()), one.limit): (one.used, one.left) for one in standings(ledger)}
+    assert found == {
+        ((), "tokens_per_day"): (300, 700),
+        ((("person", "ann"),), "tokens_per_day"): (200, 300),
+        ((("person", "bob"),), "tokens_per_day"): (100, 400),
+    }
+
+
+async def test_tenants_whose_money_is_limited_get_the_highest_price_of_each_route(log: MemoryLog) -> None:
+    await publish(log, MODELS, "small", route(0.4), SPACE)
+    await set_quota(log, SPACE, ACME, Change(limits={"cost_micros_per_day": 10}), by="ann")
+    assert settings(log)[-1].prices == {"small": TokenPrice(prompt=100_000, completion=400_000)}
+    await publish(log, MODELS, "small", route(0.5), SPACE)
+    assert await write_prices(log, SPACE, by="models") == [ACME]
+    assert await write_prices(log, SPACE, by="models") == []
+    assert settings(log)[-1].prices["small"].completion == 500_000
+    assert settings(log)[-1].limits == Limits(tokens_per_day=1_000, cost_micros_per_day=10)
+
+
+async def test_tenants_whose_money_is_not_limited_need_no_prices(log: MemoryLog) -> None:
+    await publish(log, MODELS, "small", route(0.4), SPACE)
+    assert await write_prices(log, SPACE, by="models") == []
+    await set_quota(log, SPACE, ACME, Change(weight=3.0), by="ann")
+    assert settings(log)[-1].prices == {}
+
+
+async def test_a_tenant_that_keeps_its_limits_gets_only_its_keys(log: MemoryLog) -> None:
+    await set_quota(log, SPACE, ACME, Change({"person": "*"}, {"tokens_per_day": 7}, None, None), by="ann")
+    new = tenant_configured(ACME, ["klatch-9876543210"], Limits())
+    assert await write_tenants(log, SPACE, [new], by="up", keep={ACME}) == [ACME]
+    assert settings(log)[-1].limits == Limits(tokens_per_day=1_000)
+    assert settings(log)[-1].rules == (LimitRule(person="*", limits=Limits(tokens_per_day=7)),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["acme"], "nothing to set: name a limit"),
+        (["acme", "--tokens-per-day", "many"], "neither a whole number nor `none`"),
+        (["acme", "--tokens-per-day", "-3"], "neither a whole number nor `none`"),
+        (["acme", "--cost-per-day", "ten"], "neither an amount of US dollars, such as 12.50"),
+        (["acme", "--cost-per-day", "0.0000001"], "counted in millionths"),
+        (["acme", "--cost-per-day", "inf"], "counted in millionths"),
+        (["acme", "--person", "*", "--weight", "2"], "are the whole tenant's"),
+        (["acme", "--priority", "12"], "0<=x<=9"),
+    ],
+)
+def test_a_command_that_makes_no_sense_says_what_would(arguments: list[str], told: str) -> None:
+    result: Any = CliRunner().invoke(main, ["quota", "set", *arguments])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())

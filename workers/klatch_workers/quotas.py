@@ -1,0 +1,117 @@
+"""A tenant's quotas, for operators: change its settings, and read where it stands from the log itself.
+
+Where a tenant stands is admission's own ledger, made again: its snapshot, and what the tenant's log says since,
+folded by the decider. So it is as true as a decision made now would be.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from klatch_schemas import codec
+from klatch_schemas.codec import Delta, Unreadable
+from klatch_schemas.events import LimitRule, Limits, TenantConfigured
+from klatch_schemas.ids import Tenant
+from klatch_schemas.records import Partition, partition_of
+from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, TENANTS, Namespace
+from klatch_streams.admission import Admission, advanced
+from klatch_streams.catch_up import catch_up
+from klatch_streams.kernel import Input
+from klatch_streams.ledger import Ledger as LedgerTopic
+from klatch_streams.log import Log
+from klatch_streams.quota.ledger import Ledger
+from klatch_streams.snapshots import look
+from klatch_workers.tenants import write_tenants
+
+_DIMENSIONS: Final = ("use_case", "person", "model")
+
+
+class UnknownTenant(LookupError):
+    """The ledger holds no such tenant; names those it holds."""
+
+    def __init__(self, tenant: str, known: list[str]) -> None:
+        named = ", ".join(known[:20]) or "none"
+        super().__init__(f"no tenant {tenant!r} in the ledger: it holds {named}. `klatch tenants apply` adds tenants")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What to set; what is left out stays."""
+
+    scope: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Dimension to name or `*`; empty for the whole tenant."""
+    limits: Mapping[str, int | None] = field(default_factory=dict[str, int | None])
+    """By the names of `Limits`; None takes a limit away."""
+    weight: float | None = None
+    priority: int | None = None
+
+    def of(self, tenant: TenantConfigured) -> TenantConfigured:
+        """The tenant, changed. Raises pydantic's ValidationError."""
+        more: dict[str, object] = {}
+        if self.scope:
+            more["rules"] = self._rules(tenant.rules)
+        else:
+            more["limits"] = _changed(tenant.limits, self.limits)
+        if self.weight is not None:
+            more["weight"] = self.weight
+        if self.priority is not None:
+            more["priority"] = self.priority
+        return TenantConfigured.model_validate({**tenant.model_dump(), **more})
+
+    def _rules(self, rules: tuple[LimitRule, ...]) -> tuple[LimitRule, ...]:
+        names = tuple(self.scope.get(dimension) for dimension in _DIMENSIONS)
+        others = [rule for rule in rules if _names(rule) != names]
+        before = next((rule.limits for rule in rules if _names(rule) == names), Limits())
+        limits = _changed(before, self.limits)
+        if limits == Limits():
+            return tuple(others)
+        return (*others, LimitRule.model_validate({**self.scope, "limits": limits}))
+
+
+async def set_quota(log: Log, namespace: Namespace, tenant: Tenant, change: Change, by: str) -> TenantConfigured:
+    """Change a tenant's settings. In force for the next request. Raises UnknownTenant, ValidationError, LogError."""
+    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
+        held = ledger.get(tenant)
+        known = sorted(one.tenant for one in ledger.values())
+    if held is None:
+        raise UnknownTenant(tenant, list(known))
+    changed = change.of(held)
+    await write_tenants(log, namespace, [changed], by)
+    return changed
+
+
+async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int) -> Ledger:
+    """Admission's ledger of a tenant, as of the log's end and `now_ms`. Raises LogError, StateLost."""
+    topic = namespace.of(CHAT_REQUESTS)
+    number = partition_of(tenant.encode(), await log.partitions(topic))
+    admission = Admission()
+    saved = (await look(log, Partition(namespace.of(ADMISSION_STATE), number))).get(tenant)
+    state = admission.load(tenant, dict(saved.parts)) if saved else admission.initial(tenant)
+    first, end = await log.bounds(Partition(topic, number))
+    tail = await log.tail()
+    try:
+        async for records in catch_up(
+            tail, Partition(topic, number), max(first, saved.applied + 1 if saved else 0), end
+        ):
+            for record in records:
+                if record.key == tenant.encode():
+                    state = _decided(admission, state, record.value, record.timestamp_ms)
+    finally:
+        await tail.close()
+    return advanced(state, now_ms)
+
+
+def _decided(admission: Admission, state: Ledger, value: bytes | None, timestamp_ms: int) -> Ledger:
+    try:
+        event = codec.decode(value)
+    except Unreadable:
+        return state
+    return state if isinstance(event, Delta) else admission.decide(state, Input(event, timestamp_ms))[0]
+
+
+def _names(rule: LimitRule) -> tuple[str | None, ...]:
+    return (rule.use_case, rule.person, rule.model)
+
+
+def _changed(limits: Limits, changes: Mapping[str, int | None]) -> Limits:
+    return Limits.model_validate({**limits.model_dump(), **changes})
