@@ -108,7 +108,7 @@ class Admission:
         counted = _counted(state, state.rules.scopes(asked), now)
         plan = _plan(counted, self._estimate.of(asked.body), state.rules.price_of(model_of(asked)))
         if refusal := checks.refusal(counted, plan.need, now):
-            return known, _refused(asked, "rejected", refusal)
+            return known, _refused(asked, "rejected", refusal, checks.rate_limits(counted, now))
         held = Held(
             tokens=plan.need.tokens,
             entered_ms=state.clock_ms,
@@ -201,7 +201,7 @@ def _plan(counted: Sequence[Counted], estimated: Estimated, price: TokenPrice) -
     return _Plan(Need(prompt + granted, micros(price, prompt, granted)), price, granted, room.limit)
 
 
-def _refused(asked: ChatRequested, status: Status, refusal: Refusal) -> list[Emit]:
+def _refused(asked: ChatRequested, status: Status, refusal: Refusal, rates: RateLimits | None = None) -> list[Emit]:
     said = str(asked.body.get("model") or "")
     end = StreamEnd(
         request=asked.request,
@@ -216,6 +216,7 @@ def _refused(asked: ChatRequested, status: Status, refusal: Refusal) -> list[Emi
             retry_after_ms=refusal.retry_after_ms,
             limit=refusal.limit,
         ),
+        rate_limits=rates,
     )
     refused = ChatRefused(
         request=asked.request,

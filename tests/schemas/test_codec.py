@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiokafka.partitioner import murmur2  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.schemas.conftest import instances, json_values
 
@@ -26,7 +26,7 @@ def _value(**fields: object) -> bytes:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {StreamDelta.KIND}))
-@settings(max_examples=30)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])  # strategies are made on the way
 @given(st.data())
 def test_every_event_is_read_back_as_it_was_written(kind: str, data: st.DataObject) -> None:
     event: Event = data.draw(instances(KINDS[kind]))
@@ -87,7 +87,7 @@ def test_any_json_is_an_event_or_unreadable(kind: str, fields: dict[str, object]
     _read(b'{"kind":"stream.delta.v1",' + codec.dumps(fields)[1:])
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])  # strategies are made on the way
 @given(st.sampled_from(sorted(KINDS)), st.data())
 def test_a_record_that_was_cut_or_changed_on_its_way_is_an_event_or_unreadable(kind: str, data: st.DataObject) -> None:
     value = bytearray(codec.encode(data.draw(instances(KINDS[kind]))))

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator, Draft202012Validator
 from jsonschema.exceptions import ValidationError as Invalid
@@ -129,7 +129,7 @@ def test_a_reader_of_an_older_version_accepts_a_field_that_was_added() -> None:
 
 @pytest.mark.parametrize("kind", EVENTS, ids=lambda kind: kind.KIND)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])  # strategies are made on the way
 def test_whatever_klatch_may_write_fits_the_schema_of_its_kind(kind: type[Event], data: st.DataObject) -> None:
     event: Event = data.draw(instances(kind))
     assert misfits(kind, codec.loads(codec.encode(event))) == []

@@ -42,6 +42,8 @@ class Call:
         self.conversation: Conversation | None = None
         self.resume: str | None = None
         """Where a client that lost its answer may read on."""
+        self.rate_limits: Headers = []
+        """What the answer says of limits, if it is known before it begins."""
         self.started = False
         self.finished = False
         self.gone = False
@@ -111,7 +113,10 @@ class Call:
         """Answer with an error: as a status, or, once a stream has begun, as its last event."""
         body = error_body(error, self.request, self.resume)
         if not self.started:
-            await self.answer(status_of(error), body, error_headers(error))
+            headers = error_headers(error)
+            if self.rate_limits:
+                headers = [header for header in headers if not header[0].startswith(b"x-ratelimit-")]
+            await self.answer(status_of(error), body, headers)
         else:
             # No [DONE]: a client that checks for it must see that this is not the end of a reply.
             await self.write(b"data: %b\n\n" % body, more=False)
@@ -132,6 +137,7 @@ class Call:
         ours: Headers = [(b"x-request-id", self.request.encode())]
         if self.conversation is not None:
             ours.append((b"x-klatch-conversation", header_value(self.conversation)))
+        ours += self.rate_limits
         await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *ours]})
 
 

@@ -148,8 +148,8 @@ def error_headers(error: KlatchError) -> Headers:
     if error.retry_after_ms is not None:
         headers.append((b"retry-after", b"%d" % max(1, -(-error.retry_after_ms // 1000))))
         headers.append((b"retry-after-ms", b"%d" % error.retry_after_ms))
-    if isinstance(error, LimitExceeded) and error.limit:
-        what = b"tokens" if error.limit.startswith("tokens") else b"requests"
+    if isinstance(error, LimitExceeded) and error.limit and not error.limit.startswith("cost"):
+        what = b"requests" if "requests" in error.limit else b"tokens"
         headers.append((b"x-ratelimit-remaining-" + what, b"0"))
         headers.append((b"x-ratelimit-reset-" + what, b"%dms" % (error.retry_after_ms or 0)))
     if isinstance(error, MethodNotAllowed):

@@ -19,6 +19,7 @@ from klatch_workers.http.call import Call, header_value
 from klatch_workers.http.door import Terms
 from klatch_workers.http.errors import error_of_end
 from klatch_workers.http.pulse import Pulse
+from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
 from klatch_workers.http.reader import Heard, Reader
 
 log = structlog.get_logger("klatch.http.replies")
@@ -104,6 +105,8 @@ class _Answer:
         while not call.gone:
             heard = await read()
             hear(heard)
+            if not call.started and (limits := rate_limits_in(heard)):
+                call.rate_limits = rate_limit_headers(limits)
             if await self._take(heard):
                 return True
         return False
