@@ -11,7 +11,7 @@ A reader's position is taken before the request is published, so no delta is mis
 late or resumed, sees the same text or a clear error. One consumer a reader: for many readers use the HTTP door.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -172,7 +172,7 @@ async def _read(
     while True:
         if not live and await consumer.position(place) >= live_from:
             live = True
-            for shown in _shown(reader.go_live()):
+            for shown in shown_of(reader.go_live()):
                 yield shown
             if reader.state.status is not None:
                 return
@@ -183,7 +183,7 @@ async def _read(
         for record in batches.get(place, ()):
             said = _said(record.value, stream)
             heard = reader.hear(record.offset, said) if said else None
-            for shown in _shown([heard] if heard else []):
+            for shown in shown_of([heard] if heard else []):
                 yield shown
             if isinstance(heard, Ended):
                 return
@@ -205,14 +205,13 @@ def _said(value: bytes | None, stream: Stream) -> Any:
             return None
 
 
-def _shown(heard: Sequence[Standing | Ended]) -> list[Shown]:
-    shown: list[Shown] = []
+def shown_of(heard: Sequence[Standing | Ended]) -> Iterator[Shown]:
+    """What a reader is shown of what it heard. Raises the KlatchError that the stream ended with, after the chunks."""
     for one in heard:
         if isinstance(one, Ended):
             raise_unless_completed(one)
         else:
-            shown.append(Shown(one.offset, codec.loads(bytes(one.chunk))))
-    return shown
+            yield Shown(one.offset, codec.loads(bytes(one.chunk)))
 
 
 def raise_unless_completed(ended: Ended) -> None:
