@@ -48,7 +48,7 @@ def backlogged(server: Server, claims: dict[str, Claim], steps: int) -> None:
         for _ in range(40):
             server.ask(Claim(claim.tenant, claim.weight, claim.priority))
     for step in range(steps):
-        if step == steps // 3:  # by then nobody has anything left to catch up with
+        if step == steps // 2:  # by then nobody has anything left to catch up with
             server.used_s.clear()
         done = server.step()
         server.ask(Claim(done.tenant, claims[done.tenant].weight, claims[done.tenant].priority))
@@ -63,7 +63,7 @@ def test_tenants_who_all_want_more_share_the_time_of_places_by_weight(
     weights: dict[str, float], limit: int, service: dict[str, float]
 ) -> None:
     server = Server(FairQueue(limit), lambda tenant: service.get(tenant, 1.0))
-    backlogged(server, {tenant: Claim(tenant, weight) for tenant, weight in weights.items()}, 1_500)
+    backlogged(server, {tenant: Claim(tenant, weight) for tenant, weight in weights.items()}, 2_500)
     total, whole = sum(server.used_s.values()), sum(weights.values())
     for tenant, weight in weights.items():
         assert server.used_s[tenant] / total == pytest.approx(weight / whole, abs=0.06)
@@ -150,7 +150,7 @@ def test_between_tenants_a_class_is_a_head_start() -> None:
 
 
 def test_who_was_quiet_may_catch_up_but_not_for_ever() -> None:
-    server = Server(FairQueue(2, FairTerms(burst=6)))
+    server = Server(FairQueue(2, FairTerms(rounds=3)))
     backlogged(server, {"flood": Claim("flood")}, 200)
     asked = len(server.served)
     for _ in range(40):

@@ -296,6 +296,15 @@ async def test_no_more_calls_are_under_way_than_there_are_places(world: World) -
     assert most == 2
 
 
+async def test_a_tenant_that_floods_waits_behind_itself_and_not_before_others(world: World) -> None:
+    world.route(world.on_a("tokens=2&rate=100", concurrency=2))
+    flood = [asyncio.create_task(ask(world.router, call(tenant="flood"))) for _ in range(30)]
+    await world.a.changed(lambda: len(world.a.calls) == 2)
+    await ask(world.router, call(tenant="quiet"))
+    assert sum(task.done() for task in flood) < 10
+    await asyncio.gather(*flood)
+
+
 async def test_work_whose_deadline_passes_while_it_waits_never_reaches_the_model(world: World) -> None:
     import time
 

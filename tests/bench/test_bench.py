@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from klatch_agents.testing.upstream import Upstream
-from klatch_workers.bench import admission, render
+from klatch_workers.bench import admission, fairness, render
 from klatch_workers.bench.budgets import budgets
 from klatch_workers.bench.client import Gaps, Reply, ReplyFailed, Target
 from klatch_workers.bench.profile import table
@@ -131,6 +131,14 @@ def test_admission_is_measured_on_requests_that_are_admitted() -> None:
     found = admission.measure(200)
     assert found["per_s"] > 0
     assert found["dump_bytes"] > 1_000
+
+
+@pytest.mark.parametrize("case", fairness.CASES, ids=repr)
+def test_a_tenant_that_floods_does_not_double_anothers_wait_for_a_first_token(case: fairness.Case) -> None:
+    found = fairness.find(case, 300.0)
+    assert found.calls > 100
+    assert found.ratio < 2
+    assert found.first_come.first_token > 20 * found.alone.first_token, "it is the queue that shields, not the load"
 
 
 def test_a_profile_adds_up_to_the_time_that_was_spent() -> None:

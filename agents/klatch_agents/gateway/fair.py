@@ -3,7 +3,7 @@
 Between tenants, start-time fair queueing. What a tenant uses is the time that its calls hold places, divided by its
 weight: its tag. The lowest tag is served next, and virtual time follows what is served. So those who want places
 share them by weight, whoever floods waits behind his own requests, and nothing is kept free that somebody wants. A
-tenant that was quiet may catch up by `burst` calls, and no more.
+tenant that was quiet may catch up, by `rounds` calls a place, and no more.
 
 Classes 0 to 9 (0 is first) order the requests of one tenant; a request that waits rises by one class every `age_s`
 seconds, so that none starves. Between tenants a class is a head start, the time of one call against the next class:
@@ -43,9 +43,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class FairTerms:
-    """`burst`: calls by which a tenant may lag behind its share and catch up; `age_s`: see above."""
+    """`rounds`: by how many calls a place a tenant may lag behind its share and catch up; `age_s`: see above."""
 
-    burst: float = 16.0
+    rounds: float = 8.0
     age_s: float = 2.0
 
 
@@ -91,7 +91,7 @@ class FairQueue:
         """Want a place; it may be granted at once."""
         tenant = self._tenants.setdefault(claim.tenant, _Tenant())
         if not tenant.waiting:
-            credit = self._terms.burst * self._usual_s / _weight(claim)
+            credit = self._terms.rounds * (self.limit or 1) * self._usual_s / _weight(claim)
             tenant.tag = max(tenant.tag, self._virtual - credit)
         rank = claim.priority + now / self._terms.age_s
         heapq.heappush(tenant.waiting, (rank, next(self._numbers), claim))

@@ -18,6 +18,7 @@ def budgets(report: Report) -> Report:
         *_first_token(report),
         *_chunk_cpu(report),
         _admission(report),
+        _fairness(report),
         _memory(report),
         *_recovery(report),
         *_start(report),
@@ -65,6 +66,12 @@ def _chunk_cpu(report: Report) -> list[Budget]:
 def _admission(report: Report) -> Budget:
     per_s = report.admission_per_s
     return Budget("admission's decisions on one core", "≥ 20,000 a second", f"{per_s:,.0f} a second", per_s >= 20_000)
+
+
+def _fairness(report: Report) -> Budget:
+    found = report.flooded_ratio
+    what = "p99 wait for a first token beside a tenant that floods 100 times as much (simulated)"
+    return Budget(what, "< 2 x alone", f"{found:.2f} x" if found else "not measured", found < 2 if found else None)
 
 
 def _memory(report: Report) -> Budget:

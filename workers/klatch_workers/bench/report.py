@@ -158,6 +158,8 @@ class Report(msgspec.Struct, frozen=True):
     starts: list[Start]
     recovery: Recovery | None
     budgets: list[Budget]
+    flooded_ratio: float = 0.0
+    """Wait for a first token beside a tenant that floods, of the wait alone, p99, the worst of the cases simulated."""
 
 
 def ratio(numerator: float, denominator: float) -> float:

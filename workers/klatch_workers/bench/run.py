@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klatch_workers import leash
-from klatch_workers.bench import machine
+from klatch_workers.bench import fairness, machine
 from klatch_workers.bench.budgets import budgets
 from klatch_workers.bench.client import Target
 from klatch_workers.bench.load import Paced, Seen, crowd, one, paced
@@ -65,11 +65,13 @@ class Plan:
     admission_requests: int
     recovery_streams: int
     """0: none."""
+    fairness_s: float
+    """In simulated time."""
 
 
-FULL = Plan("full", 2, 60, 3, 2.5, (16, 64), 64, 4.0, 2.5, 16, 5.0, 40_000, 16)
-QUICK = Plan("quick", 1, 20, 2, 2.0, (16,), 64, 3.0, 2.0, 16, 2.0, 10_000, 8)
-TINY = Plan("tiny", 0, 2, 1, 0.3, (2,), 2, 0.5, 0.3, 1, 0.2, 200, 0)
+FULL = Plan("full", 2, 60, 3, 2.5, (16, 64), 64, 4.0, 2.5, 16, 5.0, 40_000, 16, 1000.0)
+QUICK = Plan("quick", 1, 20, 2, 2.0, (16,), 64, 3.0, 2.0, 16, 2.0, 10_000, 8, 300.0)
+TINY = Plan("tiny", 0, 2, 1, 0.3, (2,), 2, 0.5, 0.3, 1, 0.2, 200, 0, 20.0)
 
 
 async def measure(folder: Path, plan: Plan, say: Say) -> Report:
@@ -78,6 +80,8 @@ async def measure(folder: Path, plan: Plan, say: Say) -> Report:
     started = await _starts(folder, plan, say)
     say("deciding admissions")
     admission_per_s = await _admission(plan.admission_requests)
+    say("sharing places at a model")
+    flooded = await asyncio.to_thread(fairness.worst, plan.fairness_s)
     async with rig(folder, say) as running:
         await _warm_up(running, say)
         rss_start = rss_mb(running.pids())
@@ -107,6 +111,7 @@ async def measure(folder: Path, plan: Plan, say: Say) -> Report:
         starts=started,
         recovery=recovered,
         budgets=[],
+        flooded_ratio=flooded,
     )
     return budgets(report)
 
