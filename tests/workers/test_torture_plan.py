@@ -69,6 +69,25 @@ def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
     assert sum(turn.plain for turn in turns) > len(turns) / 2
 
 
+def test_a_plain_load_asks_the_same_at_the_same_times_and_nothing_that_not_everyone_can_answer() -> None:
+    everything, plain = plan(3, 2, 5), plan(3, 2, 5, plain=True)
+    assert [(talk.at_s, talk.conversation) for talk in plain] == [(talk.at_s, talk.conversation) for talk in everything]
+    turns = [turn for talk in plain for turn in talk.turns]
+    asked = [turn for talk in everything for turn in talk.turns]
+    assert [(turn.tokens, turn.rate, turn.waits) for turn in turns] == [
+        (turn.tokens, turn.rate, turn.waits) for turn in asked
+    ]
+    assert {talk.edge for talk in plain} == {"kafka"}
+    assert all(turn.plain and not turn.twice and not turn.leaves_after for turn in turns)
+    assert len({turn.request for turn in turns}) == len(turns)
+
+
+def test_plain_faults_can_be_done_to_every_system() -> None:
+    struck = {(fault.kind, fault.target) for fault in schedule(1, 10, plain=True)}
+    workers = {(kind, "generation") for kind in ("kill", "stop", "roll", "scale")}
+    assert struck == workers | {("broker", ""), ("cluster", ""), ("leaderless", "")}
+
+
 # --- recovery ----------------------------------------------------------------------------------------------------
 
 

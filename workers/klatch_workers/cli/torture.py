@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from klatch_workers.torture.report import Report
     from klatch_workers.torture.run import Orders
+    from klatch_workers.torture.schedule import Fault
+    from klatch_workers.torture.system import System
 
 
 @click.command()
@@ -32,6 +36,15 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Strike as this file says, not as the seed does.",
 )
+@click.option(
+    "--system",
+    "name",
+    type=click.Choice(["klatch", "faststream", "faust"]),
+    default="klatch",
+    show_default=True,
+    help="What is tortured: klatch, or for comparison a minimal worker on another framework.",
+)
+@click.option("--plain", is_flag=True, help="Ask only what any worker can answer; so a comparison always does.")
 @click.option("--static", is_flag=True, help="Make workers static members of their groups: quick to come back.")
 @click.option("--keep", is_flag=True, help="Keep Kafka's data and the logs of all workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -42,6 +55,8 @@ def torture(  # noqa: PLR0913 - a command has the parameters that it has
     seed: int,
     requests_per_second: float,
     schedule_file: Path | None,
+    name: str,
+    plain: bool,
     static: bool,
     keep: bool,
     as_json: bool,
@@ -64,10 +79,21 @@ def torture(  # noqa: PLR0913 - a command has the parameters that it has
         given = from_json(schedule_file.read_text()) if schedule_file else None
     except ValueError as error:
         raise click.UsageError(f"{schedule_file}: {error}") from error
-    faults = schedule(seed, minutes, int(nodes)) if given is None else given
+    system = _system(name)
+    plain = plain or system.bare
+    faults = schedule(seed, minutes, int(nodes), plain=plain) if given is None else _possible(given, system)
     folder = Path(tempfile.mkdtemp(prefix="klatch-torture-"))
     (folder / "schedule.json").write_text(to_json(faults))
-    orders = Orders(seed, minutes, faults, int(nodes), requests_per_second, static)
+    orders = Orders(
+        seed=seed,
+        minutes=minutes,
+        faults=faults,
+        nodes=int(nodes),
+        requests_per_second=requests_per_second,
+        static=static,
+        system=system,
+        plain=plain,
+    )
     _say(f"seed {seed}: {len(faults)} faults, in {folder / 'schedule.json'}")
     report = _run(folder, orders)
     _tell(report, orders, as_json=as_json)
@@ -76,6 +102,26 @@ def torture(  # noqa: PLR0913 - a command has the parameters that it has
     else:
         shutil.rmtree(folder, ignore_errors=True)
     raise SystemExit(0 if report.passed else 1)
+
+
+def _possible(faults: "Sequence[Fault]", system: "System") -> "Sequence[Fault]":
+    return [fault for fault in faults if fault.target in {"", *system.stages}] if system.bare else faults
+
+
+def _system(name: str) -> "System":
+    from klatch_workers.torture.baselines.system import BASELINES
+    from klatch_workers.torture.system import Klatch
+
+    for baseline in BASELINES:
+        if baseline.name == name:
+            if not baseline.installed:
+                raise click.ClickException(
+                    f"{name} is not installed, and klatch does not need it. To compare, add it:\n"
+                    f"    uv run --group baselines --extra local klatch torture --system {name}\n"
+                    f"    pip install '{baseline.requirement}'"
+                )
+            return baseline
+    return Klatch()
 
 
 def _run(folder: Path, orders: "Orders") -> "Report":
@@ -99,7 +145,13 @@ def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
         _say(f"{violation.kind}: {violation.request}: {violation.what} [{', '.join(violation.positions)}]")
     for what, recovery in report.recoveries.items():
         _say(f"recovered from {what} within {recovery.seconds:.1f} s: {recovery.request}")
-    facts = {"seed": orders.seed, "nodes": orders.nodes, "minutes": orders.minutes, **report.facts()}
+    facts = {
+        "system": orders.system.name,
+        "seed": orders.seed,
+        "nodes": orders.nodes,
+        "minutes": orders.minutes,
+        **report.facts(),
+    }
     if as_json:
         click.echo(json.dumps(facts))
         return

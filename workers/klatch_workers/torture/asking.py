@@ -45,6 +45,8 @@ class Load:
     keys: Mapping[Tenant, str]
     clients: Mapping[Tenant, Client]
     patience_s: float = PATIENCE_S
+    bare: bool = False
+    """Whether requests are answered from their topic as they stand there, in the order of its keys."""
     asked: dict[RequestId, Asked] = field(default_factory=dict[RequestId, Asked])
     acknowledged: set[RequestId] = field(default_factory=set[RequestId])
     seen: list[Observation] = field(default_factory=list[Observation])
@@ -113,7 +115,8 @@ class Load:
 
     async def _over_kafka(self, asked: Asked, acknowledged: asyncio.Event) -> None:
         turn, reader = asked.turn, self.live.reader(asked.turn.request)
-        draft = codec.draft(self.namespace.of(CHAT_REQUESTS), asked.tenant, _request(asked))
+        key = asked.conversation if self.bare else asked.tenant
+        draft = codec.draft(self.namespace.of(CHAT_REQUESTS), key, _request(asked))
         await self._append(draft)
         self.acknowledged.add(turn.request)
         acknowledged.set()

@@ -25,6 +25,8 @@ class Case:
     turns: Sequence[Entry]
     calls: Sequence[ModelCall]
     observations: Sequence[Observation]
+    bare: bool = False
+    """Whether the system keeps nothing but requests and streams."""
 
     def broke(self, kind: Broken, what: str, *entries: Entry | None) -> Violation:
         """A broken promise, with where to look."""
@@ -62,6 +64,7 @@ def cases_of(evidence: Evidence) -> dict[RequestId, Case]:
             turns[request],
             calls[request],
             observations[request],
+            evidence.bare,
         )
         for request, asked in evidence.asked.items()
         if request in published or request in evidence.acknowledged

@@ -98,3 +98,5 @@ class Evidence:
     observations: Sequence[Observation] = ()
     calls: Sequence[ModelCall] = ()
     struck: Sequence[Struck] = field(default=())
+    bare: bool = False
+    """Whether the system keeps only requests and streams: no decisions, turns or settlements are to be found."""

@@ -78,17 +78,18 @@ def _of_one(case: Case) -> Iterator[Violation]:
     yield from _outcome(case)
     yield from _text(case)
     yield from _redone(case)
-    yield from _missettled(case)
+    if not case.bare:
+        yield from _missettled(case)
 
 
 def _lost(case: Case) -> Iterator[Violation]:
     if not case.published:
         yield case.broke("lost", "acknowledged, and not in the log")
-    elif not case.decisions:
+    elif not case.decisions and not case.bare:
         yield case.broke("lost", "admission never decided", *case.published[:1])
     if case.told.ended is None:
         yield case.broke("lost", "no end", *case.published[:1], *case.told.entries[-1:])
-    elif case.told.text and not case.turns:
+    elif case.told.text and not case.turns and not case.bare:
         yield case.broke("lost", "its turn is not in the log", *case.decisions[:1])
     for seen in case.observations:
         if seen.outcome is None and not seen.left:

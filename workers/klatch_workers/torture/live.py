@@ -9,10 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from klatch_schemas import codec
 from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing
 from klatch_schemas.client import Stream
-from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import StreamBroken, Superseded
 from klatch_schemas.events import ChatRequested, StreamEnd, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId, Tenant
@@ -20,6 +18,7 @@ from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 from klatch_streams.log import Log, LogError
 from klatch_workers.torture.evidence import Observation
+from klatch_workers.torture.system import Read, by_contract
 from klatch_workers.torture.told import text_of
 
 _AGAIN_S = 0.5
@@ -37,6 +36,8 @@ class LiveReader:
     """When its request was written; 0: the log does not hold it."""
     refused: bool = False
     settled: bool = False
+    bare: bool = False
+    """Whether no bill is to come."""
     _reply: ReplyReader = field(default_factory=ReplyReader)
     _heard: list[tuple[int, Said]] = field(default_factory=list[tuple[int, Said]])
     _shown: list[Standing] = field(default_factory=list[Standing])
@@ -65,7 +66,7 @@ class LiveReader:
     @property
     def concluded(self) -> bool:
         """Whether nothing more is to come: the end, and the bill."""
-        return self.over and (self.settled or self.refused)
+        return self.over and (self.settled or self.refused or self.bare)
 
     def hear(self, offset: int, said: Said) -> None:
         """Take a record of the stream."""
@@ -123,8 +124,8 @@ class LiveReader:
 class LiveLog:
     """Follows `chat.stream` and `chat.requests` for all readers."""
 
-    def __init__(self, log: Log, namespace: Namespace) -> None:
-        self._log = log
+    def __init__(self, log: Log, namespace: Namespace, read: Read = by_contract, *, bare: bool = False) -> None:
+        self._log, self._read_stream, self._bare = log, read, bare
         self._stream, self._requests = namespace.of(CHAT_STREAM), namespace.of(CHAT_REQUESTS)
         self._readers = dict[str, LiveReader]()
         self._positions = dict[Partition, int]()
@@ -132,7 +133,7 @@ class LiveLog:
 
     def reader(self, request: RequestId) -> LiveReader:
         """The reader of a request's stream, there from now on."""
-        return self._readers.setdefault(request, LiveReader(request))
+        return self._readers.setdefault(request, LiveReader(request, bare=self._bare))
 
     def place(self, tenant: Tenant, request: RequestId, conversation: Conversation) -> Stream:
         """Where the stream of a request stands that nobody has asked yet."""
@@ -169,14 +170,10 @@ class LiveLog:
             await tail.close()
 
     def _hear(self, record: Record) -> None:
-        try:
-            said = codec.decode(record.value)
-        except Unreadable:
-            return
-        reader = self._readers.get(str(getattr(said, "request", "")))
-        if reader is None:
-            return
-        if record.partition.topic == self._stream:
-            reader.hear(record.offset, said)
-        else:
-            reader.hear_request(record.timestamp_ms, said)
+        of_stream = record.partition.topic == self._stream
+        for said in (self._read_stream if of_stream else by_contract)(record):
+            reader = self._readers.get(str(getattr(said, "request", "")))
+            if reader and of_stream:
+                reader.hear(record.offset, said)
+            elif reader:
+                reader.hear_request(record.timestamp_ms, said)

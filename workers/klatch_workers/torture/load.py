@@ -7,7 +7,7 @@ a model server that fails.
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 from urllib.parse import urlencode
 
@@ -94,14 +94,32 @@ class Talk:
     turns: tuple[Turn, ...]
 
 
-def plan(seed: int, minutes: float, requests_per_second: float) -> list[Talk]:
-    """All conversations of a load, in the order of their beginnings."""
+def plan(seed: int, minutes: float, requests_per_second: float, *, plain: bool = False) -> list[Talk]:
+    """All conversations of a load, in the order of their beginnings.
+
+    A plain one has the same conversations at the same times, all over Kafka, and nothing but questions and answers.
+    """
     chance = random.Random(f"load {seed}")  # noqa: S311 - no secret
     every = sum(_TURNS) / len(_TURNS) / requests_per_second
     at, talks = 0.0, list[Talk]()
     while (at := at + chance.expovariate(1 / every)) < minutes * 60:
         talks.append(_talk(chance, seed, len(talks), round(at, 3)))
-    return talks
+    return [_plain(talk) for talk in talks] if plain else talks
+
+
+def _plain(talk: Talk) -> Talk:
+    turns = (
+        replace(
+            turn,
+            request=RequestId(f"{talk.conversation}.{turn.number}"),
+            trouble=Trouble(),
+            twice=False,
+            leaves_after=(),
+            by_client=False,
+        )
+        for turn in talk.turns
+    )
+    return replace(talk, edge="kafka", turns=tuple(turns))
 
 
 def _talk(chance: random.Random, seed: int, number: int, at: float) -> Talk:

@@ -6,11 +6,11 @@ A record that cannot be read is left out: klatch wrote none, so the judge misses
 from collections.abc import Sequence
 
 from klatch_schemas import codec
-from klatch_schemas.codec import Unreadable
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import Namespace, Topic
 from klatch_streams.log import Log
 from klatch_workers.torture.evidence import Entry
+from klatch_workers.torture.system import Read, by_contract
 
 
 async def read_back(log: Log, namespace: Namespace, topic: Topic) -> list[Record]:
@@ -35,15 +35,14 @@ async def read_back(log: Log, namespace: Namespace, topic: Topic) -> list[Record
     return records
 
 
-def entries(records: Sequence[Record]) -> list[Entry]:
-    """Those that can be read."""
-    return [entry for record in records if (entry := _entry(record))]
+def entries(records: Sequence[Record], read: Read = by_contract) -> list[Entry]:
+    """What they say; nothing of those that cannot be read."""
+    return [
+        Entry(*record.partition, record.offset, record.timestamp_ms, _event_id(record), said)
+        for record in records
+        for said in read(record)
+    ]
 
 
-def _entry(record: Record) -> Entry | None:
-    try:
-        said = codec.decode(record.value)
-    except Unreadable:
-        return None
-    event_id = (record.header(codec.EVENT_ID) or b"").decode()
-    return Entry(record.partition.topic, record.partition.number, record.offset, record.timestamp_ms, event_id, said)
+def _event_id(record: Record) -> str:
+    return (record.header(codec.EVENT_ID) or b"").decode()

@@ -56,6 +56,8 @@ class Report:
     """How often each sort of fault was carried out."""
     cancels: Mapping[str, float] = field(default_factory=dict[str, float])
     """How soon model calls ended after a cancel, see `cancelling.figures`."""
+    readings: Mapping[str, "Report"] = field(default_factory=dict[str, "Report"])
+    """What the same records come to for consumers that read them otherwise."""
 
     def count(self, kind: Broken) -> int:
         """How many requests were offended in this way."""
@@ -79,4 +81,5 @@ class Report:
             "struck": {what: number for what, number in self.struck.items() if not what.startswith(_BOUNDARY)},
             "boundaries": {name: self.struck.get(_BOUNDARY + name, 0) for name in BOUNDARIES},
             "checked": dict(self.checked),
+            **({"readings": {name: report.facts() for name, report in self.readings.items()}} if self.readings else {}),
         }

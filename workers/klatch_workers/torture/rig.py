@@ -25,13 +25,14 @@ from klatch_workers.settings import PREFIX
 from klatch_workers.tenants import tenant_configured, write_tenants
 from klatch_workers.torture.load import TENANTS
 from klatch_workers.torture.system import Place, System
-from klatch_workers.up.children import Child
+from klatch_workers.up.children import Child, ChildFailed
 from klatch_workers.up.everything import PARTITIONS, free_address
 
 _DRAIN_S: Final = 3.0
 REMEMBERS_S: Final = 480.0
 """Twice what a client is patient for: a door reads the log over this time for every key, and the load has many."""
-_START_S: Final = 120.0
+_AGAIN_S: Final = 0.5
+START_S: Final = 120.0
 """A worker may have to wait for a broker that is being tortured too."""
 _BROKER_S: Final = 180.0
 """Three nodes come back at once, beside everything that waits for them."""
@@ -60,8 +61,12 @@ class Rig:
     def __post_init__(self) -> None:
         self.pools = {stage: [] for stage in self.system.stages}
 
-    async def add(self, stage: str) -> Child:
-        """Start one more worker of a stage; returns when it serves. Raises ChildFailed."""
+    async def add(self, stage: str, *, again_for_s: float = 0.0) -> Child:
+        """Start one more worker of a stage; returns when it serves.
+
+        One that ends before it serves, such as without a broker, is started again for `again_for_s`: supervisors do.
+        Raises ChildFailed.
+        """
         name = f"{stage}-{next(self._numbers)}"
         command = self.system.worker(stage, self._place(name))
         child = Child(
@@ -70,11 +75,19 @@ class Rig:
             arguments=command.arguments,
             environment={**_others_environment(), **command.settings},
             log_file=self.folder / f"{name}.log",
-            patience_s=_START_S,
+            patience_s=START_S,
         )
-        await child.start()
-        self.pools[stage].append(child)
-        return child
+        until = asyncio.get_running_loop().time() + again_for_s
+        while True:
+            try:
+                await child.start()
+            except ChildFailed:
+                if asyncio.get_running_loop().time() > until:
+                    raise
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                self.pools[stage].append(child)
+                return child
 
     async def retire(self, stage: str, child: Child) -> None:
         """Stop one worker in good order, if it still works."""
@@ -89,7 +102,15 @@ class Rig:
 
     def _place(self, name: str) -> Place:
         return Place(
-            name, self.cluster.bootstrap, self.upstream.url, self.door, self.folder, _DRAIN_S, REMEMBERS_S, self.static
+            name,
+            self.cluster.bootstrap,
+            self.upstream.url,
+            self.door,
+            self.folder,
+            PARTITIONS,
+            _DRAIN_S,
+            REMEMBERS_S,
+            self.static,
         )
 
 

@@ -52,6 +52,8 @@ class Orders:
     system: System = Klatch()
     patience_s: float = PATIENCE_S
     """How long a client waits for the end of one reply, and everything may take to come to rest."""
+    plain: bool = False
+    """Whether nothing is asked but what any worker can answer: no cancels, deadlines, repeats, failures or HTTP."""
 
 
 async def torture(folder: Path, orders: Orders, say: Say) -> Report:
@@ -59,27 +61,28 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
     started = rig(folder, orders.nodes, say, system=orders.system, static=orders.static)
     async with started as tortured, _load(tortured, orders.patience_s) as load:
         striker = Striker(tortured, load.log, say)
-        talks = plan(orders.seed, orders.minutes, orders.requests_per_second)
+        talks = plan(orders.seed, orders.minutes, orders.requests_per_second, plain=orders.plain)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
         telling = asyncio.create_task(_tell(load, say))
         async with asyncio.TaskGroup() as going:
             going.create_task(load.run(talks))
             going.create_task(striker.run(orders.faults))
         await _rest(load, say)
-        late = await _late_readers(load, orders.seed)
+        late = await _late_readers(load, orders.seed) if "http" in orders.system.stages else []
         telling.cancel()
         await tortured.stop()
         say("reading everything back")
-        evidence = await _evidence(load, tortured, striker.struck, late)
-    report = await asyncio.to_thread(judge, evidence)
+        found = await _evidence(load, tortured, striker.struck, late)
+    report, *others = [await asyncio.to_thread(judge, evidence) for evidence in found.values()]
     checked = {**report.checked, **{f"client: {what}": number for what, number in load.troubles.items()}}
-    return replace(report, checked=checked)
+    return replace(report, checked=checked, readings=dict(zip(list(found)[1:], others, strict=True)))
 
 
 @asynccontextmanager
 async def _load(tortured: Rig, patience_s: float) -> AsyncGenerator[Load, None]:
     log = await KafkaLog.open(KafkaOptions(tortured.cluster.bootstrap))
-    live = LiveLog(log, tortured.namespace)
+    system = tortured.system
+    live = LiveLog(log, tortured.namespace, next(iter(system.readings.values()))(), bare=system.bare)
     await live.locate()
     following = asyncio.create_task(live.follow())
     try:
@@ -98,6 +101,7 @@ async def _load(tortured: Rig, patience_s: float) -> AsyncGenerator[Load, None]:
                 tortured.keys,
                 clients,
                 patience_s,
+                system.bare,
             )
     finally:
         following.cancel()
@@ -139,23 +143,32 @@ async def _late_readers(load: Load, seed: int) -> list[Observation]:
     return [reader.observation() for reader in readers]
 
 
-async def _evidence(load: Load, tortured: Rig, struck: Sequence[Struck], late: Sequence[Observation]) -> Evidence:
+async def _evidence(
+    load: Load, tortured: Rig, struck: Sequence[Struck], late: Sequence[Observation]
+) -> dict[str, Evidence]:
+    """By the way in which streams were read: clients and live readers know only the first."""
     log: Log = load.log
     live = [load.live.reader(request).observation() for request in load.accepted]
     topics = (CHAT_REQUESTS, CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS)
     requests, admitted, stream, turns, dead = [await read_back(log, tortured.namespace, topic) for topic in topics]
-    return Evidence(
+    (first, read), *others = tortured.system.readings.items()
+    evidence = Evidence(
         asked=load.asked,
         acknowledged=load.acknowledged,
         requests=entries(requests),
         admitted=entries(admitted),
-        stream=entries(stream),
+        stream=entries(stream, read()),
         turns=entries(turns),
         dead=[f"{record.partition.topic}/{record.partition.number}/{record.offset}" for record in dead],
         observations=[*live, *load.seen, *late],
         calls=[_call(call) for call in tortured.upstream.calls],
         struck=struck,
+        bare=tortured.system.bare,
     )
+    otherwise = {
+        name: replace(evidence, stream=entries(stream, reading()), observations=()) for name, reading in others
+    }
+    return {first: evidence, **otherwise}
 
 
 def _call(call: Call) -> ModelCall:

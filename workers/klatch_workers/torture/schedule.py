@@ -71,10 +71,18 @@ _RARE: Final[tuple[Kind, ...]] = ("cluster", "leaderless")
 LEADERLESS_S: Final = 30.0
 
 
-def schedule(seed: int, minutes: float, nodes: int = 1) -> list[Fault]:
-    """The faults of a load of so many minutes, in the order of their times."""
+def schedule(seed: int, minutes: float, nodes: int = 1, *, plain: bool = False) -> list[Fault]:
+    """The faults of a load of so many minutes, in the order of their times.
+
+    Plain ones can be done to any system: to its brokers, and to the workers that call the model.
+    """
     chance = random.Random(f"faults {seed}")  # noqa: S311 - no secret
-    at, faults, dealt, boundaries = _QUIET_S, list[Fault](), _deal(chance), _in_turn(chance, list(BOUNDARIES))
+    at, faults, dealt, boundaries = (
+        _QUIET_S,
+        list[Fault](),
+        _deal(chance, plain=plain),
+        _in_turn(chance, list(BOUNDARIES)),
+    )
     # A fault's own duration counts too: it must be over before the load is.
     while True:
         kind, target = next(dealt)
@@ -87,9 +95,10 @@ def schedule(seed: int, minutes: float, nodes: int = 1) -> list[Fault]:
         at = round(at + chance.uniform(*_PAUSE_S) + fault.lasts_s * beside, 2)
 
 
-def _deal(chance: random.Random) -> Iterator[tuple[Kind, str]]:
+def _deal(chance: random.Random, *, plain: bool) -> Iterator[tuple[Kind, str]]:
+    deck = [dealt for dealt in _DECK if not plain or dealt[1] == "generation" or dealt[0] == "broker"]
     for rare in cycle(_RARE):
-        yield from chance.sample(_DECK, len(_DECK))
+        yield from chance.sample(deck, len(deck))
         yield rare, ""
 
 

@@ -18,7 +18,7 @@ from klatch_streams.log import Log, LogError
 from klatch_workers.torture.boundaries import BOUNDARIES, Boundary, appears
 from klatch_workers.torture.evidence import Struck
 from klatch_workers.torture.owners import Owners
-from klatch_workers.torture.rig import Rig, Say
+from klatch_workers.torture.rig import START_S, Rig, Say
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.up.children import Child
 
@@ -131,8 +131,11 @@ class Striker:
 
     async def _stop(self, fault: Fault, child: Child) -> None:
         zombie = child.pid
+        try:
+            os.kill(zombie, signal.SIGSTOP)
+        except ProcessLookupError:
+            return  # It has just died of something else.
         self._stopped.add(child.name)
-        os.kill(zombie, signal.SIGSTOP)
         try:
             # Somebody must be there to take over.
             successor, _ = await asyncio.gather(self._add(fault.target), asyncio.sleep(fault.lasts_s))
@@ -147,7 +150,7 @@ class Striker:
 
     async def _add(self, stage: str) -> Child:
         async with self._changing[stage]:
-            return await self.rig.add(stage)
+            return await self.rig.add(stage, again_for_s=START_S)
 
     async def _resize(self, stage: str) -> None:
         """As many workers as are wanted, not counting those that are stopped."""
@@ -155,7 +158,7 @@ class Striker:
         there = [child for child in self.rig.pools[stage] if child.name not in self._stopped]
         async with asyncio.TaskGroup() as changing:
             for _ in range(wanted - len(there)):
-                changing.create_task(self.rig.add(stage))
+                changing.create_task(self.rig.add(stage, again_for_s=START_S))
             for child in there[wanted:]:
                 changing.create_task(self.rig.retire(stage, child))
 

@@ -1,14 +1,23 @@
-"""The system under torture: which processes it has, and how each is started. All else of a run is the same for all.
+"""The system under torture: which processes it has, how each is started, and how its streams are read.
+
+All else of a run is the same for all.
 
 A worker is `python -m MODULE ARGUMENTS` that says `{"event": "ready"}` on stdout when it serves, and drains on SIGTERM.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from klatch_schemas import codec
+from klatch_schemas.assembly import Said
+from klatch_schemas.codec import Unreadable
+from klatch_schemas.records import Record
 from klatch_workers.settings import PREFIX
+
+Read = Callable[[Record], Sequence[Said]]
+"""A reader of the stream topic: what a record says, in the words of the contract. Given every record once, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,8 @@ class Place:
     door: str
     """`http://HOST:PORT` of the HTTP door."""
     data: Path
+    partitions: int
+    """Of every topic that is keyed by conversation."""
     drain_s: float
     """How long a worker may take to end in good order."""
     remembers_s: float
@@ -55,6 +66,16 @@ class System(Protocol):
         """Its sorts of worker, each a pool of processes, in the order in which work passes through them."""
         ...
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is only requests and their streams: nothing is admitted, billed or kept as a turn."""
+        ...
+
+    @property
+    def readings(self) -> Mapping[str, Callable[[], Read]]:
+        """How its streams are read, by name; what clients do is by the first."""
+        ...
+
     def worker(self, stage: str, place: Place) -> Command:
         """How to start a worker of a stage."""
         ...
@@ -66,6 +87,12 @@ class Klatch:
 
     name: str = "klatch"
     stages: tuple[str, ...] = ("admission", "screening", "generation", "http")
+    bare: bool = False
+
+    @property
+    def readings(self) -> Mapping[str, Callable[[], Read]]:
+        """The contract's."""
+        return {"contract": lambda: by_contract}
 
     def worker(self, stage: str, place: Place) -> Command:
         """`klatch worker STAGE`."""
@@ -80,3 +107,11 @@ class Klatch:
         }
         environment = {PREFIX + setting: value for setting, value in settings.items()}
         return Command("klatch_workers", ("worker", stage, "--json"), environment)
+
+
+def by_contract(record: Record) -> Sequence[Said]:
+    """What an event of klatch says; nothing, if it cannot be read."""
+    try:
+        return [codec.decode(record.value)]
+    except Unreadable:
+        return []
