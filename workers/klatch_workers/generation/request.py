@@ -238,12 +238,15 @@ class RequestUnderWay:
         log.info("attempt.superseded", request=tracked.request, attempt=tracked.assembly.state.attempt)
         while tracked.assembly.state.status is None:
             heard, left_s = tracked.records, self._interruptions.seconds_left()
+            # Who took over from our own attempt lives, and sees the deadline, too: two that both hurried to end it
+            # would take over from each other.
+            hurry = left_s is not None and self.attempts.present is None
             try:
-                async with asyncio.timeout(STALL_S if left_s is None else min(STALL_S, left_s)):
+                async with asyncio.timeout(min(STALL_S, left_s or 0.0) if hurry else STALL_S):
                     await tracked.until(lambda: tracked.assembly.state.status is not None)
             except TimeoutError:
                 expired = self._interruptions.seconds_left() == 0
-                if expired or tracked.records == heard:
+                if (hurry and expired) or tracked.records == heard:
                     self.attempts.give_up()
                     return Interrupted("expired") if expired else Stalled()
         return Ended() if tracked.assembly.state.settled else Interrupted("cancelled")
