@@ -19,8 +19,10 @@ Place = tuple[Partition, int]
 class Batches:
     """Appends to the partitions of one topic, in the order of `write`, each draft naming its partition."""
 
-    def __init__(self, log: Log, interval_s: float = 0.010, most: int = 500) -> None:
+    def __init__(self, log: Log, interval_s: float = 0.010, most: int = 500, room_bytes: int = 4 * 1024 * 1024) -> None:
+        """`room_bytes` may wait or be on their way for each partition before `room` makes writers wait."""
         self._log = log
+        self._room_bytes = room_bytes
         self._interval_s = interval_s
         self._most = most
         self._lanes: dict[int, _Lane] = {}
@@ -32,6 +34,14 @@ class Batches:
         if lane is None:
             lane = self._lanes[draft.partition] = _Lane(self._log, self._interval_s, self._most)
         return lane.write(draft, urgent)
+
+    async def room(self, partition: int) -> None:
+        """Wait while too much is in line for a partition: a log that does not answer stops those who write to it.
+
+        Raises what made an append to the partition fail.
+        """
+        if (lane := self._lanes.get(partition)) and lane.bytes > self._room_bytes:
+            await lane.until(self._room_bytes)
 
     async def close(self) -> None:
         """Append what is in line, then stop."""
@@ -74,6 +84,9 @@ class _Lane:
         self._left_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
+        self.bytes = 0
+        """Of values in line and on their way."""
+        self._less = asyncio.Event()
 
     def write(self, draft: Draft, urgent: bool) -> Written:
         if self._failure:
@@ -82,6 +95,7 @@ class _Lane:
             self._waiting.append(_Batch())
         batch = self._waiting[-1]
         batch.drafts.append(draft)
+        self.bytes += len(draft.value or b"")
         if urgent:
             batch.urgent = True
         if urgent or len(self._waiting) > 1:
@@ -89,6 +103,13 @@ class _Lane:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="batches")
         return Written(batch, len(batch.drafts) - 1)
+
+    async def until(self, most: int) -> None:
+        while not self._failure and self.bytes > most:
+            self._less.clear()
+            await self._less.wait()
+        if self._failure:
+            raise self._failure
 
     async def drain(self) -> None:
         self._closing = True
@@ -123,6 +144,8 @@ class _Lane:
             batch.done.set_result(await self._appended(batch.drafts))
         except Exception as error:  # noqa: BLE001 - whatever it is, every writer is told
             self._fail(batch, error)
+        self.bytes -= sum(len(draft.value or b"") for draft in batch.drafts)
+        self._less.set()
 
     async def _appended(self, drafts: Sequence[Draft]) -> Sequence[Place | RecordTooLarge]:
         try:

@@ -44,6 +44,8 @@ class Doing:
     handle: Handle
     max_in_flight: int = 256
     """Records taken and not finished, waiting behind their key included."""
+    max_bytes: int = 64 * 1024 * 1024
+    """The same in bytes of their values; one record may go over it."""
     max_ahead: int = 10_000
     """How far finished records may run ahead of the oldest unfinished one: so many are repeated after a crash."""
     order_by: Callable[[Record], Hashable] = record_key
@@ -60,6 +62,8 @@ class KeyedOwner:
         self._log = log
         self._namespace = namespace
         self._next = committed
+        self._bytes = 0
+        """Of the values of records taken and not finished."""
         self._open = deque[int]()
         self._done = set[int]()
         self._lines = dict[Hashable, deque[Record]]()
@@ -107,7 +111,9 @@ class KeyedOwner:
             await asyncio.wait(left)
 
     def _has_room(self) -> bool:
-        return self.in_flight < self._doing.max_in_flight and len(self._open) < self._doing.max_ahead
+        doing = self._doing
+        has_room = self.in_flight < doing.max_in_flight and self._bytes < doing.max_bytes
+        return has_room and len(self._open) < doing.max_ahead
 
     async def _until(self, ready: Callable[[], bool]) -> None:
         while True:
@@ -119,6 +125,7 @@ class KeyedOwner:
 
     def _start(self, record: Record) -> None:
         self._open.append(record.offset)
+        self._bytes += len(record.value or b"")
         self._next = record.offset + 1
         key = self._doing.order_by(record)
         if line := self._lines.get(key):
@@ -137,7 +144,7 @@ class KeyedOwner:
                 if not self._releasing:
                     raise
                 break
-            self._finish(line.popleft().offset)
+            self._finish(line.popleft())
         del self._lines[key]
 
     async def _handle(self, record: Record) -> None:
@@ -152,8 +159,9 @@ class KeyedOwner:
     async def _set_aside(self, record: Record, why: DeadLetter) -> None:
         await bury(self._log, [dead_letter(record, self._namespace, self._doing.stage, why)])
 
-    def _finish(self, offset: int) -> None:
-        self._done.add(offset)
+    def _finish(self, record: Record) -> None:
+        self._done.add(record.offset)
+        self._bytes -= len(record.value or b"")
         while self._open and self._open[0] in self._done:
             self._done.remove(self._open.popleft())
         self._moved.set()

@@ -25,6 +25,8 @@ class Room:
 
     queue: int = 2_000
     """Records; one read may go over it."""
+    queue_bytes: int = 16 * 1024 * 1024
+    """Likewise, of their values: bodies with pictures are megabytes each."""
     batch: int = 500
     """The most records of one `take`."""
 
@@ -42,6 +44,7 @@ class Lane:
         self.task: asyncio.Task[None] | None = None
         self._room = room
         self._queue = deque[Record]()
+        self._bytes = 0
         self._filled = asyncio.Event()
         self._paused = True
         self._closed = False
@@ -57,8 +60,9 @@ class Lane:
             # Restoring: the lane seeks back to where it starts when it is ready.
             return
         self._queue.extend(records)
+        self._bytes += sum(len(record.value or b"") for record in records)
         self._filled.set()
-        if not self._paused and len(self._queue) >= self._room.queue:
+        if not self._paused and self._is_filled(1):
             self._paused = True
             membership.pause(self.partition)
 
@@ -76,12 +80,13 @@ class Lane:
         while not self._closed:
             await self._filled.wait()
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._room.batch))]
+            self._bytes -= sum(len(record.value or b"") for record in batch)
             if not self._queue:
                 self._filled.clear()
             if batch:
                 await self.owner.take(batch)
                 self.position = batch[-1].offset + 1
-            if self._paused and not self._closed and len(self._queue) <= self._room.queue // 2:
+            if self._paused and not self._closed and not self._is_filled(0.5):
                 self._paused = False
                 membership.resume(self.partition)
 
@@ -89,7 +94,13 @@ class Lane:
         """Take nothing more; what is queued is dropped, and read again by the next owner."""
         self._closed = True
         self._queue.clear()
+        self._bytes = 0
         self._filled.set()
+
+    def _is_filled(self, share: float) -> bool:
+        room = self._room
+        # Half full is not full: a queue of so many records, or bytes, is refilled from there on.
+        return len(self._queue) >= max(1, room.queue * share) or self._bytes >= room.queue_bytes * share
 
     async def _start(self, log: Log, membership: Membership) -> int:
         committed = await membership.committed(self.partition)

@@ -2,7 +2,7 @@
 
 It is complete, as of the call, when `open` returns, and follows changes as they are written. Records that cannot be
 read are counted and skipped. It never goes stale in silence: a reader that fails ends in `failed`, which somebody
-has to await.
+has to await. With patience it outlasts a log that does not answer: it says so, and goes on where it was.
 """
 
 import asyncio
@@ -17,31 +17,42 @@ from klatch_schemas.events import Event
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import Namespace, Topic
 from klatch_streams.catch_up import catch_up
-from klatch_streams.log import Log, Tail
+from klatch_streams.log import Log, LogError, OffsetGone, Tail, UnknownTopic
 
 E = TypeVar("E", bound=Event)
 logger: Final = structlog.stdlib.get_logger()
 _WAIT_MS: Final = 5_000
+_AGAIN_S: Final = 0.5
 
 
 class Ledger(Generic[E]):
     """The events of a ledger by key. `async with await Ledger.open(...)` closes it."""
 
-    def __init__(self, tail: Tail, of: type[E]) -> None:
+    def __init__(self, log: Log, partition: Partition, tail: Tail, of: type[E], patience_s: float) -> None:
         self.unreadable = 0
         """How many records were skipped."""
+        self._log = log
+        self._partition = partition
         self._tail = tail
         self._of = of
+        self._patience_s = patience_s
+        self._position = 0
         self._held: dict[str, E] = {}
         self._change = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, log: Log, topic: Topic, namespace: Namespace, of: type[E]) -> "Ledger[E]":
-        """Read the ledger to its end and go on following it. Raises LogError."""
+    async def open(
+        cls, log: Log, topic: Topic, namespace: Namespace, of: type[E], *, patience_s: float = 0
+    ) -> "Ledger[E]":
+        """Read the ledger to its end and go on following it. Raises LogError.
+
+        For `patience_s` it stays as it is while the log does not answer; then it has failed.
+        """
         partition = Partition(namespace.of(topic), 0)
         first, end = await log.bounds(partition)
-        ledger = cls(await log.tail(), of)
+        ledger = cls(log, partition, await log.tail(), of, patience_s)
+        ledger._position = first
         try:
             async for records in catch_up(ledger._tail, partition, first, end):
                 ledger._apply_all(records)
@@ -88,15 +99,40 @@ class Ledger(Generic[E]):
         await self.close()
 
     async def _follow(self) -> None:
+        since: float | None = None
         while True:
-            if records := await self._tail.read(_WAIT_MS):
+            try:
+                records = await self._tail.read(_WAIT_MS)
+            except (OffsetGone, UnknownTopic):
+                raise
+            except LogError as error:
+                now = asyncio.get_running_loop().time()
+                since = since or now
+                if now - since >= self._patience_s:
+                    raise
+                logger.warning("ledger.log_failed", topic=self._partition.topic, error=str(error))
+                await self._reopen()
+                continue
+            since = None
+            if records:
                 self._apply_all(records)
                 # Whoever waits now is woken; who comes later waits for the next one.
                 self._change.set()
                 self._change = asyncio.Event()
 
+    async def _reopen(self) -> None:
+        with suppress(LogError):
+            await self._tail.close()
+        await asyncio.sleep(_AGAIN_S)
+        # A tail that cannot be opened leaves the closed one, whose next read fails again.
+        with suppress(LogError):
+            tail = await self._log.tail()
+            tail.follow(self._partition, self._position)
+            self._tail = tail
+
     def _apply_all(self, records: Collection[Record]) -> None:
         for record in records:
+            self._position = record.offset + 1
             try:
                 self._apply(record)
             except codec.Unreadable as error:

@@ -94,6 +94,8 @@ class MemoryMembership:
         """See `Membership.read`. A read that is cancelled has taken nothing."""
         self._check()
         await self._group.log.changed.wait(self._has_news, wait_ms)
+        if self._group.log.silent:
+            await self._group.log.answering()
         self._check()
         positions = self._readable()
         try:
@@ -123,12 +125,12 @@ class MemoryMembership:
 
     async def committed(self, partition: Partition) -> int | None:
         """See `Membership.committed`."""
-        await asyncio.sleep(0)
+        await self._group.log.answering()
         return self._group.committed.get(partition)
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
         """See `Membership.commit`. A commit that is cancelled may have been done."""
-        await asyncio.sleep(0)
+        await self._group.log.answering()
         self._check()
         if strange := [partition for partition in offsets if partition not in self._owned]:
             raise MembershipLost(f"not this member's any more: {_names(strange)}")
@@ -217,7 +219,8 @@ class MemoryMembership:
         return {partition: at for partition, at in self._positions.items() if partition not in self._paused}
 
     def _has_news(self) -> bool:
-        return self._lost is not None or any(True for _ in self._group.log.ahead(self._readable()))
+        log = self._group.log
+        return self._lost is not None or log.silent or any(True for _ in log.ahead(self._readable()))
 
 
 def _names(partitions: Sequence[Partition]) -> str:

@@ -2,7 +2,8 @@
 
 It is production code under the production port: partitions by Kafka's partitioner, offsets, compaction, retention,
 consumer groups with eager rebalances. Nothing is durable, nothing waits on a clock, and what can go wrong goes
-wrong when the test says so: `fail_next_append`, `expel`, `compact`, `truncate_before`, or a cancelled task.
+wrong when the test says so: `fail_next_append`, `fall_silent`, `expel`, `compact`, `truncate_before`, or a cancelled
+task.
 """
 
 import asyncio
@@ -82,12 +83,19 @@ class MemoryLog:
         self._groups = dict[str, MemoryGroup]()
         self._tails = list[MemoryTail]()
         self._closed = False
+        self._silence: asyncio.Future[None] | None = None
+        self._asked = asyncio.Event()
         self.changed = Signal()
 
     # The port.
 
     async def append(self, drafts: Sequence[Draft]) -> Sequence[tuple[Partition, int]]:
         """See `Log.append`. A task killed on the way may have written the records of some partitions."""
+        if self.silent:
+            try:
+                await self.answering()
+            except LogError as error:
+                raise AppendFailed(str(error)) from error
         groups = dict[Partition, list[int]]()
         for index, draft in enumerate(drafts):
             groups.setdefault(self._place(draft), []).append(index)
@@ -114,26 +122,26 @@ class MemoryLog:
 
     async def bounds(self, partition: Partition) -> tuple[int, int]:
         """See `Log.bounds`."""
-        await asyncio.sleep(0)
+        await self.answering()
         held = self.held(partition)
         return held.first, held.end
 
     async def offset_at(self, partition: Partition, timestamp_ms: int) -> int:
         """See `Log.offset_at`."""
-        await asyncio.sleep(0)
+        await self.answering()
         held = self.held(partition)
         return next((record.offset for record in held.records if record.timestamp_ms >= timestamp_ms), held.end)
 
     async def tail(self) -> "MemoryTail":
         """See `Log.tail`."""
-        await asyncio.sleep(0)
+        await self.answering()
         self._check_open()
         self._tails.append(tail := MemoryTail(self))
         return tail
 
     async def join(self, group: str, topic: str, listener: Listener) -> MemoryMembership:
         """See `Log.join`."""
-        await asyncio.sleep(0)
+        await self.answering()
         self._check_open()
         self._count(topic)
         if group not in self._groups:
@@ -169,6 +177,45 @@ class MemoryLog:
     def fail_next_append(self, *, stands: bool = False, topic: str | None = None) -> None:
         """The next append (to `topic`) raises AppendFailed, and its records stand in the log or do not."""
         self._failures.append((topic, stands))
+
+    def fall_silent(self) -> None:
+        """What a cluster without leaders does: nobody is answered, until `answer`, and nothing that is asked happens.
+
+        Members stay in their groups; `lose_patience` is what the wait ends in for those who ask.
+        """
+        self._silence = asyncio.get_running_loop().create_future()
+        self._asked.clear()
+        self.changed.fire()
+
+    async def asked(self) -> None:
+        """Return once somebody waits for an answer, who had not asked before the last `lose_patience`."""
+        await self._asked.wait()
+
+    def lose_patience(self) -> None:
+        """Those who wait for an answer get a LogError instead; whoever asks from now on waits again."""
+        silence, self._silence = self._silence, asyncio.get_running_loop().create_future()
+        self._asked.clear()
+        if silence:
+            silence.set_exception(LogError("no broker answered in time"))
+            silence.exception()  # also when nobody waits
+
+    def answer(self) -> None:
+        """Everybody is answered again."""
+        silence, self._silence = self._silence, None
+        if silence:
+            silence.set_result(None)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody is answered."""
+        return self._silence is not None
+
+    async def answering(self) -> None:
+        """Wait while the log is silent; gives way to other tasks at least once. Raises LogError."""
+        await asyncio.sleep(0)
+        while self._silence:
+            self._asked.set()
+            await asyncio.shield(self._silence)
 
     def compact(self, topic: str, *, drop_tombstones: bool = False) -> None:
         """Keep only the last record of every key; offsets stay. Tombstones go when their time is said to be over."""
@@ -293,6 +340,8 @@ class MemoryTail:
         if self._closed:
             raise LogError("this tail was closed")
         await self._log.changed.wait(self._ready, wait_ms)
+        if self._log.silent:
+            await self._log.answering()
         taken = self._log.take(self._positions) if not self._closed else {}
         return [record for records in taken.values() for record in records]
 
@@ -303,7 +352,7 @@ class MemoryTail:
         await asyncio.sleep(0)
 
     def _ready(self) -> bool:
-        return self._closed or any(True for _ in self._log.ahead(self._positions))
+        return self._closed or self._log.silent or any(True for _ in self._log.ahead(self._positions))
 
 
 def _unknown(topic: str, number: int | None = None) -> UnknownTopic:

@@ -69,3 +69,34 @@ async def test_after_a_refused_append_the_partition_takes_nothing_more_and_other
         batches.write(draft(0))
     assert await batches.write(draft(1)).durable() == 0
     assert log.appends[-1][1][0].partition == Partition("t", 1).number
+
+
+async def test_whoever_writes_faster_than_the_log_takes_waits_for_room() -> None:
+    log = Watched()
+    batches = Batches(log, room_bytes=100)
+    log.fall_silent()
+    for _ in range(3):
+        batches.write(draft(0, b"x" * 40))
+    waiting = asyncio.create_task(batches.room(0))
+    # Nothing is to happen.
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    async with asyncio.timeout(10):
+        await batches.room(1)  # nobody's business
+        log.answer()
+        await waiting
+        await batches.close()
+    assert len(log.records("t")) == 3
+
+
+async def test_room_that_never_comes_is_told() -> None:
+    log = Watched()
+    batches = Batches(log, room_bytes=100)
+    log.fall_silent()
+    for _ in range(3):
+        batches.write(draft(0, b"x" * 40))
+    waiting = asyncio.create_task(batches.room(0))
+    await log.asked()
+    log.lose_patience()
+    with pytest.raises(AppendFailed):
+        await asyncio.wait_for(waiting, 10)

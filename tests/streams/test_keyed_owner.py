@@ -205,3 +205,25 @@ async def test_the_stage_writes_its_snapshot_before_the_offset_is_told() -> None
     await finished(owner)
     assert await owner.checkpoint() == 1
     assert told == [1]
+
+
+async def test_no_more_bytes_are_in_flight_than_may_be_but_a_single_record_may_be_larger() -> None:
+    gates = Gates()
+    doing = Doing("doer", gates, max_bytes=100)
+    owner = KeyedOwner(doing, log_with_dead_letters(), Namespace(), 0)
+    records = [record(offset)._replace(key=b"%d" % offset, value=b"x" * 60) for offset in range(4)]
+    taking = asyncio.create_task(owner.take(records))
+    await settle()
+    assert gates.begun == [0, 1]
+    gates.open[0].set()
+    await settle()
+    assert gates.begun == [0, 1, 2]
+    for gate in (1, 2, 3):
+        gates.open[gate].set()
+    await taking
+    await finished(owner)
+    large = record(4)._replace(value=b"x" * 1_000)
+    gates.open[4].set()
+    await asyncio.wait_for(owner.take([large]), 10)
+    await finished(owner)
+    assert await owner.checkpoint() == 5

@@ -93,6 +93,35 @@ async def test_a_reader_that_fails_is_told_by_failed() -> None:
     await ledger.close()
 
 
+async def test_with_patience_it_outlasts_a_log_that_does_not_answer_and_misses_nothing() -> None:
+    log = a_log()
+    await publish(log, PROMPTS, "k", prompt(1), HERE)
+    async with await Ledger[PromptPublished].open(log, PROMPTS, HERE, PromptPublished, patience_s=3600) as ledger:
+        failing = asyncio.create_task(ledger.failed())
+        log.fall_silent()
+        await log.asked()
+        log.lose_patience()
+        assert ledger.get("k") == prompt(1)
+        changed = asyncio.create_task(ledger.changed())
+        log.answer()
+        await publish(log, PROMPTS, "k", prompt(2), HERE)
+        await asyncio.wait_for(changed, 10)
+        assert ledger.get("k") == prompt(2)
+        assert not failing.done()
+    await asyncio.wait_for(failing, 10)
+
+
+async def test_without_patience_it_has_failed() -> None:
+    log = a_log()
+    await publish(log, PROMPTS, "k", prompt(1), HERE)
+    async with await opened(log) as ledger:
+        log.fall_silent()
+        await log.asked()
+        log.lose_patience()
+        with pytest.raises(LogError, match="no broker"):
+            await asyncio.wait_for(ledger.failed(), 10)
+
+
 async def test_failed_returns_when_the_ledger_is_closed() -> None:
     ledger = await opened(a_log())
     waiting = asyncio.create_task(ledger.failed())

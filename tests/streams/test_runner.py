@@ -10,7 +10,7 @@ import pytest
 
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_streams.lane import Room
-from klatch_streams.log import AppendFailed, MembershipLost, OffsetGone
+from klatch_streams.log import AppendFailed, LogError, MembershipLost, OffsetGone
 from klatch_streams.memory_log import MemoryLog
 from klatch_streams.runner import Runner, RunnerSettings
 
@@ -153,6 +153,58 @@ async def test_a_slow_stage_is_given_no_more_than_its_room_and_the_rest_stays_in
         stage.room.set()
         await until(lambda: len(stage.taken) == 40)
     assert [record.offset for record in stage.taken] == list(range(40))
+
+
+async def test_a_slow_stage_is_given_no_more_bytes_than_its_room_but_a_record_that_is_larger_passes() -> None:
+    log, stage = MemoryLog({"in": 1}), Collecting()
+    stage.room.clear()
+    room = Room(queue=1_000, queue_bytes=300, batch=2)
+    async with running(log, stage, RunnerSettings(commit_s=0.01, room=room, read_wait_ms=20)) as runner:
+        await runner.ready.wait()
+        for number in range(40):
+            await log.append([one._replace(value=b"x" * 100) for one in records(1, 0, start=number)])
+            # The load's own pace.
+            await asyncio.sleep(0.001)
+        [partition] = (await runner.health()).partitions
+        assert partition.queued <= 3
+        await log.append([one._replace(value=b"x" * 1_000) for one in records(1, 0, start=40)])
+        stage.room.set()
+        await until(lambda: len(stage.taken) == 41)
+
+
+async def test_a_stage_stalls_while_the_log_is_silent_and_goes_on_where_it_was() -> None:
+    log, stage = MemoryLog({"in": 1}), Collecting()
+    async with running(log, stage):
+        await log.append(records(3, 0))
+        await until(lambda: len(stage.taken) == 3)
+        log.fall_silent()
+        writing = asyncio.create_task(log.append(records(3, 0, start=3)))
+        # Nothing is to happen.
+        await asyncio.sleep(0.1)
+        assert len(stage.taken) == 3
+        log.answer()
+        await writing
+        await until(lambda: len(stage.taken) == 6)
+    assert [record.offset for record in stage.taken] == list(range(6))
+
+
+async def test_a_stage_whose_log_stays_silent_fails_once_and_its_successor_repeats_no_committed_work() -> None:
+    log, stage = MemoryLog({"in": 1}), Collecting()
+    await log.append(records(3, 0))
+    runner = Runner(log, stage, "g", QUICK)
+    task = asyncio.create_task(runner.run())
+    await until(lambda: "g" in log._groups and log._groups["g"].committed.get(Partition("in", 0)) == 3)
+    log.fall_silent()
+    await log.asked()
+    log.lose_patience()
+    await asyncio.sleep(0)
+    log.answer()
+    with pytest.raises(LogError, match="no broker"):
+        await task
+    await log.append(records(1, 0, start=3))
+    async with running(log, stage):
+        await until(lambda: len(stage.taken) == 4)
+    assert [record.offset for record in stage.taken] == list(range(4))
 
 
 async def test_the_group_goes_on_while_a_stage_is_slow() -> None:

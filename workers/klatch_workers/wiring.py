@@ -8,6 +8,7 @@ runs it starts it anew. Imports are where they are used, since each stage has it
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from math import inf
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -149,8 +150,9 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     async with AsyncExitStack() as open_parts:
         kafka = await open_parts.enter_async_context(_log(settings))
         namespace = Namespace.named(settings.namespace)
-        tenants = await open_parts.enter_async_context(await _ledger(kafka, TENANTS, settings, TenantConfigured))
-        routes = await open_parts.enter_async_context(await _ledger(kafka, MODELS, settings, ModelRouted))
+        # While the log does not answer the door stays, and says so: a client that is refused knows when to come again.
+        tenants = await open_parts.enter_async_context(await _ledger(kafka, TENANTS, settings, TenantConfigured, inf))
+        routes = await open_parts.enter_async_context(await _ledger(kafka, MODELS, settings, ModelRouted, inf))
         gateway = await open_parts.enter_async_context(_router(settings, routes))
         memory = await open_parts.enter_async_context(_memory_client(settings))
         own = TextEmbeddings(settings.embedder, memory.embed) if memory else None
@@ -243,8 +245,8 @@ async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
         await kafka.close()
 
 
-async def _ledger(kafka: Log, topic: Topic, settings: Settings, of: type[E]) -> Ledger[E]:
-    return await Ledger[E].open(kafka, topic, Namespace.named(settings.namespace), of)
+async def _ledger(kafka: Log, topic: Topic, settings: Settings, of: type[E], patience_s: float = 0) -> Ledger[E]:
+    return await Ledger[E].open(kafka, topic, Namespace.named(settings.namespace), of, patience_s=patience_s)
 
 
 @asynccontextmanager

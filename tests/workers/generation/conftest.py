@@ -187,12 +187,14 @@ class Worker:
     async def end(self) -> None:
         """Drain and stop."""
         self.runner.stop()
-        if self._task and not self._task.cancelled():
-            await asyncio.wait({self._task})
-            if not self._task.cancelled():
-                self._task.result()
-        await self.stage.close()
-        await self._parts.aclose()
+        try:
+            if self._task and not self._task.cancelled():
+                await asyncio.wait({self._task})
+                if not self._task.cancelled():
+                    self._task.result()
+        finally:
+            await self.stage.close()
+            await self._parts.aclose()
 
 
 @pytest.fixture

@@ -27,8 +27,9 @@ from klatch_schemas.events import (
     Usage,
 )
 from klatch_schemas.ids import Tenant, Writer
-from klatch_schemas.records import Draft, Partition, partition_of
+from klatch_schemas.records import Draft, Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM
+from klatch_streams.log import LogError, Tail
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.http.app import serve
 from klatch_workers.http.door import Door, Terms
@@ -120,6 +121,13 @@ async def hello(teller: Teller) -> None:
     await teller.end()
 
 
+async def _read(tail: Tail) -> Sequence[Record]:
+    try:
+        return await tail.read(1000)
+    except LogError:
+        return ()  # a log that fell silent: it is asked again
+
+
 @dataclass
 class Stages:
     """Everything between `chat.requests` and `chat.stream`, as one task."""
@@ -138,7 +146,7 @@ class Stages:
             for number in range(count):
                 tail.follow(Partition(topic, number), 0)
         while True:
-            for record in await tail.read(1000):
+            for record in await _read(tail):
                 said = codec.decode(record.value)
                 if isinstance(said, ChatRequested) and self.of(said.request) is None:
                     await self._begin(said)

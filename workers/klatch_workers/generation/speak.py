@@ -62,6 +62,8 @@ class Attempt:
                         before, written = self.written, self._write(prefix, chunk, raw)
                         if len(raw) > WIDE_BYTES:
                             await self._stands(written, before)
+                # While the log does not answer, the model's connection waits too: memory is bounded, nothing is lost.
+                await self._batches.room(self._draft.partition or 0)
             self.finished = reply.finished
 
     @property

@@ -13,7 +13,7 @@ import structlog
 from pydantic import ValidationError
 
 from klatch_schemas import codec
-from klatch_schemas.errors import InvalidRequest
+from klatch_schemas.errors import InvalidRequest, KlatchError
 from klatch_schemas.ids import Conversation, request_id_for_key
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.log import LogError
@@ -71,11 +71,11 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
     if keyed and (place := runtime.recent.get(stream)):
         _place(call, place.conversation)
         partition = Partition(runtime.stream_topic, place.number)
-        return _watched(call, await runtime.hub.open(stream, partition, place.start))
+        return await _opened(runtime, call, stream, partition, place.start)
     assert call.conversation is not None  # noqa: S101 - set by _name
     partition = runtime.partition(call.conversation)
     start = await _window_start(runtime, partition) if keyed else None
-    reader = _watched(call, await runtime.hub.open(stream, partition, start))
+    reader = await _opened(runtime, call, stream, partition, start)
     try:
         began = reader.position
         if not (keyed and await reader.find()):
@@ -87,14 +87,17 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
     return reader
 
 
-def _watched(call: Call, reader: Reader) -> Reader:
+async def _opened(runtime: Runtime, call: Call, stream: Stream, partition: Partition, start: int | None) -> Reader:
+    async with runtime.intake.turn(partition):
+        reader = await runtime.hub.open(stream, partition, start)
     call.watch(reader.abandon)
     return reader
 
 
 async def _window_start(runtime: Runtime, partition: Partition) -> int:
     now = time.time_ns() // 1_000_000
-    return await runtime.door.log.offset_at(partition, now - runtime.door.terms.idempotency_window_ms)
+    async with runtime.intake.turn(partition):
+        return await runtime.door.log.offset_at(partition, now - runtime.door.terms.idempotency_window_ms)
 
 
 async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -> None:
@@ -102,8 +105,7 @@ async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -
         raise Disconnected
     drafted = (runtime.request_topic, call, asked)
     draft = await asyncio.to_thread(_draft, *drafted) if large else _draft(*drafted)
-    async with asyncio.timeout(runtime.door.terms.append_timeout_s):
-        await runtime.door.log.append([draft])
+    await runtime.intake.append(draft, runtime.requests_of(call.tenant))
     log.info("request.accepted", request=call.request, tenant=call.tenant)
 
 
@@ -130,7 +132,6 @@ async def _abandoned(runtime: Runtime, call: Call, stream: Stream, asked: Asked)
     assert call.conversation is not None  # noqa: S101 - set by _name
     draft = runtime.cancel_draft(stream, call.conversation, "the client disconnected")
     try:
-        async with asyncio.timeout(runtime.door.terms.append_timeout_s):
-            await runtime.door.log.append([draft])
-    except (LogError, TimeoutError) as error:
+        await runtime.intake.append(draft, runtime.partition(call.conversation))
+    except (KlatchError, LogError, TimeoutError) as error:
         log.warning("cancel.failed", request=call.request, error=str(error))

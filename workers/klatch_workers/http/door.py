@@ -48,6 +48,9 @@ class Terms:
     silence_s: float = 900.0
     """A stream that says nothing for so long is given up with an error, and stays resumable."""
     append_timeout_s: float = 15.0
+    """How long the log may take to accept a request: brokers elect a new leader in 8 to 9 s."""
+    intake_bytes: int = 64 * 1024 * 1024
+    """How much may wait to be accepted, all requests together: more is refused while the log does not answer."""
     linger_s: float = 60.0
     """How long a partition is followed after its last reader left."""
     idempotency_window_ms: int = DAY_MS

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 
 from klatch_schemas import codec
 from klatch_schemas.events import StreamCancel
-from klatch_schemas.ids import Conversation
+from klatch_schemas.ids import Conversation, Tenant
 from klatch_schemas.records import Draft, Partition, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM
 from klatch_workers.http.door import Door
 from klatch_workers.http.hub import Hub
+from klatch_workers.http.intake import Intake
 from klatch_workers.http.pulse import Pulse
 from klatch_workers.http.reader import Stream
 from klatch_workers.http.recent import Recent
@@ -25,6 +26,7 @@ class Runtime:
 
     door: Door
     hub: Hub = field(init=False)
+    intake: Intake = field(init=False)
     pulse: Pulse = field(default_factory=Pulse)
     recent: Recent = field(default_factory=Recent)
     streams: int = 0
@@ -34,6 +36,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.hub = Hub(self.door.log, self.door.terms)
+        self.intake = Intake(self.door.log, self.door.terms)
 
     async def start(self) -> None:
         """Look at the topics and begin to read. Raises LogError, TooManyPartitions."""
@@ -66,6 +69,10 @@ class Runtime:
     def request_topic(self) -> str:
         """The full name of `chat.requests`."""
         return self.door.namespace.of(CHAT_REQUESTS)
+
+    def requests_of(self, tenant: Tenant) -> Partition:
+        """Where the requests of a tenant stand."""
+        return Partition(self.request_topic, partition_of(tenant.encode(), self.requests))
 
     def partition(self, conversation: Conversation) -> Partition:
         """Where the streams of a conversation stand."""

@@ -4,7 +4,6 @@ A stream that another tenant asked for does not exist here. Leaving does not can
 among others.
 """
 
-import asyncio
 import re
 
 from klatch_schemas import codec
@@ -46,8 +45,7 @@ async def cancel(runtime: Runtime, call: Call) -> None:
     found = await _found(runtime, call, None)
     await found.reader.close()
     draft = runtime.cancel_draft(found.reader.stream, found.conversation, "cancelled over HTTP")
-    async with asyncio.timeout(runtime.door.terms.append_timeout_s):
-        await runtime.door.log.append([draft])
+    await runtime.intake.append(draft, runtime.partition(found.conversation))
     said = {"id": call.request, "object": "stream.cancel", "conversation": found.conversation}
     await call.answer(202, codec.dumps(said))
 
