@@ -553,9 +553,9 @@ class CircuitBreaker(Part):
     """When a deployment is left alone for a while."""
 
     failures: Count = 5
-    """After so many requests in a row that failed on it; 0: never."""
+    """After so many calls in a row that failed; 0: never."""
     cool_down_s: Seconds = 10.0
-    """For so long; then one request tries it, and doubles this, up to eight times, if it fails again."""
+    """For so long; then one call tries it, and doubles this, up to eight times, if it fails again."""
 
 
 class ModelRouted(Event):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.errors import (
@@ -355,6 +356,21 @@ async def test_models_are_the_aliases_and_what_the_default_lists_if_it_can_be_as
             await made.router.models()
         made.route(made.on_a())
         assert await made.router.models() == ["m"]
+
+
+async def test_no_key_gets_into_a_log_line_an_error_or_a_repr() -> None:
+    secret = "sk-of-the-router"  # noqa: S105 - of this test alone
+    async with Upstream(key="sk-another") as upstream:
+        book = Book({"m": ModelRouted(alias="m", deployments=(Deployment(name="a", url=upstream.url, key="named"),))})
+
+        def open_with_key(one: Deployment) -> OpenAICompatible:
+            return OpenAICompatible(Endpoint(one.url, key=secret))
+
+        async with Router(book, open_with_key) as router:
+            with capture_logs() as logged, pytest.raises(RefusedError) as refused:
+                await ask(router)
+            assert logged
+            assert secret not in f"{logged}{refused.value!r}{refused.value.body}{vars(router)}{book}"
 
 
 async def test_a_deployment_that_cannot_be_opened_fails_with_the_fix_and_falls_over(world: World) -> None:

@@ -95,6 +95,13 @@ async def test_a_cluster_that_does_not_answer_is_one_line_that_names_it(kit: "Ki
     assert len(said.splitlines()) == 1
 
 
+async def test_a_models_file_that_cannot_be_used_is_refused_by_place(kit: "Kit", tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[routes.m]\nto = ["nowhere"]\n')
+    code, said = await kit.refused("--data", str(tmp_path), "--models", str(tmp_path / "models.toml"))
+    assert code == 2
+    assert "route m: there is no [deployments.nowhere]" in said
+
+
 async def test_a_tenants_file_that_cannot_be_used_is_refused_by_field(kit: "Kit", tmp_path: Path) -> None:
     (tmp_path / "tenants.toml").write_text("[tenants.acme.limits]\nrequests_per_minut = 3\n")
     code, said = await kit.refused("--data", str(tmp_path), "--tenants", str(tmp_path / "tenants.toml"))

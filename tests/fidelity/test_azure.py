@@ -86,6 +86,7 @@ async def test_a_filtered_prompt_is_a_400_with_all_its_words_and_is_not_tried_ag
     assert answer.status == 400
     said = (await answer.json())["error"]
     assert (said["code"], said["param"], said["innererror"]) == ("content_filter", "prompt", inner)
+    assert (said["type"], said["klatch"]["code"]) == ("invalid_request_error", "content_filter")
     assert said["klatch"]["upstream_request"] == "apim-1"
     assert answer.headers["x-should-retry"] == "false"
     assert len(stack.wire.talks[model]) == 1

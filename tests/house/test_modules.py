@@ -27,6 +27,8 @@ PURE = {
     *("annotated_types", "msgspec", "pydantic", "rpds"),
 }
 """What a decider may import, and what that may import in turn, besides klatch's own modules."""
+POLICIES = ("continuing", "dialect", "fair", "health", "routing")
+"""What is decided about calls of models, apart from calling them."""
 PURE_NAMES = {"uuid": {"NAMESPACE_URL", "UUID", "uuid5"}, "zlib": {"crc32"}}
 
 
@@ -114,6 +116,12 @@ def test_what_a_decider_must_not_import_is_found_through_other_modules() -> None
     assert path
     assert not any(module == "asyncio" for module, _ in imports(path))
     assert any("imports asyncio" in found for found in impurities(kafka_log, set()))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_of_models_is_as_pure_as_a_decider(name: str) -> None:
+    found = set(impurities(f"klatch_agents.gateway.{name}", set()))
+    assert {one for one in found if not one.endswith(("imports hashlib.sha256", "imports urllib.parse.quote"))} == set()
 
 
 @pytest.mark.parametrize("name", DECIDERS)

@@ -1,6 +1,6 @@
 """Whether a deployment is worth a call just now: a circuit breaker, and the cool-down that a server asked for.
 
-closed ── `failures` requests in a row failed ──► open ── cool-down over ──► half open: one call, the probe
+closed ── `failures` calls in a row failed ──► open ── cool-down over ──► half open: one call, the probe
    ▲                                               ▲                             │
    └────────────────── it said something ──────────┼─────────────────────────────┤
                                                    └─── it failed: twice as long ─┘

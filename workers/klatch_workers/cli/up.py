@@ -24,6 +24,7 @@ from klatch_streams.kafka_log import KafkaLog
 from klatch_streams.log import LogError
 from klatch_workers.kafka import KafkaChildError
 from klatch_workers.logs import configure_logs
+from klatch_workers.models_file import ModelsFileError
 from klatch_workers.settings import Settings, UnknownSetting, read_settings
 from klatch_workers.tenants import TenantsFileError
 from klatch_workers.up.children import ChildFailed
@@ -49,8 +50,14 @@ _QUESTION = "In one short sentence: what is a klatch?"
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Tenants, their keys and limits (TOML or JSON); see docs/operations.md.",
 )
+@click.option(
+    "--models",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Routes of model names, as `klatch models apply` takes them; see docs/operations.md.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
-def up(kafka: str | None, tenants: Path | None, as_json: bool, **options: Any) -> None:
+def up(kafka: str | None, tenants: Path | None, models: Path | None, as_json: bool, **options: Any) -> None:
     """Run everything on this machine: Kafka, all stages, the HTTP door, a local model.
 
     Data is kept in the data folder; Ctrl-C ends everything.
@@ -63,8 +70,8 @@ def up(kafka: str | None, tenants: Path | None, as_json: bool, **options: Any) -
     # What it would log over and over while a broker is away is said once, by what fails for good.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     try:
-        asyncio.run(_up(settings, Wanted(kafka, tenants), _Voice(as_json)))
-    except* (AlreadyUp, TenantsFileError) as errors:
+        asyncio.run(_up(settings, Wanted(kafka, tenants, models), _Voice(as_json)))
+    except* (AlreadyUp, TenantsFileError, ModelsFileError) as errors:
         _fail(errors, 2)
     except* (ChildFailed, KafkaChildError, LogError, OSError) as errors:
         _fail(errors, 1)

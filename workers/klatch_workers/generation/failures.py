@@ -19,6 +19,8 @@ def broken_by(error: ModelError) -> Broken:
 
 def said_of(error: ModelError) -> StreamError:
     """The server's own error object, with its HTTP `status`."""
+    if isinstance(error, ExpiredError):
+        return StreamError(code=Expired.code, message=error.message)
     upstream: Json = {"status": error.status, "code": error.code, "upstream_request": error.upstream_request_id}
     if body := error.body:
         extra = cast("Json", body.extra or {})
@@ -26,11 +28,5 @@ def said_of(error: ModelError) -> StreamError:
         upstream["status"] = error.status
     retry = None if error.retry_after is None else int(error.retry_after * 1000)
     # The vendor's filter refused the prompt: no failure of the model, and nothing to try elsewhere (trap 32).
-    code = (
-        Blocked.code
-        if error.code == Blocked.code
-        else Expired.code
-        if isinstance(error, ExpiredError)
-        else "model_error"
-    )
+    code = Blocked.code if error.code == Blocked.code else "model_error"
     return StreamError(code=code, message=error.message, retry_after_ms=retry, upstream=upstream)

@@ -54,6 +54,12 @@ class UpstreamSaid(ModelFailed):
         self.upstream_status = status
 
 
+class PromptFiltered(UpstreamSaid):
+    """A vendor's filter refused the prompt: what trust's refusal is, with the vendor's words."""
+
+    code, status, type, retriable = Blocked.code, Blocked.status, Blocked.type, Blocked.retriable
+
+
 _ENDINGS: Mapping[Status, tuple[type[KlatchError], str]] = {
     "cancelled": (Cancelled, "the request was cancelled"),
     "blocked": (Blocked, "the content was blocked by policy"),
@@ -80,7 +86,8 @@ def _of_upstream(said: StreamError, upstream: Mapping[str, Any]) -> KlatchError:
     status = upstream.get("status")
     own = {name: value for name, value in upstream.items() if name != "status"}
     # Whatever else stands there, a client gets a status that tells of an error.
-    mapped = UpstreamSaid(said.message, own, status if isinstance(status, int) and 400 <= status < 600 else None)
+    kind = PromptFiltered if said.code == Blocked.code else UpstreamSaid
+    mapped = kind(said.message, own, status if isinstance(status, int) and 400 <= status < 600 else None)
     mapped.retry_after_ms = said.retry_after_ms
     return mapped
 

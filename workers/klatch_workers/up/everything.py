@@ -16,11 +16,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
-from klatch_schemas.events import Limits, PromptPublished, TenantConfigured
+from klatch_schemas.events import Limits, ModelRouted, PromptPublished, TenantConfigured
 from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import PROMPTS, Namespace
 from klatch_streams.kafka.options import KafkaOptions
@@ -29,6 +29,7 @@ from klatch_streams.ledger import Ledger, publish
 from klatch_streams.topic_admin import Partitions, create_topics
 from klatch_workers.books import prompt_key
 from klatch_workers.kafka import Cluster, Fetched
+from klatch_workers.models_file import read_models, write_models
 from klatch_workers.settings import PREFIX, Settings, host_port
 from klatch_workers.tenants import read_tenants, tenant_configured, write_tenants
 from klatch_workers.up.children import Child
@@ -57,6 +58,14 @@ class Wanted:
     kafka: str | None = None
     """An existing cluster; None: one of our own."""
     tenants: Path | None = None
+    models: Path | None = None
+
+
+class _Ledgers(NamedTuple):
+    """What files say."""
+
+    tenants: list[TenantConfigured]
+    routes: list[ModelRouted]
 
 
 @dataclass(slots=True)
@@ -93,6 +102,7 @@ class Everything:
 async def everything(settings: Settings, wanted: Wanted, say: Say) -> AsyncGenerator[Everything, None]:
     """Start all there is and stop it again. Raises AlreadyUp, ChildFailed, KafkaChildError, LogError, ValueError."""
     tenants = read_tenants(wanted.tenants) if wanted.tenants else []
+    routes = read_models(wanted.models, by="klatch up") if wanted.models else []
     data = settings.data
     data.mkdir(parents=True, exist_ok=True)
     (data / "logs").mkdir(exist_ok=True)
@@ -108,13 +118,13 @@ async def everything(settings: Settings, wanted: Wanted, say: Say) -> AsyncGener
             say(event, facts)
 
         try:
-            await _start(running, wanted, tenants, tell)
+            await _start(running, wanted, _Ledgers(tenants, routes), tell)
             yield running
         finally:
             await _stop(running)
 
 
-async def _start(running: Everything, wanted: Wanted, tenants: list[TenantConfigured], say: Say) -> None:
+async def _start(running: Everything, wanted: Wanted, ledgers: _Ledgers, say: Say) -> None:
     furnished: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
 
     async def begin() -> Mapping[str, Any]:
@@ -129,7 +139,7 @@ async def _start(running: Everything, wanted: Wanted, tenants: list[TenantConfig
         if wanted.kafka is None:
             await _start_kafka(running, say)
         running.settings = running.settings.model_copy(update={"kafka": running.bootstrap})
-        await _furnish(running, tenants)
+        await _furnish(running, ledgers)
         furnished.set_result({"kafka": running.bootstrap})
         say("furnished", {})
     _write_run_file(running)
@@ -237,14 +247,15 @@ def _environment(settings: Settings) -> dict[str, str]:
 # --- topics and ledgers
 
 
-async def _furnish(running: Everything, tenants: list[TenantConfigured]) -> None:
+async def _furnish(running: Everything, ledgers: _Ledgers) -> None:
     namespace = Namespace.named(running.settings.namespace)
     await create_topics(running.bootstrap, namespace, Partitions(PARTITIONS, PARTITIONS))
     kafka = await KafkaLog.open(KafkaOptions(running.bootstrap))
     try:
         # Without a file that says otherwise, what `klatch quota set` has set stands.
-        keep = {LOCAL_TENANT} - {tenant.tenant for tenant in tenants}
-        await write_tenants(kafka, namespace, _with_local(tenants, running.keys), by="klatch up", keep=keep)
+        keep = {LOCAL_TENANT} - {tenant.tenant for tenant in ledgers.tenants}
+        await write_tenants(kafka, namespace, _with_local(ledgers.tenants, running.keys), by="klatch up", keep=keep)
+        await write_models(kafka, namespace, ledgers.routes)
         await _write_prompt(kafka, namespace)
     finally:
         await kafka.close()
