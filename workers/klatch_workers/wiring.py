@@ -90,7 +90,7 @@ async def run_generation(begin: Begin, stop: asyncio.Event, ready: Ready) -> Non
         routes = await open_parts.enter_async_context(await _ledger(kafka, MODELS, settings, ModelRouted))
         gateway = await open_parts.enter_async_context(_router(settings, routes))
         recaller = await open_parts.enter_async_context(_memory_client(settings))
-        preparer = Preparer(PromptBook(prompts), recaller)
+        preparer = Preparer(PromptBook(prompts), recaller, verdict_patience_s=settings.verdict_patience_s)
         stage = await open_parts.enter_async_context(
             _closing(
                 GenerationStage(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from klatch_agents.gateway.continuing import Continues
 from klatch_agents.gateway.router import Router
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
@@ -68,7 +69,17 @@ class Generation:
     log: Log
     upstream: Upstream
     book: Book = field(default_factory=Book)
+    verdict_patience_s: float = 60.0
+    continues: Continues = "none"
+    """How workers believe that the upstream continues."""
     _written: int = 0
+
+    def settings(self) -> Settings:
+        """Of its workers."""
+        return Settings(
+            model_url=self.upstream.url,
+            model_continues=self.continues,
+        )
 
     @asynccontextmanager
     async def worker(self, **settings: Any) -> AsyncIterator["Worker"]:
@@ -169,13 +180,13 @@ class Worker:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        log, settings = self._generation.log, Settings(model_url=self._generation.upstream.url)
+        log, settings = self._generation.log, self._generation.settings()
         opened = await Ledger[ModelRouted].open(log, MODELS, NAMESPACE, ModelRouted)
         routes, servers = await self._parts.enter_async_context(opened), ModelServers(settings)
         router = Router(RouteBook(routes), servers.open, servers.default_route())
         gateway = await self._parts.enter_async_context(router)
-        book = Preparer(prompts=self._generation.book)
-        self.stage = GenerationStage(log, NAMESPACE, gateway, book, prices=RouteBook(routes).prices)
+        preparer = Preparer(prompts=self._generation.book, verdict_patience_s=self._generation.verdict_patience_s)
+        self.stage = GenerationStage(log, NAMESPACE, gateway, preparer, prices=RouteBook(routes).prices)
         self.runner = Runner(log, self.stage, "klatch.generation", self._settings)
         self._task = asyncio.create_task(self.runner.run())
         ready = asyncio.create_task(self.runner.ready.wait())

@@ -8,7 +8,7 @@ than none. A prompt that does not exist or does not render fails the request, wi
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 import structlog
 
@@ -17,6 +17,7 @@ from klatch_agents.prompts import PromptFailed, Prompts, compose_messages
 from klatch_agents.trust.redact import redact
 from klatch_schemas.chunks import Json
 from klatch_schemas.codec import Unreadable
+from klatch_schemas.errors import Unavailable
 from klatch_schemas.events import ChatAdmitted, ChatRequested, PromptPublished, StreamError, TrustVerdict, TurnFinished
 from klatch_streams.generation import Ready
 from klatch_streams.log import LogError
@@ -62,6 +63,11 @@ class PreparingFailed(Exception):
         self.said = said
 
 
+_NOT_JUDGED: Final = StreamError(
+    code=Unavailable.code, message="trust did not judge the request in time; nothing was sent to a model: try again"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What a model is to be asked."""
@@ -88,6 +94,8 @@ class Preparer:
     """Asked for instead of the request's own model, if set."""
     timeouts: Timeouts = Timeouts()
     recall_patience_s: float = 1.0
+    verdict_patience_s: float = 60.0
+    """How long screening may take for a request whose turn it is: without a verdict nothing reaches a model."""
     renderer: Prompts = field(default_factory=Prompts)
 
     async def prepare(self, admitted: ChatAdmitted, tracked: Tracked, conversations: Conversations) -> Prepared:
@@ -95,7 +103,7 @@ class Preparer:
         request = admitted.request
         gathering = asyncio.ensure_future(self._gather(request, conversations))
         try:
-            await tracked.until(lambda: tracked.verdict is not None)
+            await self._judged(tracked)
             assert tracked.verdict  # noqa: S101 - awaited just now
             ready = Ready(tracked.verdict.decision, tracked.verdict.categories)
             body = redacted(request, tracked.verdict)
@@ -104,6 +112,14 @@ class Preparer:
             return self._compose(admitted, ready, body, *await gathering)
         finally:
             gathering.cancel()
+
+    async def _judged(self, tracked: Tracked) -> None:
+        try:
+            async with asyncio.timeout(self.verdict_patience_s):
+                await tracked.until(lambda: tracked.verdict is not None)
+        except TimeoutError:
+            log.warning("verdict.missing", request=tracked.request, waited_s=self.verdict_patience_s)
+            raise PreparingFailed(_NOT_JUDGED) from None
 
     async def _gather(
         self, request: ChatRequested, conversations: Conversations

@@ -36,6 +36,8 @@ class Upstream:
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0, key: str = "", keep: int = 10_000) -> None:
         self.calls: deque[Call] = deque(maxlen=keep)
         self.models = ["fake"]
+        self.instead: Callable[[int], str | None] = lambda _: None
+        """By the number of a call, the model and script that answer it in place of what it asked for, if any."""
         self._address = (host, port)
         self._key = key
         self._ids = count()
@@ -109,12 +111,14 @@ class Upstream:
             if deployment := _AZURE.fullmatch(path):
                 scripted = cast("Json", body.get("x-fake", {}))
                 body = {**body, "model": unquote(deployment["name"]), "x-fake": {"azure": True, **scripted}}
-            model, script = script_of(body)
+            number = next(self._ids)
+            instead = self.instead(number)
+            model, script = script_of({**body, "model": instead} if instead else body)
         except (ValueError, AttributeError) as error:
             refuse(connection, 400, f"cannot read this request: {error}", "bad_request")
             return
         headers = {k: v for k, v in request.headers.items() if k not in ("authorization", "api-key")}
-        call = Call(f"c{next(self._ids)}", path, headers, body, time.time())
+        call = Call(f"c{number}", path, headers, body, time.time())
         self.calls.append(call)
         exchange = Exchange(call, connection, self._notify)
         self._notify()

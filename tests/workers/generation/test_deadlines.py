@@ -1,0 +1,87 @@
+"""A deadline ends a request promptly wherever it is: in line, without a verdict, in a pause, behind a zombie."""
+# pyright: basic, reportArgumentType=false
+# Events are made of plain strings, as a producer would; pydantic checks them.
+
+import asyncio
+import time
+
+from tests.workers.generation.conftest import Generation
+from tests.workers.generation.readings import text_of
+
+from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel
+from klatch_schemas.topics import CHAT_STREAM, CHAT_TURNS
+
+
+def soon(ms: int = 300) -> int:
+    return int(time.time() * 1000) + ms
+
+
+async def stop(generation: Generation, request: ChatRequested) -> None:
+    cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="test")
+    await generation.write(CHAT_STREAM, "c1", cancel)
+
+
+async def test_a_request_that_waits_in_line_expires_there_and_the_turns_keep_their_order(
+    generation: Generation,
+) -> None:
+    async with generation.worker():
+        long = await generation.admit("fake?reply=unique&tokens=1000&rate=100")
+        late = await generation.admit("fake?text=never", deadline_ms=soon())
+        after = await generation.admit("fake?text=after")
+        async with asyncio.timeout(3):
+            settled = await generation.settled(late)
+        assert (settled.status, settled.usage.total_tokens) == ("expired", 0)
+        assert (await generation.assembled(long, lambda one: len(one.standing) > 3)).state.status is None
+        await stop(generation, long)
+        await generation.turn(after)
+    assert [turn.request for turn in await generation.held(CHAT_TURNS)] == [long.request, after.request]
+    assert "fake?text=never" not in [call.body["model"] for call in generation.upstream.calls]
+
+
+async def test_a_request_without_a_verdict_expires(generation: Generation) -> None:
+    async with generation.worker(), asyncio.timeout(5):
+        request = generation.request("fake", deadline_ms=soon())
+        await generation.write_admission(request)
+        assert (await generation.settled(request)).status == "expired"
+    assert not generation.upstream.calls
+
+
+async def test_a_request_whose_deadline_has_passed_reaches_no_model(generation: Generation) -> None:
+    async with generation.worker(), asyncio.timeout(5):
+        request = await generation.admit("fake", deadline_ms=soon(-1))
+        assert (await generation.settled(request)).status == "expired"
+    assert not generation.upstream.calls
+
+
+async def test_a_deadline_ends_a_pause(generation: Generation) -> None:
+    async with generation.worker(), asyncio.timeout(5):
+        request = await generation.admit("fake?status=503&retry_after=8", deadline_ms=soon())
+        assert (await generation.settled(request)).status == "expired"
+    assert len(generation.upstream.calls) == 1
+
+
+async def test_a_deadline_ends_what_somebody_else_speaks_and_its_text_stands(generation: Generation) -> None:
+    async with generation.worker(), asyncio.timeout(8):
+        request = await generation.admit("fake?reply=unique&tokens=1000&rate=100", deadline_ms=soon(1500))
+        await generation.assembled(request, lambda one: len(one.standing) > 3)
+        zombie = StreamAttempt(
+            request=request.request, tenant="acme", conversation="c1", attempt=2, writer="zombie", mode="continue"
+        )
+        await generation.write(CHAT_STREAM, "c1", zombie)
+        ended = await generation.ended(request)
+    assert ended.state.status == "expired"
+    assert "<<c0:0>>" in text_of(ended.standing)
+
+
+async def test_a_request_that_nobody_judges_fails_after_a_while_and_may_be_sent_again(generation: Generation) -> None:
+    generation.verdict_patience_s = 0.3
+    async with generation.worker(), asyncio.timeout(5):
+        request = generation.request("fake")
+        await generation.write_admission(request)
+        behind = await generation.admit("fake?text=behind")
+        ended = await generation.ended(request)
+        assert (await generation.ended(behind)).state.status == "completed"
+    assert ended.end is not None
+    assert ended.end.error is not None
+    assert (ended.state.status, ended.end.error.code) == ("failed", "unavailable")
+    assert len(generation.upstream.calls) == 1
