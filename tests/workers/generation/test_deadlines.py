@@ -8,7 +8,7 @@ import time
 from tests.workers.generation.conftest import Generation
 from tests.workers.generation.readings import text_of
 
-from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel
+from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel, StreamDelta
 from klatch_schemas.topics import CHAT_STREAM, CHAT_TURNS
 
 
@@ -61,16 +61,20 @@ async def test_a_deadline_ends_a_pause(generation: Generation) -> None:
 
 
 async def test_a_deadline_ends_what_somebody_else_speaks_and_its_text_stands(generation: Generation) -> None:
+    """If it was superseded itself it lets its successor end it: two that both hurry would take over from each other."""
     async with generation.worker(), asyncio.timeout(8):
-        request = await generation.admit("fake?reply=unique&tokens=1000&rate=100", deadline_ms=soon(1500))
-        await generation.assembled(request, lambda one: len(one.standing) > 3)
-        zombie = StreamAttempt(
-            request=request.request, tenant="acme", conversation="c1", attempt=2, writer="zombie", mode="continue"
-        )
+        request = generation.request("fake", deadline_ms=soon(1500))
+        await generation.write_admission(request)
+        before = await generation.admit("fake?text=met", conversation="c2")
+        await generation.ended(before)
+        zombie = StreamAttempt(request=request.request, tenant="acme", conversation="c1", attempt=1, writer="zombie")
+        chunk = {"choices": [{"index": 0, "delta": {"content": "half"}}]}
+        delta = StreamDelta(request=request.request, attempt=1, writer="zombie", seq=0, chunk=chunk)
         await generation.write(CHAT_STREAM, "c1", zombie)
+        await generation.write(CHAT_STREAM, "c1", delta)
         ended = await generation.ended(request)
-    assert ended.state.status == "expired"
-    assert "<<c0:0>>" in text_of(ended.standing)
+    assert (ended.state.status, ended.state.attempt) == ("expired", 2)
+    assert text_of(ended.standing) == "half"
 
 
 async def test_a_request_that_nobody_judges_fails_after_a_while_and_may_be_sent_again(generation: Generation) -> None:
