@@ -12,7 +12,9 @@ from klatch_schemas.events import Event, Status, StreamAttempt, StreamCancel, St
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 from klatch_schemas.records import Draft, Record
 from klatch_schemas.topics import CHAT_STREAM, Namespace
+from klatch_streams.log import OffsetGone
 from klatch_streams.memory_log import MemoryLog
+from klatch_workers.cli.context import CommandFailed
 from klatch_workers.cli.tail import Wanted, follow, tail
 from klatch_workers.cli.tail_view import JsonView, RawView, Said, TextView, View
 
@@ -214,7 +216,22 @@ async def test_retention_that_overtakes_the_reader_is_survived(town: Town, capsy
     await town.say("r2", "later")
     await town.end("r2")
     await town.shown(Wanted(request="r2"))
-    assert "later" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "later" in said.out
+    assert "the log has moved on" in said.err
+
+
+async def test_a_reader_that_retention_overtakes_in_the_middle_of_its_request_is_told_so(town: Town) -> None:
+    class Overtaken(TextView):
+        def show(self, record: Record, said: Said) -> None:
+            super().show(record, said)
+            town.log.truncate_before(record.partition, 600)
+
+    await town.open("r1")
+    for _ in range(700):
+        await town.say("r1", "x")
+    with pytest.raises(CommandFailed, match=r"the log has moved on.*begins at 600, and 500 was next"):
+        await town.shown(Wanted(request="r1"), Overtaken())
 
 
 @pytest.mark.parametrize("place", ["yesterday", "10m", "-10", "-1y"])
@@ -239,6 +256,9 @@ class _Until:
 
     def unreadable(self, record: Record, reason: str) -> None:
         self._view.unreadable(record, reason)
+
+    def moved(self, gone: OffsetGone) -> None:
+        self._view.moved(gone)
 
 
 async def _all(town: Town, view: View, wanted: Wanted | None = None) -> None:

@@ -19,9 +19,17 @@ from klatch_schemas.ids import Tenant
 from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_STREAM, Namespace
 from klatch_streams.log import Log, OffsetGone
-from klatch_workers.cli.context import FAILED, Context, kafka_options, opened_log, perform, shared_options
+from klatch_workers.cli.context import (
+    FAILED,
+    CommandFailed,
+    Context,
+    kafka_options,
+    opened_log,
+    perform,
+    shared_options,
+)
 from klatch_workers.cli.replies import StreamEvent
-from klatch_workers.cli.tail_view import JsonView, RawView, Said, TextView, View
+from klatch_workers.cli.tail_view import JsonView, RawView, Said, TextView, View, moved
 from klatch_workers.http.request_ids import birth_of
 
 _READ_MS: Final = 1_000
@@ -67,6 +75,11 @@ class Wanted:
             return False
         self._state, _ = fold(self._state, said)
         return True
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of the wanted request was shown."""
+        return self.request is not None and self._state != StreamState()
 
     @property
     def status(self) -> str | None:
@@ -120,7 +133,10 @@ async def follow(log: Log, namespace: Namespace, wanted: Wanted, since: str | in
             try:
                 records = await reader.read(_READ_MS)
             except OffsetGone as error:
-                # Retention overtook the reader: what is gone is gone, and the rest goes on.
+                # Retention overtook the reader: what is gone is gone. Of one request that is its end, of many a hole.
+                if wanted.has_begun:
+                    raise CommandFailed(f"{moved(error)}; a part of this request is gone") from error
+                view.moved(error)
                 reader.follow(error.partition, error.first)
                 continue
             for record in records:

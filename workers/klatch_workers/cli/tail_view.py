@@ -16,8 +16,10 @@ from klatch_schemas import codec
 from klatch_schemas.assembly import Ended, Gap, Opened, Retracted, Settled, Spoke, StreamState, fold
 from klatch_schemas.client import Shown
 from klatch_schemas.codec import Delta
+from klatch_schemas.errors import LogMoved
 from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd
 from klatch_schemas.records import Record
+from klatch_streams.log import OffsetGone
 from klatch_workers.cli.context import say_json
 from klatch_workers.cli.replies import StreamEvent
 
@@ -41,6 +43,16 @@ class View(Protocol):
         """A record that no reader of this version can use."""
         ...
 
+    def moved(self, gone: OffsetGone) -> None:
+        """The log has moved past the reader: records in between are gone."""
+        ...
+
+
+def moved(gone: OffsetGone) -> str:
+    """The log has moved past a reader, in words."""
+    place = f"{gone.partition.topic}/{gone.partition.number}"
+    return f"the log has moved on: {place} begins at {gone.first}, and {gone.offset} was next"
+
 
 class RawView:
     """Record values, each on a line."""
@@ -52,6 +64,10 @@ class RawView:
     def unreadable(self, record: Record, reason: str) -> None:  # noqa: ARG002 - see `View`
         """See `View`."""
         click.echo(record.value or b"")
+
+    def moved(self, gone: OffsetGone) -> None:
+        """See `View`."""
+        click.echo(moved(gone), err=True)
 
 
 class JsonView:
@@ -69,6 +85,11 @@ class JsonView:
     def unreadable(self, record: Record, reason: str) -> None:
         """See `View`."""
         say_json({**_place(record), "unreadable": reason})
+
+    def moved(self, gone: OffsetGone) -> None:
+        """See `View`."""
+        where = {"partition": gone.partition.number, "offset": gone.offset, "first": gone.first}
+        say_json({"error": moved(gone), "code": LogMoved.code, **where})
 
 
 def _place(record: Record) -> dict[str, Any]:
@@ -121,6 +142,10 @@ class TextView:
         """See `View`."""
         place = f"{record.partition.topic}/{record.partition.number} @{record.offset}"
         click.echo(f"{place} cannot be read: {reason}", err=True)
+
+    def moved(self, gone: OffsetGone) -> None:
+        """See `View`."""
+        click.echo(moved(gone), err=True)
 
     def _stream(self, said: Said) -> _Stream | None:
         """The stream that `said` belongs to; None of one whose opening was not read."""

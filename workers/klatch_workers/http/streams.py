@@ -7,7 +7,7 @@ among others.
 import re
 
 from klatch_schemas import codec
-from klatch_schemas.errors import NotFound
+from klatch_schemas.errors import LogMoved, NotFound
 from klatch_schemas.ids import RequestId
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import Call
@@ -25,6 +25,7 @@ async def resume(runtime: Runtime, call: Call) -> None:
     after = EventId.parse(last) if last else None
     found = await _found(runtime, call, after)
     try:
+        await _check_place(runtime, found, after)
         call.watch(found.reader.abandon)
         include_usage = (call.query("include_usage") or "").lower() in {"1", "true"}
         events = EventStream(
@@ -38,6 +39,14 @@ async def resume(runtime: Runtime, call: Call) -> None:
         await events.run()
     finally:
         await found.reader.close()
+
+
+async def _check_place(runtime: Runtime, found: Found, after: EventId | None) -> None:
+    """Raise LogMoved for a client whose place retention has taken: what followed it may be gone as well."""
+    if after and after.number == found.reader.partition.number:
+        first, _ = await runtime.door.log.bounds(found.reader.partition)
+        if after.offset + 1 < first:
+            raise LogMoved(f"the log has moved on: it begins at offset {first}, and {after.offset + 1} was next")
 
 
 async def cancel(runtime: Runtime, call: Call) -> None:
