@@ -12,6 +12,19 @@ from klatch_workers.kafka import Cluster
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this project's own."""
     parser.addoption("--model-size", type=int, default=1, help="How large the small model is (tests/model): 1, 2 or 3.")
+    parser.addoption(
+        "--vllm",
+        metavar="PYTHON|URL",
+        help="Run tests/vllm with the vLLM of this Python, or against this server; `make vllm` does.",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The vLLM lane takes an environment of its own: it is on demand."""
+    return True if collection_path == _VLLM_LANE and not config.getoption("--vllm") else None
+
+
+_VLLM_LANE = Path(__file__).with_name("vllm")
 
 
 @pytest.fixture
