@@ -297,8 +297,9 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
         price = TokenPrice(completion=held.price)
         counted = _counted(state, [state.rules.scope_of(key) for key in held.scopes], moment(state.clock_ms))
         room = checks.room(counted, Need(0), price)
-        more = step if room is None else min(step, room.tokens)
-        limit = room.limit if room and more < step else None
+        wanted = step + max(0, said.tokens - granted)
+        more = wanted if room is None else min(wanted, room.tokens)
+        limit = room.limit if room and more < wanted else None
         added = Need(more, micros(price, 0, more))
         kept = msgspec.structs.replace(
             held,

@@ -143,7 +143,7 @@ async def test_a_cancel_in_the_middle_closes_the_upstream_and_settles_what_was_s
         settled = await generation.settled(request)
     assert ended.state.status == "cancelled"
     assert settled.usage.estimated
-    assert settled.usage.completion_tokens >= 4
+    assert settled.usage.completion_tokens >= 3  # the first chunk only names the role
     assert [call.outcome for call in generation.upstream.calls] == ["left"]
 
 

@@ -11,10 +11,11 @@ from typing import Literal
 import structlog
 
 from klatch_agents.gateway.port import ModelCall
-from klatch_schemas.events import ChatRequested, StreamAttempt
+from klatch_schemas.events import ChatAdmitted, StreamAttempt
 from klatch_schemas.ids import Writer
 from klatch_schemas.topics import CHAT_STREAM
 from klatch_streams.continuing import Begun, begun
+from klatch_workers.generation.credit import credit_of
 from klatch_workers.generation.means import OPENING, Effects, Means
 from klatch_workers.generation.speak import Attempt
 from klatch_workers.generation.table import Tracked
@@ -29,7 +30,7 @@ class Attempts:
     """Those of one request."""
 
     means: Means
-    request: ChatRequested
+    admitted: ChatAdmitted
     effects: Effects
     tracked: Tracked
     position: int
@@ -88,11 +89,11 @@ class Attempts:
         return await self._open("restart" if self.tracked.assembly.gap else "continue") is not None
 
     def _begun(self, call: ModelCall) -> Begun | None:
-        stands = begun(call.body, self.request.on_crash, self.tracked.assembly)
+        stands = begun(call.body, self.admitted.request.on_crash, self.tracked.assembly)
         return stands if stands and (stands.whole or self.means.gateway.continues(call)) else None
 
     async def _open(self, mode: Mode) -> Attempt | None:
-        request, means = self.request, self.means
+        request, means = self.admitted.request, self.means
         number = self.tracked.assembly.state.attempt + 1
         opening = StreamAttempt(
             request=request.request,
@@ -101,9 +102,11 @@ class Attempts:
             attempt=number,
             writer=Writer(f"{means.owner}.{means.partition}.{self.position}.{number}"),
             mode=mode,
+            rate_limits=self.admitted.rate_limits,
         )
         draft = self.effects.draft(OPENING + 2 * number, CHAT_STREAM, request.conversation, opening)
-        self.present = Attempt(opening, means.batches, draft)
+        credit = credit_of(means, self.admitted, self.effects, self.tracked)
+        self.present = Attempt(opening, means.batches, draft, credit)
         if number == 1:
             return self.present
         await means.table.passed(await self.present.opened.durable())

@@ -2,8 +2,9 @@
 
 Both are made from the log's own account of the stream, so they agree with what every reader saw, and making them
 again after a crash makes the same records under the same ids. The billing rule: what the model server counted;
-where it sent no count (cancelled, cut, superseded), the chunks that stand and a bound on the prompt. Of a reply that
-was continued, the tokens of every attempt: the chunks that stood when the last one began, and what that one counted;
+where it sent no count (cancelled, cut, superseded), klatch's own of the text that stands and a bound on the prompt.
+Of a reply that was continued, the tokens of every attempt: the chunks that stood when the last one began, and what
+that one counted;
 the prompt is the last one's, in which its server also read the text it continued. Text that an attempt took back
 (`restart`) is not billed: the tenant did not get it.
 """
@@ -23,6 +24,7 @@ from klatch_schemas.events import (
     Usage,
     UsageSettled,
 )
+from klatch_workers.generation.counting import tokens_in
 
 PriceOf = Callable[[str, str], Prices | None]
 """What a model costs at a deployment, where it is known."""
@@ -60,15 +62,24 @@ def usage_of(admitted: ChatAdmitted, assembly: Assembly, spoke: bool) -> Usage:
     """What the request is billed for."""
     if assembly.end and assembly.end.usage:
         return assembly.end.usage
-    return usage_without_count(admitted, len(assembly.standing), spoke)
+    return usage_without_count(admitted, own_count(assembly), spoke or bool(assembly.standing))
 
 
-def usage_without_count(admitted: ChatAdmitted, chunks: int, spoke: bool) -> Usage:
-    """Klatch's own count: a token a chunk, and four bytes of JSON a token of the prompt."""
-    if not spoke and not chunks:
+def usage_without_count(admitted: ChatAdmitted, tokens: int, spoke: bool) -> Usage:
+    """Klatch's own count of a reply, and four bytes of JSON a token of the prompt."""
+    if not spoke and not tokens:
         return Usage()
     prompt = len(codec.dumps(admitted.request.body.get("messages"))) // 4
-    return Usage(prompt_tokens=prompt, completion_tokens=chunks, estimated=True)
+    return Usage(prompt_tokens=prompt, completion_tokens=tokens, estimated=True)
+
+
+def own_count(assembly: Assembly, written: int = 0) -> int:
+    """The tokens of the text that stands (`counting.py`).
+
+    Of `written` deltas those that have not been read back yet are a token each.
+    """
+    unread = max(0, written - len(assembly.standing))
+    return tokens_in(bytes(said.chunk) for said in assembly.standing) + unread
 
 
 def settlement(

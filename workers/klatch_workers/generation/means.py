@@ -21,6 +21,8 @@ TURN: Final = 1
 END: Final = 2
 OPENING: Final = 3
 """Ends and openings are numbered by attempt from here, in steps of two."""
+RUNNING: Final = 1 << 40
+"""Questions for more credit are numbered by the grant from here."""
 CANCEL: Final = 1_000_000
 """Cancels of earlier requests, which `if_busy` asks for, are numbered by their distance from here."""
 

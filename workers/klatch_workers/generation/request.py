@@ -47,6 +47,7 @@ from klatch_workers.generation.conclude import (
     Asked,
     Timing,
     has_turn,
+    own_count,
     reply_of,
     settlement,
     turn,
@@ -96,7 +97,7 @@ class RequestUnderWay:
         )
         tracked = place.tracked
         given_up = tracked.assembly.state.attempt
-        attempts = Attempts(means, admitted.request, effects, tracked, place.offset, given_up)
+        attempts = Attempts(means, admitted, effects, tracked, place.offset, given_up)
         return cls(means, admitted, effects, tracked, place, attempts)
 
     async def run(self) -> None:
@@ -273,6 +274,8 @@ class RequestUnderWay:
             trailer=tuple(codec.loads(raw) for raw in present.trailer) if present else (),
             error=command.error,
             upstream_request=present.upstream_request if present else None,
+            rate_limits=self.admitted.rate_limits,
+            stopped_by=present.stopped_by if present else None,
         )
         draft = self.effects.draft(END + 2 * state.attempt, CHAT_STREAM, request.conversation, end)
         written = means.batches.write(draft, urgent=True)
@@ -292,7 +295,9 @@ class RequestUnderWay:
             return present.usage
         # What stands may be a dead owner's: it was read, and its model was paid.
         written = present.deltas if present else 0
-        return usage_without_count(self.admitted, max(len(self.tracked.assembly.standing), written), self.spoke)
+        assembly = self.tracked.assembly
+        spoke = self.spoke or bool(assembly.standing)
+        return usage_without_count(self.admitted, own_count(assembly, written), spoke)
 
     async def _conclude(self) -> Report:
         means, request, assembly = self.means, self.admitted.request, self.tracked.assembly

@@ -16,6 +16,7 @@ from klatch_streams.batches import Batches, Written
 from klatch_streams.continuing import Begun
 from klatch_streams.log import RecordTooLarge
 from klatch_workers.generation.continuation import fitted, rest_of, whole_usage
+from klatch_workers.generation.credit import Credit
 
 WIDE_BYTES = 100_000
 """A chunk so wide may be too large for the log: nothing is written after it before it stands."""
@@ -24,12 +25,15 @@ WIDE_BYTES = 100_000
 class Attempt:
     """An attempt that this process opens; `written` tells when its last record, the opening at first, is durable."""
 
-    def __init__(self, opening: StreamAttempt, batches: Batches, draft: Draft) -> None:
+    def __init__(self, opening: StreamAttempt, batches: Batches, draft: Draft, credit: Credit | None = None) -> None:
         self.opening = opening
         self._batches = batches
         self._draft = draft
         self.written: Written = batches.write(draft, urgent=True)
         self.opened = self.written
+        self._credit = credit
+        self.stopped_by: str | None = None
+        """The budget that stopped the reply."""
         self.begun: Begun | None = None
         """What it continues."""
         self.seq = 0
@@ -49,13 +53,19 @@ class Attempt:
         opening = self.opening
         prefix = codec.delta_prefix(opening.request, opening.attempt, opening.writer)
         self.trailer.clear()
+        if self._credit:
+            self._credit.begin(self.begun.deltas if self.begun else 0)
         async with gateway.stream(rest_of(call, self.begun) if self.begun else call) as reply:
             self.deployment, self.upstream_request = reply.deployment, reply.upstream_request_id
             async for chunks in reply:
                 for chunk in chunks:
+                    raw = fitted(chunk.raw, self.begun) if self.begun else chunk.raw
+                    if self._credit and not chunk.usage_only and not await self._credit.allows(chunk, raw):
+                        # Leaving closes the model server's connection.
+                        self._stop(prefix, self._credit)
+                        return
                     if chunk.usage is not None:
                         self.counted = chunk.usage
-                    raw = fitted(chunk.raw, self.begun) if self.begun else chunk.raw
                     if chunk.usage_only:
                         self.trailer.append(raw)
                     else:
@@ -65,6 +75,12 @@ class Attempt:
                 # While the log does not answer, the model's connection waits too: memory is bounded, nothing is lost.
                 await self._batches.room(self._draft.partition or 0)
             self.finished = reply.finished
+
+    def _stop(self, prefix: bytes, credit: Credit) -> None:
+        for closing in credit.closing():
+            self._write(prefix, closing, closing.raw)
+        self.stopped_by = credit.stopped_by
+        self.finished = Finished(dict(credit.finishes), None, "cut")
 
     @property
     def deltas(self) -> int:
