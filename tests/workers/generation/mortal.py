@@ -255,7 +255,7 @@ class World:
     def worker(self, life: Life, book: PromptBook | None = None) -> Mortal:
         """Start a worker that lives `life`."""
         log = cast("Any", MortalLog(self.log, life))
-        gateway = OpenAICompatible(Endpoint(self.upstream.url))
+        gateway = OpenAICompatible(Endpoint(self.upstream.url, continues=self.generation.continues))
         preparer = Preparer(prompts=book or self.generation.book)
         stage = GenerationStage(log, Namespace(), cast("Any", MortalGateway(gateway, life)), preparer)
         runner = Runner(log, stage, GROUP, SETTINGS)
