@@ -1,10 +1,11 @@
 """Owners come and go: what they finished is not redone, what they began goes on, what they drain is let end."""
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportPrivateUsage=false
 # Events are made of plain strings, as a producer would; pydantic checks them.
 
 import asyncio
 import random
 import re
+from collections.abc import Sequence
 
 import pytest
 from tests.workers.generation.conftest import Generation
@@ -17,11 +18,14 @@ from tests.workers.generation.readings import (
     text_of,
 )
 
+from klatch_agents.gateway.continuing import Continues
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
 from klatch_schemas.assembly import ReplyReader, Standing
+from klatch_schemas.codec import KIND
 from klatch_schemas.errors import Superseded
-from klatch_schemas.events import StreamAttempt
+from klatch_schemas.events import ChatRequested, StreamAttempt, StreamDelta
+from klatch_schemas.records import Draft
 from klatch_schemas.topics import CHAT_STREAM
 
 MEMORY = {"recent": 5}
@@ -133,7 +137,7 @@ async def test_a_shutdown_lets_what_began_end_and_begins_nothing_more(generation
 
 @pytest.mark.parametrize("continues", ["none", "vllm"])
 async def test_what_a_shutdown_cannot_wait_for_is_superseded_by_the_next_owner(
-    generation: Generation, continues: str
+    generation: Generation, continues: Continues
 ) -> None:
     generation.continues = continues
     async with generation.worker(drain_s=0.2):
@@ -173,3 +177,41 @@ def test_a_zombies_end_and_the_death_of_the_winner_leave_one_continued_text() ->
                 await world.end()
 
     in_virtual_time(story())
+
+
+def test_what_a_zombie_said_right_before_it_was_superseded_is_continued_as_well() -> None:
+    """Open, read back, then speak: the text to go on from is that of the opening's place in the log."""
+
+    async def story() -> None:
+        async with Upstream() as upstream:
+            log = memory_log()
+            generation = Generation(log, upstream, continues="vllm")
+            world = World(generation, log, upstream)
+            request = await generation.admit("fake?reply=unique&tokens=8", on_crash="continue")
+            await generation.write(CHAT_STREAM, "c1", _opening(request))
+            for number in (0, 1):
+                await generation.write(CHAT_STREAM, "c1", _token(request, number))
+
+            async def speak_before_the_opening(drafts: Sequence[Draft]) -> None:
+                if any(dict(draft.headers).get(KIND) == StreamAttempt.KIND.encode() for draft in drafts):
+                    await generation.write(CHAT_STREAM, "c1", _token(request, 2))
+
+            log._appending = speak_before_the_opening
+            try:
+                world.worker(Life(reads_late_s=0.05))
+                ended = await generation.ended(request)
+                said = [(int(call), int(number)) for call, number in TOKEN.findall(text_of(ended.standing))]
+                assert said == [(9, 0), (9, 1), (9, 2), *((0, number) for number in range(3, 8))]
+            finally:
+                await world.end()
+
+    in_virtual_time(story())
+
+
+def _opening(request: ChatRequested) -> StreamAttempt:
+    return StreamAttempt(request=request.request, tenant="acme", conversation="c1", attempt=1, writer="zombie")
+
+
+def _token(request: ChatRequested, number: int) -> StreamDelta:
+    chunk = {"id": "x", "model": "fake", "choices": [{"index": 0, "delta": {"content": f"<<c9:{number}>>"}}]}
+    return StreamDelta(request=request.request, attempt=1, writer="zombie", seq=number, chunk=chunk)
