@@ -2,7 +2,8 @@
 
 Records are collected per partition. A batch leaves when the one before it is acknowledged and the next beat has come
 (every `interval_s`, the same for all partitions), or at once after a pause; an urgent record (a reply's first delta, an
-end) does not wait for the beat. The cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so
+end) does not wait for the beat. A record that others may follow soon (the opening of an attempt) can be held for a few
+milliseconds, to leave with them. The cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so
 they are spent on purpose.
 """
 
@@ -14,6 +15,9 @@ from klatch_schemas.records import Draft, Partition
 from klatch_streams.log import Log, RecordTooLarge
 
 Place = tuple[Partition, int]
+
+# uvloop's clock has milliseconds: waiting for less would be a loop without a rest.
+_CLOSE_S = 0.000_5
 
 
 class Batches:
@@ -27,13 +31,16 @@ class Batches:
         self._most = most
         self._lanes: dict[int, _Lane] = {}
 
-    def write(self, draft: Draft, *, urgent: bool = False) -> "Written":
-        """Put a record in line; raises what made an earlier append to its partition fail."""
+    def write(self, draft: Draft, *, urgent: bool = False, hold_s: float = 0.0) -> "Written":
+        """Put a record in line; raises what made an earlier append to its partition fail.
+
+        What is in line leaves `hold_s` later at the latest, and before only with an urgent record.
+        """
         assert draft.partition is not None  # noqa: S101 - a caller's mistake, seen in the first test
         lane = self._lanes.get(draft.partition)
         if lane is None:
             lane = self._lanes[draft.partition] = _Lane(self._log, self._interval_s, self._most)
-        return lane.write(draft, urgent)
+        return lane.write(draft, urgent, hold_s)
 
     async def room(self, partition: int) -> None:
         """Wait while too much is in line for a partition: a log that does not answer stops those who write to it.
@@ -65,11 +72,13 @@ class Written(NamedTuple):
 class _Batch:
     """Records that leave together."""
 
-    __slots__ = ("done", "drafts", "urgent")
+    __slots__ = ("done", "drafts", "leaves_at", "urgent")
 
     def __init__(self) -> None:
         self.drafts: list[Draft] = []
         self.urgent = False
+        self.leaves_at: float | None = None
+        """When a record that is held wants to leave."""
         self.done: asyncio.Future[Sequence[Place | RecordTooLarge]] = asyncio.get_running_loop().create_future()
 
 
@@ -88,7 +97,7 @@ class _Lane:
         """Of values in line and on their way."""
         self._less = asyncio.Event()
 
-    def write(self, draft: Draft, urgent: bool) -> Written:
+    def write(self, draft: Draft, urgent: bool, hold_s: float) -> Written:
         if self._failure:
             raise self._failure
         if not self._waiting or len(self._waiting[-1].drafts) >= self._most:
@@ -96,6 +105,9 @@ class _Lane:
         batch = self._waiting[-1]
         batch.drafts.append(draft)
         self.bytes += len(draft.value or b"")
+        if hold_s and batch.leaves_at is None:
+            batch.leaves_at = asyncio.get_running_loop().time() + hold_s
+            self._hurry.set()
         if urgent:
             batch.urgent = True
         if urgent or len(self._waiting) > 1:
@@ -127,14 +139,23 @@ class _Lane:
 
     async def _interval(self) -> None:
         loop = asyncio.get_running_loop()
-        if loop.time() < self._left_at + self._interval_s and not self._in_a_hurry():
-            # All lanes leave at the same beats: then one request carries what they have, and one fetch brings it.
-            beat = (loop.time() // self._interval_s + 1) * self._interval_s
+        until = self._departure(loop.time())
+        while until - loop.time() > _CLOSE_S and not self._in_a_hurry():
             self._hurry.clear()
-            timer = loop.call_at(beat, self._hurry.set)
+            timer = loop.call_at(until, self._hurry.set)
             await self._hurry.wait()
             timer.cancel()
+            if (held := self._waiting[0].leaves_at) is not None:  # it may have come meanwhile
+                until = min(until, held)
         self._left_at = loop.time()
+
+    def _departure(self, now: float) -> float:
+        if (held := self._waiting[0].leaves_at) is not None:
+            return held
+        if now < self._left_at + self._interval_s:
+            # All lanes leave at the same beats: then one request carries what they have, and one fetch brings it.
+            return (now // self._interval_s + 1) * self._interval_s
+        return now
 
     def _in_a_hurry(self) -> bool:
         return self._closing or self._waiting[0].urgent or len(self._waiting) > 1

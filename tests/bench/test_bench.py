@@ -2,9 +2,11 @@
 
 import asyncio
 import re
+import sys
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -12,11 +14,12 @@ from klatch_agents.testing.upstream import Upstream
 from klatch_workers.bench import admission, fairness, render
 from klatch_workers.bench.budgets import budgets
 from klatch_workers.bench.client import Gaps, Reply, ReplyFailed, Target
+from klatch_workers.bench.peer import Peer, PeerFailed
 from klatch_workers.bench.profile import table
-from klatch_workers.bench.report import BROKER, DIRECT, KLATCH, RELAY, Report, quantiles
+from klatch_workers.bench.report import BROKER, DIRECT, KLATCH, PEER, RELAY, Report, quantiles
 from klatch_workers.bench.run import TINY, measure
 from klatch_workers.cli.bench import bench
-from klatch_workers.up.everything import STAGES
+from klatch_workers.up.everything import STAGES, free_address
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,44 @@ def test_a_budget_that_is_missed_is_told_as_missed(report: Report) -> None:
     fast = msgspec.structs.replace(report, admission_per_s=20_000.0)
     met = [next(one.met for one in budgets(each).budgets if "admission" in one.what) for each in (slow, fast)]
     assert met == [False, True]
+
+
+@pytest.mark.broker
+@pytest.mark.timeout(240)
+def test_a_peer_is_judged_beside_klatch(report: Report) -> None:
+    """Eight times klatch's CPU a chunk is what it may at least cost, twice the added time to first token."""
+    ours, idle = report.streams[KLATCH], report.first_token[0]
+    added = idle.added[KLATCH]
+    verdicts = list[list[bool | None]]()
+    for factor in (1.01, 0.99):
+        theirs = msgspec.structs.replace(ours, total_cpu_us=ours.total_cpu_us * 8 * factor)
+        slow = msgspec.structs.replace(added, p50=added.p50 * 2 * factor)
+        beside = msgspec.structs.replace(
+            report,
+            streams={**report.streams, PEER: theirs},
+            first_token=[msgspec.structs.replace(idle, added={**idle.added, PEER: slow})],
+        )
+        verdicts.append([one.met for one in budgets(beside).budgets if "LiteLLM" in one.what])
+    assert verdicts == [[True, True], [False, False]]
+
+
+async def test_a_peer_is_started_asked_and_stopped(tmp_path: Path) -> None:
+    port = free_address().rpartition(":")[2]
+    command = [sys.executable, "-m", "klatch_agents.testing.upstream", "--port", port]
+    peer = Peer("fake", command, f"http://127.0.0.1:{port}", "/health", tmp_path / "fake.log")
+    async with peer.running():
+        assert (await (await peer.target.ask("fake?tokens=3")).whole()).chunks == 5
+        assert psutil.pid_exists(peer.pid)
+    assert not psutil.pid_exists(peer.pid)
+
+
+async def test_a_peer_that_does_not_start_says_where_to_read_why(tmp_path: Path) -> None:
+    log_file = tmp_path / "gone.log"
+    peer = Peer("gone", [sys.executable, "-c", "print('no room')"], "http://127.0.0.1:9", "/", log_file)
+    with pytest.raises(PeerFailed, match=r"gone ended with 0 .*gone\.log"):
+        async with peer.running():
+            raise AssertionError("it never serves")
+    assert log_file.read_text() == "no room\n"
 
 
 def test_quantiles_are_values_that_were_seen() -> None:

@@ -47,8 +47,9 @@ class Watched:
         self.under_way: list[int] = []
         self.takes_s = takes_s
 
-    def write(self, *names: str, partition: int = 0, urgent: bool = False) -> list[Written]:
-        return [self.batches.write(Draft("t", None, name.encode(), (), partition), urgent=urgent) for name in names]
+    def write(self, *names: str, partition: int = 0, urgent: bool = False, hold_s: float = 0.0) -> list[Written]:
+        drafts = [Draft("t", None, name.encode(), (), partition) for name in names]
+        return [self.batches.write(draft, urgent=urgent, hold_s=hold_s) for draft in drafts]
 
     def held(self, partition: int = 0) -> list[str]:
         return [(one.value or b"").decode() for one in self.log.held(Partition("t", partition)).records]
@@ -109,6 +110,46 @@ def test_an_urgent_record_does_not_wait_for_the_interval_and_takes_along_what_wa
         [urgent] = watched.write("c", urgent=True)
         await urgent.durable()
         assert watched.leaving[1] == (1, ["b", "c"])
+
+    clocked(story())
+
+
+def test_a_record_that_is_held_leaves_with_the_urgent_one_that_follows() -> None:
+    async def story() -> None:
+        watched = Watched()
+        began = asyncio.get_running_loop().time()
+        watched.write("opening", hold_s=0.004)
+        await asyncio.sleep(0.002)  # the model thinks, on the clock of the test
+        watched.write("role")
+        [urgent] = watched.write("first", urgent=True)
+        await urgent.durable()
+        assert watched.leaving == [(0, ["opening", "role", "first"])]
+        assert watched.appends[0][0] - began == pytest.approx(0.002)
+
+    clocked(story())
+
+
+def test_a_record_that_is_held_leaves_alone_if_nothing_follows() -> None:
+    async def story() -> None:
+        watched = Watched()
+        began = asyncio.get_running_loop().time()
+        [held] = watched.write("opening", hold_s=0.004)
+        await held.durable()
+        assert watched.appends[0][0] - began == pytest.approx(0.004)
+
+    clocked(story())
+
+
+def test_a_record_that_is_held_waits_no_longer_for_a_beat_than_it_would_alone() -> None:
+    async def story() -> None:
+        watched = Watched()
+        [first] = watched.write("a")
+        await first.durable()
+        watched.write("b")
+        await asyncio.sleep(0)
+        [held] = watched.write("opening", hold_s=0.004)
+        await held.durable()
+        assert watched.leaving[1] == (5, ["b", "opening"])
 
     clocked(story())
 

@@ -48,6 +48,7 @@ def _facts(report: Report) -> list[str]:
     return [
         f"{here.command} ({report.mode}, {report.seconds:.0f} s), {here.date}, commit {here.commit or 'unknown'}",
         f"{here.cpus} CPUs ({here.cpu}), Python {here.python}, {here.system}",
+        *([f"beside {report.peer}"] if report.peer else []),
         f"load average {here.load_before:.2f} before, {here.load_after:.2f} after{busy}",
     ]
 

@@ -14,6 +14,7 @@ KLATCH: Final = "klatch"
 DIRECT: Final = "direct"
 RELAY: Final = "relay"
 BROKER: Final = "broker"
+PEER: Final = "litellm"
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -160,6 +161,8 @@ class Report(msgspec.Struct, frozen=True):
     budgets: list[Budget]
     flooded_ratio: float = 0.0
     """Wait for a first token beside a tenant that floods, of the wait alone, p99, the worst of the cases simulated."""
+    peer: str = ""
+    """What the peer is and how it was set up; empty when none took part."""
 
 
 def ratio(numerator: float, denominator: float) -> float:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
+from klatch_workers.bench import peer as peers
 from klatch_workers.bench import relay
 from klatch_workers.bench.client import Target
-from klatch_workers.bench.report import BROKER, DIRECT, KLATCH, RELAY
+from klatch_workers.bench.report import BROKER, DIRECT, KLATCH, PEER, RELAY
 from klatch_workers.kafka import Cluster, Options
 from klatch_workers.settings import PREFIX, read_settings
 from klatch_workers.up.children import Child
@@ -34,15 +35,17 @@ class Rig:
     klatch: Everything
     front: Child
     back: Child
+    peer: peers.Peer | None = None
 
     @property
     def targets(self) -> dict[str, Target]:
         """The sides that answer over HTTP."""
-        return {
+        sides = {
             DIRECT: Target(DIRECT, str(self.upstream.facts["url"])),
             KLATCH: Target(KLATCH, f"{self.klatch.children['http'].facts['url']}/v1", self.klatch.keys.api),
             RELAY: Target(RELAY, str(self.front.facts["url"])),
         }
+        return {**sides, PEER: self.peer.target} if self.peer else sides
 
     def pids(self) -> dict[str, int]:
         """All processes by name."""
@@ -52,16 +55,20 @@ class Rig:
             "front": self.front.pid,
             "back": self.back.pid,
             **{name: self.klatch.children[name].pid for name in STAGES},
+            **({PEER: self.peer.pid} if self.peer else {}),
         }
 
     def processes(self, side: str) -> Sequence[str]:
         """The processes that a side consists of, without the broker and the model server."""
-        return {KLATCH: STAGES, RELAY: ("front", "back")}.get(side, ())
+        return {KLATCH: STAGES, RELAY: ("front", "back"), PEER: (PEER,)}.get(side, ())
 
 
 @asynccontextmanager
-async def rig(folder: Path, say: Say, *, profile: Sequence[str] = ()) -> AsyncGenerator[Rig, None]:
-    """Start everything. Raises ChildFailed, KafkaChildError, LogError."""
+async def rig(
+    folder: Path, say: Say, *, profile: Sequence[str] = (), peer_cache: Path | None = None
+) -> AsyncGenerator[Rig, None]:
+    """Start everything; with `peer_cache`, LiteLLM's proxy as well, from there. Raises ChildFailed, KafkaChildError,
+    LogError, PeerFailed."""
     async with AsyncExitStack() as running:
         say("starting Kafka, the model server and the bare relays")
         upstream = await running.enter_async_context(model_server(folder))
@@ -92,7 +99,12 @@ async def rig(folder: Path, say: Say, *, profile: Sequence[str] = ()) -> AsyncGe
         )
         for stage in profile:
             await _profile(klatch, stage, folder)
-        yield Rig(folder, cluster, upstream, klatch, relays[0], relays[1])
+        peer = None
+        if peer_cache:
+            say("installing and starting LiteLLM's proxy")
+            peer = await peers.litellm(folder, peer_cache, MODEL, str(upstream.facts["url"]))
+            await running.enter_async_context(peer.running())
+        yield Rig(folder, cluster, upstream, klatch, relays[0], relays[1], peer)
 
 
 @asynccontextmanager
@@ -125,6 +137,7 @@ async def _profile(klatch: Everything, stage: str, folder: Path) -> None:
         (str(profile_file(folder, stage)), *plain.arguments),
         plain.environment,
         plain.log_file,
+        begin=plain.begin,
     )
     await profiled.start()
     klatch.children[stage] = profiled

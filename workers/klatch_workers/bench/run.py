@@ -18,12 +18,14 @@ from klatch_workers.bench.budgets import budgets
 from klatch_workers.bench.client import Target
 from klatch_workers.bench.load import Paced, Seen, crowd, one, paced
 from klatch_workers.bench.path import path
+from klatch_workers.bench.peer import SAID
 from klatch_workers.bench.processes import cpu_s, rss_mb, spent
 from klatch_workers.bench.recovery import recovery
 from klatch_workers.bench.relay import ThreeHops
 from klatch_workers.bench.report import (
     BROKER,
     DIRECT,
+    PEER,
     FirstToken,
     Quantiles,
     Recovery,
@@ -74,15 +76,18 @@ QUICK = Plan("quick", 1, 20, 2, 2.0, (16,), 64, 3.0, 2.0, 16, 2.0, 10_000, 8, 30
 TINY = Plan("tiny", 0, 2, 1, 0.3, (2,), 2, 0.5, 0.3, 1, 0.2, 200, 0, 20.0)
 
 
-async def measure(folder: Path, plan: Plan, say: Say) -> Report:
-    """Everything in `plan`. Raises what a part that does not start raises, and ReplyFailed."""
+async def measure(folder: Path, plan: Plan, say: Say, peer_cache: Path | None = None) -> Report:
+    """Everything in `plan`; with `peer_cache`, beside LiteLLM's proxy, installed there.
+
+    Raises what a part that does not start raises, and ReplyFailed.
+    """
     began, load_before = time.monotonic(), machine.load()
     started = await _starts(folder, plan, say)
     say("deciding admissions")
     admission_per_s = await _admission(plan.admission_requests)
     say("sharing places at a model")
     flooded = await asyncio.to_thread(fairness.worst, plan.fairness_s)
-    async with rig(folder, say) as running:
+    async with rig(folder, say, peer_cache=peer_cache) as running:
         await _warm_up(running, say)
         rss_start = rss_mb(running.pids())
         idle = await _idle(running, plan)
@@ -112,6 +117,7 @@ async def measure(folder: Path, plan: Plan, say: Say) -> Report:
         recovery=recovered,
         budgets=[],
         flooded_ratio=flooded,
+        peer=SAID if peer_cache else "",
     )
     return budgets(report)
 
@@ -190,7 +196,7 @@ async def _crowds(running: Rig, plan: Plan, say: Say) -> tuple[dict[str, Whole],
 
 def _whole(running: Rig, name: str, concurrent: int, seen: Seen) -> Whole:
     names = running.processes(name)
-    cpu = _each(seen.cpu, (*names, BROKER) if names else (), seen.replies / 1e3)
+    cpu = _each(seen.cpu, _with_broker(names), seen.replies / 1e3)
     return Whole(
         concurrent=concurrent,
         replies_per_s=ratio(seen.replies, seen.seconds),
@@ -213,7 +219,7 @@ async def _streams(running: Rig, plan: Plan, say: Say) -> dict[str, Side]:
 
 def _side(running: Rig, name: str, load: Paced, seen: Seen) -> Side:
     names = running.processes(name)
-    cpu = _each(seen.cpu, (*names, BROKER) if names else (), seen.chunks / 1e6)
+    cpu = _each(seen.cpu, _with_broker(names), seen.chunks / 1e6)
     return Side(
         streams=load.streams,
         asked_per_s=load.streams * load.rate,
@@ -238,7 +244,7 @@ async def _throughput(running: Rig, plan: Plan, say: Say) -> dict[str, Throughpu
 
 def _most(running: Rig, name: str, streams: int, seen: Seen) -> Throughput:
     names = running.processes(name)
-    cpu = _each(seen.cpu, (*names, BROKER) if names else (), seen.chunks / 1e6)
+    cpu = _each(seen.cpu, _with_broker(names), seen.chunks / 1e6)
     busiest = max(seen.cpu, key=lambda process: seen.cpu[process], default="")
     return Throughput(
         streams=streams,
@@ -255,6 +261,11 @@ async def _recovery(running: Rig, plan: Plan, say: Say) -> Recovery | None:
         return None
     say("killing generation in the middle of streams")
     return await recovery(running, plan.recovery_streams, tokens=200)
+
+
+def _with_broker(names: Sequence[str]) -> Sequence[str]:
+    """Those whose CPU time is a side's; the peer has no broker."""
+    return (*names, BROKER) if names and PEER not in names else names
 
 
 def _each(cpu: Mapping[str, float], names: Sequence[str], count: float) -> dict[str, float]:

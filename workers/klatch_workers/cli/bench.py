@@ -23,6 +23,11 @@ T = TypeVar("T")
 
 @click.command()
 @click.option("--quick", is_flag=True, help="About a minute instead of about four: fewer turns, rougher figures.")
+@click.option(
+    "--peer",
+    type=click.Choice(["litellm"]),
+    help="Also run another proxy as a side: LiteLLM's, installed into an environment of its own in klatch's cache.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON report to a file.")
 @click.option(
@@ -44,8 +49,9 @@ T = TypeVar("T")
     type=click.Choice(STAGES),
     help="Measure nothing: show where this stage's CPU time goes under load.",
 )
-def bench(
+def bench(  # noqa: PLR0913, PLR0917 - click hands over every option
     quick: bool,
+    peer: str | None,
     as_json: bool,
     out: Path | None,
     doc: Path | None,
@@ -63,6 +69,7 @@ def bench(
     from klatch_workers.bench.profile import profile
     from klatch_workers.bench.report import Report
     from klatch_workers.bench.run import FULL, QUICK, measure
+    from klatch_workers.kafka.places import Places
 
     configure_logs("warning")
     if source:
@@ -75,7 +82,8 @@ def bench(
                 load = Paced(64, 50.0, 5.0 if quick else 15.0)
                 click.echo(_run(profile(folder, stages, load, _say)))
                 return
-            report = _run(measure(folder, QUICK if quick else FULL, _say))
+            cache = Places.from_environ().cache / "bench" if peer else None
+            report = _run(measure(folder, QUICK if quick else FULL, _say, cache))
     raw = msgspec.json.format(msgspec.json.encode(report))
     if out:
         out.write_bytes(raw + b"\n")
@@ -101,12 +109,13 @@ def _folder(keep: Path | None) -> Generator[Path]:
 def _run(work: Coroutine[None, None, T]) -> T:
     from klatch_streams.log import LogError
     from klatch_workers.bench.client import ReplyFailed
+    from klatch_workers.bench.peer import PeerFailed
     from klatch_workers.kafka import KafkaChildError
     from klatch_workers.up.children import ChildFailed
 
     try:
         return asyncio.run(work)
-    except (ChildFailed, KafkaChildError, LogError, ReplyFailed, OSError, TimeoutError) as error:
+    except (ChildFailed, KafkaChildError, LogError, PeerFailed, ReplyFailed, OSError, TimeoutError) as error:
         click.echo(f"klatch bench: {str(error) or type(error).__name__}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
