@@ -1,5 +1,6 @@
 """Stock clients by base URL alone, through real processes: every kind of reply, and every error as they expect it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
+
+from klatch_schemas.events import ChatRequested
 
 if TYPE_CHECKING:
     from tests.broker.conftest import Stack
@@ -212,3 +215,21 @@ async def test_the_kafka_client_reads_the_same_text(stack: "Stack") -> None:
     assert text.endswith(rest)
     assert rest == "".join(shown.text for shown in over_kafka[4:])
     assert events.count("<<") == 8
+
+
+async def test_a_request_that_the_kafka_client_sends_again_at_once_or_late_is_answered_once(stack: "Stack") -> None:
+    async with stack.client() as client, stack.client() as other:
+        asked = client.request({"model": "fake?reply=unique&tokens=8&rate=100", "messages": HI, "user": str(uuid4())})
+        sent = await asyncio.gather(client.publish(asked), other.publish(asked), client.publish(asked))
+        texts = {"".join([shown.text async for shown in client.read(stream)]) for stream in sent}
+        await other.publish(asked)
+        # Admission and generation have passed the late one when they have answered what comes after it.
+        after = client.request(asked.body, conversation=asked.conversation)
+        following = "".join([shown.text async for shown in client.read(await client.publish(after))])
+    story = await stack.story(asked.request)
+    assert sum(isinstance(event, ChatRequested) for _, event in story.requests) == 4
+    assert [len(found) for found in (texts, story.told, story.settlements)] == [1, 1, 1]
+    assert texts == {story.said_by(1)}
+    assert following not in texts
+    assert [end.status for end in story.ends] == ["completed"]
+    assert len([call for call in stack.upstream.calls if call.body.get("user") == asked.body.get("user")]) == 2

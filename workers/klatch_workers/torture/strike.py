@@ -22,6 +22,8 @@ from klatch_workers.torture.rig import START_S, Rig, Say
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.up.children import Child
 
+_SUPERVISED_S: Final = 3 * START_S
+"""How long it is tried to start a worker beside other faults, before the run is given up."""
 _AWAKE_S: Final = 4.0
 """How long a zombie and its successor work side by side before one of them is sent home."""
 _PATIENCE_S: Final = 30.0
@@ -150,7 +152,7 @@ class Striker:
 
     async def _add(self, stage: str) -> Child:
         async with self._changing[stage]:
-            return await self.rig.add(stage, again_for_s=START_S)
+            return await self.rig.add(stage, again_for_s=_SUPERVISED_S)
 
     async def _resize(self, stage: str) -> None:
         """As many workers as are wanted, not counting those that are stopped."""
@@ -158,7 +160,7 @@ class Striker:
         there = [child for child in self.rig.pools[stage] if child.name not in self._stopped]
         async with asyncio.TaskGroup() as changing:
             for _ in range(wanted - len(there)):
-                changing.create_task(self.rig.add(stage, again_for_s=START_S))
+                changing.create_task(self.rig.add(stage, again_for_s=_SUPERVISED_S))
             for child in there[wanted:]:
                 changing.create_task(self.rig.retire(stage, child))
 
