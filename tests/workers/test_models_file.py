@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from klatch_schemas.events import ModelRouted
-from klatch_schemas.topics import MODELS, Namespace
+from klatch_schemas.topics import MODELS, TENANTS, Namespace
 from klatch_streams.ledger import Ledger
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.models_file import ModelsFileError, read_models, write_models
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, change: tuple[str
 
 
 async def test_what_is_written_stands_and_only_what_differs_is_written(tmp_path: Path) -> None:
-    log, namespace = MemoryLog({MODELS.name: 1}), Namespace()
+    log, namespace = MemoryLog({MODELS.name: 1, TENANTS.name: 1}), Namespace()
     routes = read_models(written(tmp_path, GOOD))
     assert await write_models(log, namespace, routes) == (["gpt-4o", "small"], [])
     assert await write_models(log, namespace, routes) == ([], [])

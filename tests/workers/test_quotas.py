@@ -28,6 +28,7 @@ from klatch_streams.memory_log import MemoryLog
 from klatch_streams.quota.report import standings
 from klatch_streams.snapshots import Snapshots
 from klatch_workers.cli import main
+from klatch_workers.models_file import write_models
 from klatch_workers.quotas import Change, UnknownTenant, read_quota, set_quota
 from klatch_workers.tenants import tenant_configured, write_prices, write_tenants
 
@@ -166,3 +167,9 @@ def test_a_command_that_makes_no_sense_says_what_would(arguments: list[str], tol
     result: Any = CliRunner().invoke(main, ["quota", "set", *arguments])
     assert result.exit_code == 2
     assert told in " ".join(result.output.split())
+
+
+async def test_a_route_that_changes_brings_its_price_to_those_whose_money_is_limited(log: MemoryLog) -> None:
+    await set_quota(log, SPACE, ACME, Change(limits={"cost_micros_per_day": 10}), by="ann")
+    await write_models(log, SPACE, [route(0.7)])
+    assert (settings(log)[-1].prices["small"].completion, settings(log)[-1].by) == (700_000, "klatch models")

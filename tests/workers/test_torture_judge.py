@@ -96,7 +96,7 @@ def test_what_faults_may_do_is_no_violation() -> None:
 LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
     "an acknowledged request is not in the log": (
         lambda: honest(requests=entries("chat.requests", asked(TWO), settled(TWO), settled(ONE))),
-        {"lost": 1},
+        {"lost": 1, "missettled": 1},
     ),
     "a request is never decided": (
         lambda: honest(admitted=entries("chat.admitted", admitted(TWO))),
@@ -116,7 +116,7 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
     "two readers are told different texts": (lambda: http(said("c9", 0, 1, 2), "completed"), {"ended_twice": 1}),
     "admission decided twice": (
         lambda: honest(admitted=entries("chat.admitted", admitted(ONE), admitted(TWO), refusal(ONE))),
-        {"ended_twice": 1},
+        {"ended_twice": 1, "missettled": 1},
     ),
     "a turn was kept twice, as two": (
         lambda: honest(

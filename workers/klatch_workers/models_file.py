@@ -33,6 +33,7 @@ from klatch_schemas.ids import LabelField, NameField
 from klatch_schemas.topics import MODELS, Namespace
 from klatch_streams.ledger import Ledger, publish
 from klatch_streams.log import Log
+from klatch_workers.tenants import write_prices
 
 
 class ModelsFileError(ValueError):
@@ -119,6 +120,9 @@ async def write_models(
         await publish(log, MODELS, route.alias, route, namespace)
     for alias in gone:
         await publish(log, MODELS, alias, None, namespace)
+    if changed or gone:
+        # Admission reserves money by the prices that stand in each tenant's own log.
+        await write_prices(log, namespace, by=next((route.by for route in changed if route.by), "klatch models"))
     return [route.alias for route in changed], gone
 
 

@@ -14,6 +14,7 @@ from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
 from klatch_workers.torture.evidence import Evidence
+from klatch_workers.torture.limits import broken_limits
 from klatch_workers.torture.recovery import Speaking, recoveries
 from klatch_workers.torture.report import Report, Violation
 from klatch_workers.torture.tokens import faults_of, tokens_of
@@ -30,6 +31,7 @@ def judge(evidence: Evidence) -> Report:
     cases = cases_of(evidence)
     violations = [violation for case in cases.values() for violation in _of_one(case)]
     violations += _of_conversations(cases)
+    violations += broken_limits(evidence)
     closed = closings(cases.values(), evidence.struck)
     violations += [
         cases[one.request].broke("redone", f"model call {one.call} went on for {one.ms / 1000:.1f} s after the cancel")
