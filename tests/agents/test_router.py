@@ -143,7 +143,7 @@ async def test_a_server_that_is_not_there_is_passed_over(world: World) -> None:
 
 
 async def test_a_silence_before_the_first_token_is_a_failure_and_the_call_is_hung_up(world: World) -> None:
-    world.route(world.on_a("first_delay=30"), world.on_b(), timeouts=RouteTimeouts(first_token_s=0.2))
+    world.route(world.on_a("first_delay=30"), world.on_b(), timeouts=RouteTimeouts(first_token_s=1.5))
     assert await ask(world.router) == ("b", "from b")
     await world.a.changed(lambda: world.a.calls[0].outcome == "left")
 
