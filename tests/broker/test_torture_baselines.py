@@ -8,20 +8,22 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import PIPE
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from klatch_workers import leash
 from klatch_workers.torture.report import BROKEN
-from klatch_workers.torture.schedule import Fault, to_json
+from klatch_workers.torture.schedule import Fault
 
 
 @pytest.mark.broker
 @pytest.mark.timeout(280)
 async def test_faststream_is_killed_under_the_plain_load_and_counted(tmp_path: Path) -> None:
     schedule = tmp_path / "schedule.json"
-    schedule.write_text(to_json([Fault(3.0, "kill", "generation"), Fault(4.0, "scale", "admission", count=2)]))
+    faults = [Fault(3.0, "kill", "generation"), Fault(4.0, "scale", "admission", count=2)]
+    schedule.write_text(json.dumps([asdict(fault) for fault in faults]))
     argv = [sys.executable, "-m", "klatch_workers", "torture", "--system", "faststream", "--json"]
     options = ["--minutes", "0.15", "--seed", "3", "--requests-per-second", "2", "--schedule", str(schedule)]
     process = await leash.spawn([*argv, *options], stdout=PIPE, stderr=PIPE)

@@ -1,8 +1,9 @@
 """The evidence of an honest run of two turns, for the judge of `klatch torture`, and ways to change it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -43,8 +44,12 @@ def delta(request: str, seq: int, text: str, attempt: int = 1, writer: str = "w"
     return Delta(request, attempt, writer, seq, msgspec.Raw(codec.dumps(chunk)))
 
 
-def opening(request: RequestId, attempt: int = 1, writer: str = "w") -> StreamAttempt:
-    return StreamAttempt(request=request, tenant=TENANT, conversation=TALK, attempt=attempt, writer=Writer(writer))
+def opening(
+    request: RequestId, attempt: int = 1, writer: str = "w", mode: Literal["restart", "continue"] = "restart"
+) -> StreamAttempt:
+    return StreamAttempt(
+        request=request, tenant=TENANT, conversation=TALK, attempt=attempt, writer=Writer(writer), mode=mode
+    )
 
 
 def end(request: RequestId, status: Status = "completed", seq: int = TOKENS, **fields: Any) -> StreamEnd:
@@ -52,8 +57,8 @@ def end(request: RequestId, status: Status = "completed", seq: int = TOKENS, **f
     return StreamEnd(request=request, tenant=TENANT, conversation=TALK, status=status, seq=seq, **fields)
 
 
-def cancel(request: RequestId) -> StreamCancel:
-    return StreamCancel(request=request, tenant=TENANT, conversation=TALK, by="me")
+def cancel(request: RequestId, *, undo: bool = False) -> StreamCancel:
+    return StreamCancel(request=request, tenant=TENANT, conversation=TALK, by="me", undo=undo)
 
 
 def asked(request: RequestId, **fields: Any) -> ChatRequested:
@@ -161,6 +166,52 @@ def swapped() -> Evidence:
 
 def requests(*events: Event, ids: Sequence[str] = ()) -> Evidence:
     return honest(requests=entries("chat.requests", asked(ONE), asked(TWO), *events, ids=ids))
+
+
+def continued(second: str) -> Evidence:
+    """The first turn's second attempt continues behind its first token, and says `second`."""
+    first = said("c1", 0)
+    tokens = re.findall("<<.*?>>", second)
+    stream: list[Event | Delta] = [
+        opening(ONE),
+        delta(ONE, 0, first),
+        opening(ONE, 2, "v", "continue"),
+        *(delta(ONE, seq, token, 2, "v") for seq, token in enumerate(tokens)),
+        end(ONE, seq=len(tokens), attempt=2, writer=Writer("v")),
+    ]
+    return replace(streaming(*stream), observations=[], turns=kept(first + second))
+
+
+def rolled_back(*, remembered: bool) -> Evidence:
+    """The first turn, which a later one may interrupt, was rolled back after two tokens."""
+    evidence = cancelled_late_billed(2)
+    stream = [*stream_of(ONE, "c1")[:3], cancel(ONE, undo=True), *[one.said for one in evidence.stream[4:]]]
+    known = evidence.asked[ONE]
+    interrupted = replace(known, turn=replace(known.turn, trouble=Trouble(), interrupted=True))
+    return replace(
+        evidence,
+        asked={**evidence.asked, ONE: interrupted},
+        stream=entries("chat.stream", *stream),
+        turns=evidence.turns if remembered else evidence.turns[1:],
+    )
+
+
+def rejected(**asked_as: Any) -> Evidence:
+    """The second turn was rejected, and was asked in this way."""
+    nothing = Usage()
+    evidence = honest(
+        stream=entries(
+            "chat.stream",
+            *stream_of(ONE, "c1"),
+            end(TWO, "rejected", 0, attempt=0, writer=Writer("generation"), usage=nothing),
+        ),
+        requests=entries("chat.requests", asked(ONE), asked(TWO), settled(ONE), settled(TWO, "rejected", nothing)),
+        turns=entries("chat.turns", turn(ONE, said("c1", 0, 1, 2))),
+        observations=[],
+        calls=[],
+    )
+    known = evidence.asked[TWO]
+    return replace(evidence, asked={**evidence.asked, TWO: replace(known, turn=replace(known.turn, **asked_as))})
 
 
 def cancelled_late_billed(tokens: int) -> Evidence:

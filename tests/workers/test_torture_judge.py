@@ -17,6 +17,7 @@ from tests.workers.honest_run import (
     admitted,
     asked,
     cancelled_late_billed,
+    continued,
     counts,
     delta,
     end,
@@ -26,7 +27,9 @@ from tests.workers.honest_run import (
     kept,
     opening,
     refusal,
+    rejected,
     requests,
+    rolled_back,
     said,
     settled,
     stream_of,
@@ -232,6 +235,20 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
     ),
     "a cancelled request was billed as nothing": (lambda: cancelled_late_billed(0), {"missettled": 1}),
     "a cancelled request was billed for what nobody wrote": (lambda: cancelled_late_billed(9), {"missettled": 1}),
+    "a reply is continued by a token that stands already": (
+        lambda: continued(said("c5", 0, 1, 2)),
+        {"duplicated": 1, "spliced": 1, "missettled": 1},
+    ),
+    "a reply is continued behind a token that is missing": (
+        lambda: continued(said("c5", 2)),
+        {"spliced": 1, "missettled": 1},
+    ),
+    "a third call goes on in a reply that was continued once": (
+        lambda: continued(said("c5", 1) + said("c6", 2)),
+        {"spliced": 1},
+    ),
+    "a turn that was rolled back is remembered": (lambda: rolled_back(remembered=True), {"ended_twice": 1}),
+    "a request is rejected that would have waited": (rejected, {"failed": 1}),
     "a record was buried": (lambda: honest(dead=["dead.letters/0/0"]), {"dead": 1}),
 }
 
@@ -250,6 +267,18 @@ def test_a_lie_is_planted_for_every_promise() -> None:
 
 def test_a_cancelled_request_that_is_billed_for_what_stands_is_no_violation() -> None:
     assert list(judge(cancelled_late_billed(2)).violations) == []
+
+
+@pytest.mark.parametrize(
+    "evidence", [continued(said("c5", 1, 2)), rolled_back(remembered=False), rejected(if_busy="reject")]
+)
+def test_what_a_request_asked_for_is_no_violation(evidence: Evidence) -> None:
+    assert list(judge(evidence).violations) == []
+
+
+def test_it_tells_how_often_a_reply_was_continued_or_undone() -> None:
+    assert judge(continued(said("c5", 1, 2))).checked["continued"] == 1
+    assert judge(rolled_back(remembered=False)).checked["undone"] == 1
 
 
 def test_it_tells_how_soon_a_model_call_ends_after_a_cancel() -> None:

@@ -6,7 +6,7 @@ from klatch_workers.torture.boundaries import BOUNDARIES
 from klatch_workers.torture.evidence import Struck
 from klatch_workers.torture.load import ONCE_OPENED, plan
 from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
-from klatch_workers.torture.schedule import from_json, schedule, to_json
+from klatch_workers.torture.schedule import schedule
 
 # --- the schedule and the load -----------------------------------------------------------------------------------
 
@@ -16,13 +16,6 @@ def test_a_seed_makes_the_same_faults_and_the_same_load_every_time() -> None:
     assert schedule(7, 10) != schedule(8, 10)
     assert plan(7, 1, 5) == plan(7, 1, 5)
     assert plan(7, 1, 5) != plan(8, 1, 5)
-
-
-def test_a_schedule_survives_its_file() -> None:
-    faults = schedule(7, 10)
-    assert from_json(to_json(faults)) == faults
-    with pytest.raises(ValueError, match="not a schedule"):
-        from_json('[{"when": 1}]')
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -64,6 +57,10 @@ def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
     assert {turn.trouble.upstream.get("fault") for turn in turns} >= {"drop", "reset", "stall", "garbage"}
     assert {turn.trouble.upstream.get("status") for turn in turns} >= {429, 500}
     assert {turn.trouble.cancel_after for turn in turns if turn.trouble.cancel} >= {0, ONCE_OPENED, 5}
+    assert {turn.if_busy for turn in turns} == {"enqueue", "reject", "interrupt", "rollback"}
+    assert {turn.on_crash for turn in turns} == {"restart", "continue"}
+    assert {turn.trouble.upstream.get("fails") for turn in turns} == {None, 1, 2}
+    assert any(turn.interrupted for turn in turns)
     assert any(turn.twice for turn in turns)
     assert any(turn.leaves_after for turn in turns)
     assert sum(turn.plain for turn in turns) > len(turns) / 2

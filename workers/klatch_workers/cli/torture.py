@@ -1,7 +1,7 @@
 """`klatch torture`: klatch on a Kafka of its own under load and seeded faults, and what became of its promises.
 
 Progress goes to stderr, the report to stdout; with `--json` its last line is one object. Exit codes: 0 nothing was
-found, 1 a promise was broken, 2 misused.
+found (of planted bugs: all were), 1 a promise was broken (a planted bug was missed), 2 misused.
 """
 
 import asyncio
@@ -9,18 +9,25 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from klatch_workers.torture.campaign import Verdict
     from klatch_workers.torture.report import Report
     from klatch_workers.torture.run import Orders
     from klatch_workers.torture.schedule import Fault
     from klatch_workers.torture.system import System
+
+T = TypeVar("T")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_RUN = "run.json"
 
 
 @click.command()
@@ -30,12 +37,8 @@ if TYPE_CHECKING:
 @click.option(
     "--requests-per-second", type=click.FloatRange(0.1, 1000), default=8.0, show_default=True, help="On average."
 )
-@click.option(
-    "--schedule",
-    "schedule_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Strike as this file says, not as the seed does.",
-)
+@click.option("--schedule", "schedule_file", type=_FILE, help="Strike as this file says, not as the seed does.")
+@click.option("--replay", type=_FILE, help="Run a saved run again; nothing else of a run can be said then.")
 @click.option(
     "--system",
     "name",
@@ -46,20 +49,21 @@ if TYPE_CHECKING:
 )
 @click.option("--plain", is_flag=True, help="Ask only what any worker can answer; so a comparison always does.")
 @click.option("--static", is_flag=True, help="Make workers static members of their groups: quick to come back.")
+@click.option("--shrink", type=click.IntRange(1), metavar="N", help="If it fails, look for fewer faults in N runs.")
+@click.option(
+    "--mutants",
+    metavar="all|list|NAME,…",
+    help="Plant known bugs instead, one run each, and tell whether each was found; or list them.",
+)
 @click.option("--keep", is_flag=True, help="Keep Kafka's data and the logs of all workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-def torture(  # noqa: PLR0913 - a command has the parameters that it has
+def torture(
     *,
-    nodes: str,
-    minutes: float,
-    seed: int,
-    requests_per_second: float,
-    schedule_file: Path | None,
-    name: str,
-    plain: bool,
-    static: bool,
+    shrink: int | None,
+    mutants: str | None,
     keep: bool,
     as_json: bool,
+    **run: Any,
 ) -> None:
     """Kill, stop, restart and scale klatch's processes under load, then recount everything.
 
@@ -67,41 +71,51 @@ def torture(  # noqa: PLR0913 - a command has the parameters that it has
     Believes only what it reads back from the log, and what its clients saw.
     """
     from klatch_workers.logs import configure_logs
-    from klatch_workers.torture.run import Orders
-    from klatch_workers.torture.schedule import from_json, schedule, to_json
 
     configure_logs("error")
     # Its own connections meet every fault, too: what they come to is counted in the report.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     # Of the model server, whose callers are killed while it writes.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    if mutants is not None:
+        raise SystemExit(_plant(mutants, as_json=as_json))
+    raise SystemExit(_torture(_orders(**run), shrink, keep=keep, as_json=as_json))
+
+
+def _orders(  # noqa: PLR0913 - a run has the parameters that it has
+    *,
+    nodes: str,
+    minutes: float,
+    seed: int,
+    requests_per_second: float,
+    schedule_file: Path | None,
+    replay: Path | None,
+    name: str,
+    plain: bool,
+    static: bool,
+) -> "Orders":
+    from klatch_workers.torture import saved
+    from klatch_workers.torture.run import Orders
+    from klatch_workers.torture.schedule import schedule
+
     try:
-        given = from_json(schedule_file.read_text()) if schedule_file else None
+        if replay:
+            return replace(saved.from_json(replay.read_text()), system=_system(name))
+        given = saved.faults_in(schedule_file.read_text()) if schedule_file else None
     except ValueError as error:
-        raise click.UsageError(f"{schedule_file}: {error}") from error
+        raise click.UsageError(f"{replay or schedule_file}: {error}") from error
     system = _system(name)
     plain = plain or system.bare
-    faults = schedule(seed, minutes, int(nodes), plain=plain) if given is None else _possible(given, system)
-    folder = Path(tempfile.mkdtemp(prefix="klatch-torture-"))
-    (folder / "schedule.json").write_text(to_json(faults))
-    orders = Orders(
+    return Orders(
         seed=seed,
         minutes=minutes,
-        faults=faults,
+        faults=schedule(seed, minutes, int(nodes), plain=plain) if given is None else _possible(given, system),
         nodes=int(nodes),
         requests_per_second=requests_per_second,
         static=static,
         system=system,
         plain=plain,
     )
-    _say(f"seed {seed}: {len(faults)} faults, in {folder / 'schedule.json'}")
-    report = _run(folder, orders)
-    _tell(report, orders, as_json=as_json)
-    if keep or not report.passed:
-        _say(f"kept: {folder}")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    raise SystemExit(0 if report.passed else 1)
 
 
 def _possible(faults: "Sequence[Fault]", system: "System") -> "Sequence[Fault]":
@@ -124,13 +138,50 @@ def _system(name: str) -> "System":
     return Klatch()
 
 
-def _run(folder: Path, orders: "Orders") -> "Report":
-    from klatch_workers.kafka import KafkaChildError
+def _torture(orders: "Orders", shrink: int | None, *, keep: bool, as_json: bool) -> int:
+    from klatch_workers.torture import saved
     from klatch_workers.torture.run import torture as run
+
+    folder = Path(tempfile.mkdtemp(prefix="klatch-torture-"))
+    (folder / _RUN).write_text(saved.to_json(orders))
+    _say(f"seed {orders.seed}: {len(orders.faults)} faults, in {folder / _RUN}")
+    report = _run(run(folder, orders, _say), folder)
+    _tell(report, orders, as_json=as_json)
+    if report.passed:
+        if keep:
+            _say(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 0
+    _say(f"kept: {folder}\nto run it again: klatch torture --replay {folder / _RUN}")
+    if shrink and report.violations:
+        _shrink(orders, report, shrink, folder)
+    return 1
+
+
+def _shrink(orders: "Orders", report: "Report", most: int, folder: Path) -> None:
+    from klatch_workers.torture import saved
+    from klatch_workers.torture.campaign import smallest_failing
+
+    shrunk = _run(smallest_failing(orders, report, most, _say), folder)
+    found = ", ".join(sorted({violation.kind for violation in report.violations}))
+    path = folder / "shrunk.json"
+    path.write_text(
+        saved.to_json(shrunk.orders, f"{found}; {len(shrunk.orders.faults)} faults of {len(orders.faults)}")
+    )
+    _say(
+        f"{len(shrunk.orders.faults)} of {len(orders.faults)} faults still fail, after {shrunk.runs} runs: {path}\n"
+        f"to run them again: klatch torture --replay {path}\n"
+        "to keep them as a test: say in `about` what they show, and copy the file into tests/broker/regressions"
+    )
+
+
+def _run(work: Coroutine[Any, Any, T], folder: Path) -> T:
+    from klatch_workers.kafka import KafkaChildError
     from klatch_workers.up.children import ChildFailed
 
     try:
-        return asyncio.run(run(folder, orders, _say))
+        return asyncio.run(work)
     except* (KafkaChildError, ChildFailed) as errors:
         raise click.ClickException(f"{_first(errors)}\n(see {folder})") from errors
 
@@ -157,6 +208,42 @@ def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
         return
     for name, value in facts.items():
         click.echo(f"{name:>18}  {value}")
+
+
+# --- planted bugs ----------------------------------------------------------------------------------------------------
+
+
+def _plant(asked: str, *, as_json: bool) -> int:
+    from klatch_workers.torture.campaign import hunt
+    from klatch_workers.torture.mutants import MutantLost, mutants
+
+    known = {mutant.name: mutant for mutant in mutants()}
+    if asked == "list":
+        for mutant in known.values():
+            click.echo(f"{mutant.name:>24}  {mutant.breaks}")
+        return 0
+    names = list(known) if asked == "all" else [name.strip() for name in asked.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise click.UsageError(f"no such mutant: {', '.join(unknown)}; there are {', '.join(known)}")
+    verdicts = list["Verdict"]()
+    for name in names:
+        _say(f"--- {name}: {known[name].breaks}")
+        try:
+            verdicts.append(_run(hunt(known[name], _say), Path(tempfile.gettempdir())))
+        except MutantLost as error:
+            raise click.ClickException(str(error)) from error
+        _say(_line(verdicts[-1]))
+    click.echo("\n".join(map(_line, verdicts)))
+    missed = [one.mutant.name for one in verdicts if not one.caught]
+    if as_json:
+        facts = [{"name": one.mutant.name, "counts": one.counts, "seconds": one.seconds} for one in verdicts]
+        click.echo(json.dumps({"mutants": facts, "missed": missed}))
+    return 1 if missed else 0
+
+
+def _line(verdict: "Verdict") -> str:
+    found = ", ".join(f"{kind} {number}" for kind, number in verdict.counts.items()) or "MISSED"
+    return f"{verdict.mutant.name:>24}  {verdict.seconds:6.1f} s  {found}"
 
 
 def _say(what: str) -> None:

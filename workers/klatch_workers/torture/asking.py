@@ -210,5 +210,7 @@ def _request(asked: Asked) -> ChatRequested:
         conversation=asked.conversation,
         body=body_of(asked),
         memory=MemoryPolicy(recent=2),
+        on_crash=turn.on_crash,
+        if_busy=turn.if_busy,
         deadline_ms=None if timeout_ms is None else time.time_ns() // 1_000_000 + timeout_ms,
     )

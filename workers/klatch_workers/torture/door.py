@@ -124,6 +124,8 @@ class HttpReader:
         klatch: dict[str, Any] = {
             "conversation": self.asked.conversation,
             "memory": {"recent": 2},
+            "on_crash": turn.on_crash,
+            "if_busy": turn.if_busy,
             "on_disconnect": "cancel" if turn.trouble.cancel == "disconnect" else "continue",
         }
         if turn.trouble.timeout_ms is not None:

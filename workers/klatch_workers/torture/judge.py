@@ -64,11 +64,18 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "model_calls": len(evidence.calls),
         "published_twice": sum(len(case.published) > 1 for case in cases.values()),
         "superseded": sum(one.attempts > 1 for one in told),
+        "continued": sum(one.continued > 0 for one in told),
+        "healed": sum(case.told.outcome == "completed" and "fails" in _script(case) for case in cases.values()),
+        "undone": sum(one.assembly.state.undone for one in told),
         "ignored_deltas": sum(one.ignored for one in told),
         "settled_twice": sum(len(case.settlements) > 1 for case in cases.values()),
         "repeated_admissions": sum(len(case.decisions) > 1 for case in cases.values()),
         "repeated_turns": sum(len(case.turns) > 1 for case in cases.values()),
     }
+
+
+def _script(case: Case) -> Mapping[str, object]:
+    return case.asked.turn.trouble.upstream
 
 
 # --- one request -----------------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ def _lost(case: Case) -> Iterator[Violation]:
         yield case.broke("lost", "admission never decided", *case.published[:1])
     if case.told.ended is None:
         yield case.broke("lost", "no end", *case.published[:1], *case.told.entries[-1:])
-    elif case.told.text and not case.turns and not case.bare:
+    elif case.told.text and not (case.turns or case.bare or case.told.assembly.state.undone):
         yield case.broke("lost", "its turn is not in the log", *case.decisions[:1])
     for seen in case.observations:
         if seen.outcome is None and not seen.left:
@@ -116,9 +123,10 @@ def _outcome(case: Case) -> Iterator[Violation]:
     trouble, outcome = case.asked.turn.trouble, case.told.outcome
     fair = {
         "completed": True,
-        "cancelled": trouble.cancel is not None,
+        "cancelled": trouble.cancel is not None or case.asked.turn.interrupted,
         "expired": trouble.timeout_ms is not None,
-        "failed": bool(trouble.upstream),
+        "failed": trouble.fails_for_good,
+        "rejected": case.asked.turn.if_busy == "reject",
     }
     if outcome == "broken":
         yield case.broke("spliced", "the log lacks deltas of the attempt that stands")
@@ -139,8 +147,10 @@ def _text(case: Case) -> Iterator[Violation]:
             text = "".join(str(message.get("content") or "") for message in entry.said.reply)
             if text != case.told.text:
                 yield case.broke("spliced", "its turn holds another text than its stream", entry)
+            if case.told.assembly.state.undone:
+                yield case.broke("ended_twice", "rolled back, and remembered as a turn", entry)
     for text, reader in shown.items():
-        for fault, what in faults_of(text):
+        for fault, what in faults_of(text, case.told.joints):
             yield case.broke(fault, f"{what}, for its {reader} reader", *case.told.entries[:1])
 
 

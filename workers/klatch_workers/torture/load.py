@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 from urllib.parse import urlencode
 
+from klatch_schemas.events import IfBusy, OnCrash
 from klatch_schemas.ids import Conversation, RequestId, Tenant, request_id_for_key
 
 TENANTS: Final = (Tenant("torture-a"), Tenant("torture-b"))
@@ -19,6 +20,10 @@ Edge = Literal["kafka", "http"]
 Cancel = Literal["record", "delete", "disconnect"]
 _EDGES: Final[tuple[Edge, ...]] = ("kafka", "kafka", "http")
 """A request over HTTP has an `Idempotency-Key`, which costs a door more than all the rest of the request."""
+_ON_CRASH: Final[tuple[OnCrash, ...]] = ("restart", "continue")
+_IF_BUSY: Final[tuple[IfBusy, ...]] = ("reject", "interrupt", "rollback")
+_IMPATIENT: Final = 0.12
+"""How many of the turns that follow another do not wait for it."""
 _TURNS: Final = (1, 2, 2, 3, 4, 6)
 _FAULTS: Final[tuple[dict[str, object], ...]] = (
     {"status": 500},
@@ -31,6 +36,8 @@ _FAULTS: Final[tuple[dict[str, object], ...]] = (
     {"fault": "error-event"},
 )
 """Ways in which the model server fails."""
+_MENDED: Final = ("drop", "reset")
+"""Those that another attempt mends, where it meets a server that does not fail again."""
 
 
 ONCE_OPENED: Final = -1
@@ -50,6 +57,12 @@ class Trouble:
     timeout_ms: int | None = None
     """The deadline, from the moment of asking."""
 
+    @property
+    def fails_for_good(self) -> bool:
+        """Whether no number of attempts is sure to bring an answer."""
+        faults = {"status", "fault"} & set(self.upstream)
+        return bool(faults) and not ("fails" in self.upstream and self.upstream.get("fault") in _MENDED)
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -67,7 +80,11 @@ class Turn:
     by_client: bool = False
     """Whether klatch's Python client reads it too."""
     waits: bool = True
-    """Whether it is asked only when the turn before it has ended."""
+    """Whether the turn after it is asked only when it has ended."""
+    on_crash: OnCrash = "restart"
+    if_busy: IfBusy = "enqueue"
+    interrupted: bool = False
+    """Whether a later turn cancels it if that finds it unfinished."""
 
     @property
     def model(self) -> str:
@@ -79,7 +96,7 @@ class Turn:
     @property
     def plain(self) -> bool:
         """Whether it must be completed: nobody cancels, nothing runs out, and the model server does its work."""
-        return self.trouble == Trouble()
+        return self.trouble == Trouble() and self.if_busy == "enqueue" and not self.interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,9 @@ def _plain(talk: Talk) -> Talk:
             twice=False,
             leaves_after=(),
             by_client=False,
+            on_crash="restart",
+            if_busy="enqueue",
+            interrupted=False,
         )
         for turn in talk.turns
     )
@@ -126,8 +146,20 @@ def _talk(chance: random.Random, seed: int, number: int, at: float) -> Talk:
     tenant = chance.choice(TENANTS)
     conversation = Conversation(f"talk-{seed}-{number}")
     edge = chance.choice(_EDGES)
-    turns = tuple(_turn(chance, tenant, conversation, edge, number) for number in range(chance.choice(_TURNS)))
-    return Talk(at, tenant, conversation, edge, turns)
+    turns = [_turn(chance, tenant, conversation, edge, number) for number in range(chance.choice(_TURNS))]
+    return Talk(at, tenant, conversation, edge, tuple(_meeting(chance, turns)))
+
+
+def _meeting(chance: random.Random, turns: list[Turn]) -> list[Turn]:
+    """The turns of a conversation, of which some do not wait for those before them."""
+    for number in range(1, len(turns)):
+        if chance.random() < _IMPATIENT:
+            if_busy = chance.choice(_IF_BUSY)
+            turns[number - 1] = replace(turns[number - 1], waits=False)
+            turns[number] = replace(turns[number], if_busy=if_busy)
+            if if_busy != "reject":
+                turns[:number] = [replace(turn, interrupted=True) for turn in turns[:number]]
+    return turns
 
 
 def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, number: int) -> Turn:
@@ -145,6 +177,7 @@ def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, 
         twice=chance.random() < 0.1,
         leaves_after=tuple(sorted(_leaving(chance, tokens))),
         by_client=chance.random() < 0.08,
+        on_crash=chance.choices(_ON_CRASH, (70, 30))[0],
         waits=chance.random() < 0.6,
     )
 
@@ -167,6 +200,8 @@ def _trouble(chance: random.Random, edge: Edge, tokens: int) -> Trouble:
             return Trouble(timeout_ms=chance.choice((1, 100, 400, 3_000, 20_000)))
         case "upstream":
             fault = chance.choice(_FAULTS)
+            if chance.random() < 0.5:
+                fault = {**fault, "fails": chance.choice((1, 2))}
             # Nobody waits for the end of a silence but a deadline.
             return Trouble(upstream=fault, timeout_ms=3_000 if fault.get("fault") == "stall" else None)
         case _:

@@ -1,15 +1,14 @@
 """Which faults happen when: a pure function of the seed, so that a run can be told by its seed and had again.
 
 What a fault meets (which records are in flight) is up to the machine: the same schedule finds the same bug often, not
-always. A schedule is saved as JSON, and replayed from it.
+always.
 """
 
-import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
-from typing import Final, Literal, assert_never
+from typing import Any, Final, Literal, assert_never, get_args
 
 from klatch_workers.torture.boundaries import BOUNDARIES
 
@@ -126,14 +125,15 @@ def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int
     assert_never(kind)
 
 
-def to_json(faults: Sequence[Fault]) -> str:
-    """A schedule as JSON, a fault a line."""
-    return "[\n" + ",\n".join(json.dumps(asdict(fault)) for fault in faults) + "\n]\n"
-
-
-def from_json(text: str) -> list[Fault]:
-    """What `to_json` wrote. Raises ValueError."""
+def faults_of(listed: Sequence[Mapping[str, Any]]) -> list[Fault]:
+    """Faults from plain JSON data. Raises ValueError for what is none."""
     try:
-        return [Fault(**fields) for fields in json.loads(text)]
+        faults = [Fault(**fields) for fields in listed]
     except TypeError as error:
-        raise ValueError(f"not a schedule of faults: {error}") from error
+        raise ValueError(f"not a fault: {error}") from error
+    for fault in faults:
+        if fault.kind not in get_args(Kind):
+            raise ValueError(f"{fault.kind!r} is no kind of fault")
+        if fault.kind == "boundary" and fault.target not in BOUNDARIES:
+            raise ValueError(f"{fault.target!r} is no boundary: one of {', '.join(BOUNDARIES)}")
+    return faults

@@ -102,6 +102,7 @@ class Klatch:
             "MODEL_URL": place.model_url,
             "DATA": str(place.data),
             "DRAIN_S": str(place.drain_s),
+            "MODEL_CONTINUES": "prefill",
             "IDEMPOTENCY_S": str(place.remembers_s),
             **({"INSTANCE": place.name} if place.static else {}),
         }

@@ -1,11 +1,12 @@
 """The text that the fake model writes, read again: which call said which token, and what is wrong with the whole.
 
-A lineage is one call's tokens from the first on, in order, without a hole. Anything else that a reader was shown is a
+A lineage is one call's tokens from the first on, in order, without a hole; or those of several calls, where an attempt
+that continues the text put the next call behind a token that stood last. Anything else that a reader was shown is a
 broken promise, and has a name.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -26,15 +27,15 @@ def tokens_of(text: str) -> list[Token]:
     return [Token(call, int(number)) for call, number in _TOKEN.findall(text)]
 
 
-def faults_of(text: str) -> Iterator[tuple[Fault, str]]:
-    """What is wrong with a text that a reader was shown."""
+def faults_of(text: str, joints: Collection[Token] = ()) -> Iterator[tuple[Fault, str]]:
+    """What is wrong with a text that a reader was shown; behind `joints` another call may go on."""
     tokens = tokens_of(text)
     if _TOKEN.sub("", text):
         yield "spliced", "text that is no whole token"
-    calls = list(dict.fromkeys(token.call for token in tokens))
-    if len(calls) > 1:
-        yield "spliced", f"tokens of {len(calls)} model calls: {', '.join(calls)}"
-        return
+    for before, after in pairwise(tokens):
+        if before.call != after.call and before not in joints:
+            yield "spliced", f"{after.call} goes on behind token {before.number} of {before.call}"
+            return
     yield from _faults_of_numbers([token.number for token in tokens])
 
 

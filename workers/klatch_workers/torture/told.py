@@ -16,6 +16,7 @@ from klatch_schemas.codec import Delta
 from klatch_schemas.errors import KlatchError, Superseded
 from klatch_schemas.ids import RequestId
 from klatch_workers.torture.evidence import Entry, Observation
+from klatch_workers.torture.tokens import Token, tokens_of
 
 _CUTS = 3
 ENDS: Final = {
@@ -24,6 +25,7 @@ ENDS: Final = {
     "model_error": "failed",
     "content_filter": "blocked",
     "rate_limit_exceeded": "rejected",
+    "conversation_busy": "rejected",
     "stream_broken": "broken",
 }
 """Codes of errors that are the end of a stream, as clients are told of them."""
@@ -47,6 +49,11 @@ class Told:
     """When each token came that counted."""
     text: str = ""
     """What stands in the end."""
+    joints: set[Token] = field(default_factory=set[Token])
+    """The last tokens that stood when an attempt continued: only behind them may another call go on."""
+    continued: int = 0
+    """Attempts that continued a text."""
+    _last: Token | None = None
 
     @property
     def outcome(self) -> str | None:
@@ -57,28 +64,45 @@ class Told:
 
     @property
     def written(self) -> int:
-        """Deltas of the attempt that wrote most, whether they count or not: what a model was made to say at once."""
+        """The most deltas that one attempt wrote, whether they count or not: what a model was made to say at once.
+
+        Of a reply that was continued, those of all attempts.
+        """
         said = [(one.said.attempt, one.said.writer) for one in self.entries if isinstance(one.said, Delta)]
-        return max(Counter(said).values(), default=0)
+        return len(said) if self.continued else max(Counter(said).values(), default=0)
+
+    def hear(self, entry: Entry) -> None:
+        """Fold one record."""
+        before = self.assembly.state.status
+        match self.assembly.hear(entry.offset, entry.said):
+            case Opened(mode=mode):
+                self._open(entry, mode)
+            case Spoke(_, chunk) if content := content_of(bytes(chunk)):
+                self.spoken_ms.append(entry.timestamp_ms)
+                if tokens := tokens_of(content):
+                    self._last = tokens[-1]
+            case None if isinstance(entry.said, Delta):
+                self.ignored += 1
+            case _:
+                pass
+        if before is None and self.assembly.state.status is not None:
+            self.ended = entry
+
+    def _open(self, entry: Entry, mode: str) -> None:
+        self.attempts += 1
+        self.opened = self.opened or entry
+        if mode == "restart":
+            self._last = None
+        elif self._last:
+            self.continued += 1
+            self.joints.add(self._last)
 
 
 def fold_stream(entries: Sequence[Entry]) -> Told:
     """Fold the records of one stream, in log order."""
     told = Told(entries)
     for entry in entries:
-        before = told.assembly.state.status
-        match told.assembly.hear(entry.offset, entry.said):
-            case Opened():
-                told.attempts += 1
-                told.opened = told.opened or entry
-            case Spoke(_, chunk) if content_of(bytes(chunk)):
-                told.spoken_ms.append(entry.timestamp_ms)
-            case None if isinstance(entry.said, Delta):
-                told.ignored += 1
-            case _:
-                pass
-        if before is None and told.assembly.state.status is not None:
-            told.ended = entry
+        told.hear(entry)
     told.text = text_of(told.assembly.standing)
     return told
 

@@ -82,6 +82,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = ""
     fault_after: int = -1
     """Tokens of the answer before the fault; -1 is half of them."""
+    fails: int = 0
+    """Only the first so many calls of the same `user` fail, by status or fault; 0: all do."""
 
 
 def script_of(body: dict[str, object]) -> tuple[str, Script]:

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from base64 import b64encode
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -41,6 +41,7 @@ class Upstream:
         self._address = (host, port)
         self._key = key
         self._ids = count()
+        self._failed: Counter[str] = Counter()
         self._open_ones: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._wheel = Wheel()
@@ -113,7 +114,7 @@ class Upstream:
                 body = {**body, "model": unquote(deployment["name"]), "x-fake": {"azure": True, **scripted}}
             number = next(self._ids)
             instead = self.instead(number)
-            model, script = script_of({**body, "model": instead} if instead else body)
+            model, script = self._script_of({**body, "model": instead} if instead else body)
         except (ValueError, AttributeError) as error:
             refuse(connection, 400, f"cannot read this request: {error}", "bad_request")
             return
@@ -127,6 +128,16 @@ class Upstream:
             self._wheel.at(asyncio.get_running_loop().time() + script.header_delay, answer)
         else:
             answer()
+
+    def _script_of(self, body: Json) -> tuple[str, Script]:
+        """Raises ValueError."""
+        model, script = script_of(body)
+        if script.fails:
+            user = str(body.get("user", ""))
+            self._failed[user] += 1
+            if self._failed[user] > script.fails:
+                script = msgspec.structs.replace(script, status=0, fault="")
+        return model, script
 
     def _answer(self, exchange: Exchange, model: str, script: Script) -> None:
         body = exchange.call.body
