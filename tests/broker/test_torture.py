@@ -1,27 +1,32 @@
-"""klatch passes half a minute of torture on a real Kafka: the lane that CI runs. Longer ones are `klatch torture`.
+"""klatch passes half a minute of torture by each saved run, on a real Kafka: the lane that CI runs.
 
-That the judge would find what is broken is shown beside it, in `tests/workers/test_torture_judge.py`.
+Longer ones are `klatch torture`. A run that failed is made smaller by `--shrink`, and kept in `regressions`. That the
+judge would find what is broken is shown beside it, in `tests/workers/test_torture_judge.py`.
 """
 
 import asyncio
 import json
 import sys
 from asyncio.subprocess import PIPE
+from pathlib import Path
 
 import pytest
 
 from klatch_workers import leash
+from klatch_workers.torture import saved
 from klatch_workers.torture.report import BROKEN
-from klatch_workers.torture.schedule import schedule
 
-SEED, MINUTES = 11, 0.6
+RUNS = sorted((Path(__file__).parent / "regressions").glob("*.json"))
+LONGEST_MIN = 1.0
+"""Of load: this lane is a part of every test run."""
 
 
 @pytest.mark.broker
 @pytest.mark.timeout(280)
-async def test_klatch_keeps_its_promises_through_half_a_minute_of_torture() -> None:
-    argv = [sys.executable, "-m", "klatch_workers", "torture", "--json", "--minutes", str(MINUTES), "--seed", str(SEED)]
-    process = await leash.spawn([*argv, "--requests-per-second", "6"], stdout=PIPE, stderr=PIPE)
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: path.stem)
+async def test_klatch_keeps_its_promises_through(run: Path) -> None:
+    argv = [sys.executable, "-m", "klatch_workers", "torture", "--json", "--replay", str(run)]
+    process = await leash.spawn(argv, stdout=PIPE, stderr=PIPE)
     out, told = await asyncio.wait_for(process.communicate(), 270)
     facts = json.loads(out.splitlines()[-1])
     assert (process.returncode, {kind: facts[kind] for kind in BROKEN}) == (0, dict.fromkeys(BROKEN, 0)), told.decode()
@@ -29,6 +34,12 @@ async def test_klatch_keeps_its_promises_through_half_a_minute_of_torture() -> N
     assert facts["checked"]["superseded"] > 0, "no stream was hit: the run proves nothing"
 
 
-def test_the_bounded_run_kills_generation_and_makes_a_zombie() -> None:
-    struck = {(fault.kind, fault.target) for fault in schedule(SEED, MINUTES)}
-    assert {("kill", "generation"), ("stop", "generation")} <= struck
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: path.stem)
+def test_a_saved_run_is_short_and_strikes_generation(run: Path) -> None:
+    orders = saved.from_json(run.read_text())
+    assert orders.minutes <= LONGEST_MIN
+    assert any("generation" in fault.target for fault in orders.faults)
+
+
+def test_the_saved_runs_strike_at_boundaries_and_make_zombies() -> None:
+    assert {"boundary", "stop"} <= {fault.kind for run in RUNS for fault in saved.from_json(run.read_text()).faults}

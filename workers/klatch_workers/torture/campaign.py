@@ -61,6 +61,8 @@ async def hunt(mutant: Mutant, say: Say) -> Verdict:
         orders = mutant.orders(plant(mutant, Path(packages)))
         began = time.monotonic()
         report = await _run(orders, say)
+    for one in report.violations:
+        say(f"{one.kind}: {one.request}: {one.what} [{', '.join(one.positions)}]")
     counts: dict[str, int] = {kind: report.count(kind) for kind in BROKEN if report.count(kind)}
     return Verdict(mutant, counts, round(time.monotonic() - began, 1))
 
