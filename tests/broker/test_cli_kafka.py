@@ -291,6 +291,30 @@ async def test_routes_of_models_are_applied_from_a_file_listed_tried_and_removed
     assert (await town.run("models", "set", "m", "--url", "nowhere")).code == 2
 
 
+async def test_quotas_are_set_shown_and_remembered(town: Town) -> None:
+    (town.data / "tenants.toml").write_text('[tenants.acme]\nkeys = ["klatch-0123456789"]\n')
+    assert (await town.run("tenants", "apply", str(town.data / "tenants.toml"))).code == 0
+    nobody = await town.run("quota", "set", "acne", "--weight", "2")
+    assert (nobody.code, "it holds acme" in nobody.err) == (2, True)
+    set_ = ("quota", "set", "acme", "--by", "ann", "--json")
+    assert (await town.run(*set_, "--tokens-per-day", "5000", "--cost-per-month", "12.5")).code == 0
+    [said] = (await town.run(*set_, "--person", "*", "--tokens-per-day", "900")).objects
+    assert said["limits"] == {"tokens_per_day": 5_000, "cost_micros_per_month": 12_500_000}
+    assert said["rules"] == [{"person": "*", "limits": {"tokens_per_day": 900}}]
+    asked = '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "person": "bob"}\n'
+    assert (await town.run("publish", stdin=asked)).code == 0
+    [shown] = (await town.run("quota", "show", "acme", "--json")).objects
+    used = {(one["scope"].get("person"), one["limit"]): one["used"] for one in shown["limits"]}
+    assert used[None, "tokens_per_day"] == used["bob", "tokens_per_day"] > 100
+    changes = [(one["by"], one["changes"]) for one in (await town.run("quota", "history", "acme", "--json")).objects]
+    assert changes[-2:] == [
+        ("ann", ["tokens_per_day: none -> 5000", "cost_micros_per_month: none -> 12500000"]),
+        ("ann", ["person=* tokens_per_day: none -> 900"]),
+    ]
+    plain = (await town.run("quota", "show", "acme")).out
+    assert "tokens per day: 900" in plain
+
+
 async def test_a_template_that_does_not_compile_is_refused_before_it_is_published(town: Town) -> None:
     said = await town.run("prompts", "publish", "-", "--name", "hello", stdin="Hello {{ name")
     assert said.code == 1
