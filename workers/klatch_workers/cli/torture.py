@@ -242,7 +242,8 @@ def _plant(asked: str, *, as_json: bool) -> int:
 
 
 def _line(verdict: "Verdict") -> str:
-    found = ", ".join(f"{kind} {number}" for kind, number in verdict.counts.items()) or "MISSED"
+    missed = f"MISSED: {verdict.mutant.missed}" if verdict.mutant.missed else "MISSED"
+    found = ", ".join(f"{kind} {number}" for kind, number in verdict.counts.items()) or missed
     return f"{verdict.mutant.name:>24}  {verdict.seconds:6.1f} s  {found}"
 
 
