@@ -16,7 +16,7 @@ from klatch_streams.log import Log, RecordTooLarge
 
 Place = tuple[Partition, int]
 
-# uvloop's clock has milliseconds: waiting for less would be a loop without a rest.
+# A timer may fire a little early (uvloop's clock has milliseconds): waiting for less would be a loop without a rest.
 _CLOSE_S = 0.000_5
 
 

@@ -9,7 +9,6 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -47,21 +46,11 @@ def worker(stage: str, once: bool, as_json: bool, wait: bool, **options: Any) ->
     names = list(STAGES) if stage == "all" else [stage]
     try:
         begin = _told(settings) if wait else _at_once(settings)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_work(names, begin, settings.drain_s, once=once, as_json=as_json))
+        asyncio.run(_work(names, begin, settings.drain_s, once=once, as_json=as_json))
     except* MissingSetting as errors:
         _fail(stage, errors, 2)
     except* WrongSetup as errors:
         _fail(stage, errors, 1)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's: a token is mostly wake-ups and small reads and writes. Where it is not installed, asyncio's own."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 def _at_once(settings: Settings) -> Begin:
