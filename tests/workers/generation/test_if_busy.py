@@ -107,7 +107,7 @@ async def test_a_rolled_back_turn_is_cancelled_for_its_readers_and_remembered_by
         turn = await generation.turn(request)
     assert (cut.state.status, cut.state.undone) == ("cancelled", True)
     assert cut.standing, "its readers keep what they read"
-    assert settled.usage.completion_tokens >= 4, "what was said is paid for"
+    assert settled.usage.completion_tokens >= 3, "what was said is paid for"
     assert "the heron" in heard
     assert "<<" not in heard
     assert turn.previous == 0
