@@ -12,6 +12,7 @@ from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.chunks import Json, Reply
 from klatch_schemas.events import OnCrash
+from klatch_streams.counting import tokens_in
 
 _NOT_CONTINUED: Final = frozenset(
     {"logprobs", "top_logprobs", "functions", "echo", "grammar", "json_schema", "structured_outputs"}
@@ -25,7 +26,9 @@ class Begun(NamedTuple):
 
     text: str
     deltas: int
-    """How many: a token each by klatch's own count."""
+    """How many chunks."""
+    tokens: int
+    """How many by klatch's own count (`counting.py`)."""
     first: Json
     """The first chunk: later ones have its id, time and model."""
     whole: bool = False
@@ -36,15 +39,16 @@ def begun(body: Mapping[str, object], on_crash: OnCrash, assembly: Assembly) -> 
     """What the next attempt may continue; None if it has to restart."""
     if on_crash == "restart" or assembly.gap or not assembly.standing:
         return None
-    chunks = [codec.loads(bytes(said.chunk)) for said in assembly.standing]
+    raw = [bytes(said.chunk) for said in assembly.standing]
+    chunks = [codec.loads(chunk) for chunk in raw]
     reply = Reply()
     for chunk in chunks:
         reply.add(chunk)
     finishes = reply.finish_reasons
     if len(finishes) >= _choices(body) and all(finishes.values()):
-        return Begun("", len(chunks), chunks[0], whole=True)
+        return Begun("", len(raw), tokens_in(raw), chunks[0], whole=True)
     text = _plain_text(reply)
-    return Begun(text, len(chunks), chunks[0]) if text and not _more_than_text(body) else None
+    return Begun(text, len(raw), tokens_in(raw), chunks[0]) if text and not _more_than_text(body) else None
 
 
 def _choices(body: Mapping[str, object]) -> int:

@@ -146,8 +146,8 @@ async def test_an_answer_that_broke_off_is_continued_from_what_stands(continuing
     check_continued(ended, [0, 1])
     assert await modes(continuing, request) == ["restart", "continue"]
     assert turn.reply[0]["content"] == text_of(ended.standing)
-    # The role's chunk is a delta as well: by klatch's own count, a token each.
-    assert (settled.usage.completion_tokens, settled.usage.estimated) == (9, True)
+    # By klatch's own count of what stood: the role's chunk is none.
+    assert (settled.usage.completion_tokens, settled.usage.estimated) == (8, True)
 
 
 async def test_an_answer_that_breaks_off_twice_is_continued_twice(continuing: Generation) -> None:
@@ -168,7 +168,7 @@ async def test_a_limit_on_tokens_holds_for_the_whole_answer(continuing: Generati
     async with continuing.worker():
         request = await continuing.admit("", body=body, on_crash="continue")
         await continuing.ended(request)
-    assert [call.body["max_tokens"] for call in continuing.upstream.calls] == [100, 95]
+    assert [call.body["max_tokens"] for call in continuing.upstream.calls] == [100, 96]
 
 
 async def test_a_count_that_the_client_is_shown_is_the_whole_answers(continuing: Generation) -> None:
@@ -179,7 +179,7 @@ async def test_a_count_that_the_client_is_shown_is_the_whole_answers(continuing:
     assert ended.end is not None
     assert ended.end.usage is not None
     [trailer] = ended.end.trailer
-    assert json.loads(json.dumps(trailer["usage"]))["completion_tokens"] == ended.end.usage.completion_tokens == 9
+    assert json.loads(json.dumps(trailer["usage"]))["completion_tokens"] == ended.end.usage.completion_tokens == 8
     assert trailer["id"] == codec.loads(bytes(ended.standing[0].chunk))["id"]
 
 

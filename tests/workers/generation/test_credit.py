@@ -22,11 +22,11 @@ from klatch_schemas.events import (
 )
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 from klatch_streams.admission import Admission
+from klatch_streams.counting import Count, tokens_in
 from klatch_streams.decider_owner import DeciderStage
 from klatch_streams.estimate import Estimate
 from klatch_streams.runner import Runner, RunnerSettings
 from klatch_workers.generation import credit
-from klatch_workers.generation.counting import Count, tokens_in
 
 GRANT = 40
 

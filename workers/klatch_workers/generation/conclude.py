@@ -3,10 +3,9 @@
 Both are made from the log's own account of the stream, so they agree with what every reader saw, and making them
 again after a crash makes the same records under the same ids. The billing rule: what the model server counted;
 where it sent no count (cancelled, cut, superseded), klatch's own of the text that stands and a bound on the prompt.
-Of a reply that was continued, the tokens of every attempt: the chunks that stood when the last one began, and what
-that one counted;
-the prompt is the last one's, in which its server also read the text it continued. Text that an attempt took back
-(`restart`) is not billed: the tenant did not get it.
+Of a reply that was continued, the tokens of every attempt: klatch's own count of what stood when the last one began,
+and what that one counted; the prompt is the last one's, in which its server also read the text it continued. Text that
+an attempt took back (`restart`) is not billed: the tenant did not get it.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from klatch_schemas.events import (
     Usage,
     UsageSettled,
 )
-from klatch_workers.generation.counting import tokens_in
+from klatch_streams.counting import tokens_in
 
 PriceOf = Callable[[str, str], Prices | None]
 """What a model costs at a deployment, where it is known."""

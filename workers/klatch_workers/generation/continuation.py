@@ -2,7 +2,7 @@
 
 The server answers as if it began: with an id of its own, a role, and a count of what it wrote itself. The writer, not
 each reader, makes the rest fit what stands (traps 12 and 13): `id`, `created`, `model` and `system_fingerprint` are
-those of the first chunk, no delta repeats the role, and a count of tokens holds what stood before, a token a delta.
+those of the first chunk, no delta repeats the role, and a count of tokens holds what stood before, as klatch counts it.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def rest_of(call: ModelCall, begun: Begun) -> ModelCall:
     body = dict(call.body)
     for name in _LIMITS:
         if isinstance(limit := body.get(name), int):
-            body[name] = max(1, limit - begun.deltas)
+            body[name] = max(1, limit - begun.tokens)
     return replace(call, body=body, prefix=begun.text)
 
 
@@ -38,16 +38,16 @@ def fitted(raw: bytes, begun: Begun) -> bytes:
         if isinstance(delta := choice.get("delta"), dict):
             cast("Json", delta).pop("role", None)
     if isinstance(usage := chunk.get("usage"), dict):
-        chunk["usage"] = _with_before(usage, begun.deltas)
+        chunk["usage"] = _with_before(usage, begun.tokens)
     return codec.dumps(chunk)
 
 
 def whole_usage(usage: Usage, begun: Begun) -> Usage:
     """What the whole reply used, of what the server counted for the rest."""
-    tokens = usage.completion_tokens + begun.deltas
+    tokens = usage.completion_tokens + begun.tokens
     return usage.model_copy(update={"completion_tokens": tokens, "estimated": True})
 
 
-def _with_before(usage: Mapping[str, Any], deltas: int) -> Json:
+def _with_before(usage: Mapping[str, Any], tokens: int) -> Json:
     known = {name: count for name in ("completion_tokens", "total_tokens") if isinstance(count := usage.get(name), int)}
-    return {**usage, **{name: count + deltas for name, count in known.items()}}
+    return {**usage, **{name: count + tokens for name, count in known.items()}}

@@ -17,8 +17,8 @@ from klatch_schemas.chunks import Json
 from klatch_schemas.events import ChatAdmitted, UsageRunning
 from klatch_schemas.records import Draft
 from klatch_schemas.topics import CHAT_REQUESTS
+from klatch_streams.counting import Count
 from klatch_streams.log import LogError
-from klatch_workers.generation.counting import Count
 from klatch_workers.generation.means import RUNNING, Effects, Means
 from klatch_workers.generation.table import Tracked
 

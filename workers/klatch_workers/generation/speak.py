@@ -58,7 +58,7 @@ class Attempt:
         prefix = codec.delta_prefix(opening.request, opening.attempt, opening.writer)
         self.trailer.clear()
         if self._credit:
-            self._credit.begin(self.begun.deltas if self.begun else 0)
+            self._credit.begin(self.begun.tokens if self.begun else 0)
         async with gateway.stream(rest_of(call, self.begun) if self.begun else call) as reply:
             self.deployment, self.upstream_request = reply.deployment, reply.upstream_request_id
             async for chunks in reply:

@@ -7,7 +7,7 @@ what was counted before: the last stands, and is never added to another (trap 27
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import msgspec
 
@@ -113,11 +113,11 @@ def _length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _any_text(delta: Mapping[str, Any]) -> int:
+def _any_text(delta: Mapping[str, object]) -> int:
     said = {name: value for name, value in delta.items() if name in _TEXTS or name in {"tool_calls", "function_call"}}
     return len(codec.dumps(list(said.values()))) - 2 if any(said.values()) else 0
 
 
-def _objects(listed: object) -> list[dict[str, Any]]:
+def _objects(listed: object) -> list[dict[str, object]]:
     items = cast("list[object]", listed) if isinstance(listed, list) else []
-    return [cast("dict[str, Any]", item) for item in items if isinstance(item, dict)]
+    return [cast("dict[str, object]", item) for item in items if isinstance(item, dict)]
