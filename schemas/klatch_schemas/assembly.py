@@ -19,6 +19,7 @@ from klatch_schemas.events import (
     StreamAttempt,
     StreamCancel,
     StreamEnd,
+    StreamError,
     StreamRetract,
 )
 
@@ -69,6 +70,12 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
 
     status: Status
     end: StreamEnd | None
+    """The end that counts, or the one that followed a cancel, if it has been heard: it tells the usage."""
+
+    @property
+    def error(self) -> StreamError | None:
+        """Why it was not completed. Not what an end says that a cancel came before: it meant another outcome."""
+        return None if self.end is None or self.status == "cancelled" else self.end.error
 
 
 class Settled(msgspec.Struct, frozen=True, gc=False):

@@ -218,6 +218,6 @@ def raise_unless_completed(ended: Ended) -> None:
     """Raise the error that a stream ended with, if it did not complete."""
     if ended.status == "completed":
         return
-    if ended.end and ended.end.error:
-        raise error_of(ended.end.error)
+    if ended.error:
+        raise error_of(ended.error)
     raise error_of(StreamError(code=ended.status, message=f"the request was {ended.status}"))

@@ -15,7 +15,7 @@ from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Said, Standing, StreamState, fold
 from klatch_schemas.codec import Delta
 from klatch_schemas.errors import KlatchError, StreamBroken, Superseded
-from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd, StreamRetract
+from klatch_schemas.events import Status, StreamAttempt, StreamCancel, StreamEnd, StreamError, StreamRetract
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 
 REQUEST, ACME, TALK = RequestId("r1"), Tenant("acme"), Conversation("c1")
@@ -77,6 +77,7 @@ class Scribe:
 
     def end(self, who: int, lost: int) -> None:
         writing = self._writing(who, Writer("admission"))
+        completed = writing.attempt > 0 and writing.seq % 2 == 0
         self.log.append(
             StreamEnd(
                 request=REQUEST,
@@ -85,7 +86,8 @@ class Scribe:
                 attempt=writing.attempt,
                 writer=writing.name,
                 seq=writing.seq + lost,
-                status="completed" if writing.attempt else "rejected",
+                status="completed" if completed else "failed" if writing.attempt else "rejected",
+                error=None if completed else StreamError(code="model_error", message=f"after {writing.seq}"),
             )
         )
 
@@ -105,6 +107,11 @@ _steps = st.sampled_from(["speak"] * 14 + ["open"] * 4 + ["repeat"] * 3 + ["retr
     lambda name: st.tuples(st.just(name), *_CHOICES[name])
 )
 _first = st.just(("open", 0, "restart", 1))
+_ends = st.lists(st.sampled_from([("cancel",), ("end", -1, 0)]), min_size=1, max_size=3)
+_over = st.tuples(_first, st.lists(_steps, max_size=25), _ends).map(
+    lambda steps: _written([steps[0], *steps[1], *steps[2]])
+)
+"""Logs of streams that have ended, most of them by a cancel and an end that raced each other."""
 _logs = st.tuples(_first | _steps, st.lists(_steps, max_size=25)).map(lambda steps: _written([steps[0], *steps[1]]))
 
 
@@ -169,6 +176,8 @@ class Reader:
     shown_at: list[int] = field(default_factory=list[int])
     """How long the log was then."""
     ended: bool = False
+    outcome: tuple[Status, StreamError | None] | None = None
+    """How it was told that the stream ended."""
     error: KlatchError | None = None
     failed_at: int = 0
 
@@ -189,7 +198,7 @@ class Reader:
         for one in said:
             assert not self.ended, "something was shown after the end"
             if isinstance(one, Ended):
-                self.ended = True
+                self.ended, self.outcome = True, (one.status, one.error)
             else:
                 self.shown.append(one.offset)
                 self.shown_at.append(at)
@@ -260,6 +269,13 @@ def test_a_stream_ends_once_for_everybody(log: list[Said]) -> None:
         ends += isinstance(heard, Ended)
     assert ends <= 1
     assert (state.status is not None) == truth(log).over
+
+
+@settings(max_examples=200)
+@given(_over, st.integers(0, 30))
+def test_whoever_joins_at_any_time_is_told_the_same_outcome(log: list[Said], joined: int) -> None:
+    late, reader = Reader(log, len(log)).read(), Reader(log, min(joined, len(log))).read()
+    assert late.error or reader.error or reader.outcome == late.outcome
 
 
 @settings(max_examples=200)

@@ -9,6 +9,8 @@ import pytest
 from klatch_schemas.assembly import Ended, Standing
 from klatch_schemas.client import Shown, shown_of
 from klatch_schemas.errors import Cancelled
+from klatch_schemas.events import StreamEnd, StreamError
+from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 
 CHUNK = {"choices": [{"index": 0, "delta": {"content": "so far"}}]}
 
@@ -20,3 +22,16 @@ def test_a_late_reader_of_a_cancelled_reply_is_shown_what_stands_and_then_the_er
     assert first.text == "so far"
     with pytest.raises(Cancelled):
         next(shown)
+
+
+def test_an_end_that_a_cancel_came_before_tells_a_late_reader_of_no_other_outcome() -> None:
+    meant = StreamEnd(
+        request=RequestId("r"),
+        tenant=Tenant("acme"),
+        conversation=Conversation("c"),
+        writer=Writer("w"),
+        status="expired",
+        error=StreamError(code="deadline_exceeded", message="too late"),
+    )
+    with pytest.raises(Cancelled):
+        next(shown_of([Ended("cancelled", meant)]))

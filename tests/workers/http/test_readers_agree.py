@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from tests.workers.http.conftest import Kit
 
 PLACE = Partition("chat.stream", 0)
-KINDS = ("plain", "restart", "continue", "cancelled", "cancelled before", "retracted", "zombie", "failed", "refused")
+KINDS = (
+    *("plain", "restart", "continue", "cancelled", "cancelled before", "retracted", "zombie", "failed", "refused"),
+    *("cancelled, then failed", "cancelled, then refused"),
+)
+FAILED = StreamError(code="model_error", message="it failed")
+REFUSED = StreamError(code="rate_limit_exceeded", message="too many")
 
 
 class Seen(NamedTuple):
@@ -70,10 +75,12 @@ class Writing:
             case "continue":
                 goes_on = [open_(request, 2, "continue"), *more[:1], *say(request, 2, 0, 4), end(request, 2, 4)]
                 return [*first, *goes_on, *more[1:], end(request, 1, 9)]
-            case "cancelled":
-                return [*first, self._cancel(request), *more, end(request, 1, 9)]
-            case "cancelled before":
-                return [self._cancel(request), *first, end(request, 0, 0)]
+            case "cancelled" | "cancelled, then failed":
+                error = FAILED if kind.endswith("failed") else None
+                return [*first, self._cancel(request), *more, end(request, 1, 9, error=error)]
+            case "cancelled before" | "cancelled, then refused":
+                spoke = first if kind.endswith("before") else []
+                return [self._cancel(request), *spoke, end(request, 0, 0, error=None if spoke else REFUSED)]
             case "retracted":
                 takes_back = self._event(StreamRetract(**self._named(request), from_seq=3))
                 return [*first, takes_back, *more, end(request, 1, 9)]
@@ -85,9 +92,9 @@ class Writing:
                 ]
                 return [*first, *dead, *more, *dead[1:], end(request, 1, 9), *dead[1:]]
             case "failed":
-                return [*first, end(request, 1, 5, error=StreamError(code="model_error", message="it failed"))]
+                return [*first, end(request, 1, 5, error=FAILED)]
             case _:
-                return [end(request, 0, 0, error=StreamError(code="rate_limit_exceeded", message="too many"))]
+                return [end(request, 0, 0, error=REFUSED)]
 
     @staticmethod
     def _named(request: str) -> dict[str, Any]:
@@ -210,7 +217,7 @@ async def test_late_readers_agree_byte_for_byte_at_every_place(kits: Any, seed: 
         await writing.write()
         _, end = await kit.log.bounds(PLACE)
         outcomes = set[str]()
-        for request in writing.names.values():
+        for kind, request in writing.names.items():
             places = [
                 record.offset
                 for record in kit.log.records(PLACE.topic)
@@ -220,6 +227,7 @@ async def test_late_readers_agree_byte_for_byte_at_every_place(kits: Any, seed: 
                 told = await by_fold(kit.log, request, after)
                 assert await by_client(kit.log, request, after, dice, end) == told, (request, after)
                 assert await by_events(kit, request, after) == told, (request, after)
+                assert (told.outcome == "cancelled") == kind.startswith("cancelled"), (request, after)
                 outcomes.add(told.outcome)
         assert outcomes == {"completed", "superseded", "cancelled", "model_error", "rate_limit_exceeded"}
 

@@ -73,7 +73,7 @@ def error_of_end(ended: Ended) -> KlatchError | None:
     """The error that a stream ended with; None if it was completed."""
     if ended.status == "completed":
         return None
-    said = ended.end.error if ended.end else None
+    said = ended.error
     if said is None:
         error, message = _ENDINGS[ended.status]
         return error(message)
