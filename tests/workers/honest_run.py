@@ -20,6 +20,7 @@ from klatch_schemas.events import (
     StreamAttempt,
     StreamCancel,
     StreamEnd,
+    StreamError,
     TurnFinished,
     Usage,
     UsageSettled,
@@ -224,3 +225,18 @@ def cancelled_late_billed(tokens: int) -> Evidence:
     seen = [Observation("live", ONE, said("c1", 0, 1), "cancelled")]
     calls = [ModelCall("c1", ONE, 0.0, 320.0)]
     return troubled(replace(evidence, requests=bills, turns=turns, observations=seen, calls=calls), cancel="record")
+
+
+def raced(told: str) -> Evidence:
+    """A cancel came just before an end that meant to fail; a late reader over HTTP was told of this outcome."""
+    evidence = cancelled_late_billed(2)
+    first, rest = evidence.stream[:4], evidence.stream[5:]
+    usage = Usage(prompt_tokens=5, completion_tokens=2, estimated=True)
+    error = StreamError(code="model_error", message="it failed")
+    meant = end(ONE, "failed", 2, usage=usage, error=error)
+    late = Observation("late http", ONE, said("c1", 0, 1), told)
+    return replace(
+        evidence,
+        stream=entries("chat.stream", *[one.said for one in first], meant, *[one.said for one in rest]),
+        observations=[*evidence.observations, late],
+    )

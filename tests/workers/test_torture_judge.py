@@ -26,6 +26,7 @@ from tests.workers.honest_run import (
     http,
     kept,
     opening,
+    raced,
     refusal,
     rejected,
     requests,
@@ -116,6 +117,7 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
         {"ended_twice": 1},
     ),
     "a reader is told of another end than the log's": (lambda: http(said("c1", 0, 1, 2), "failed"), {"ended_twice": 1}),
+    "a late reader is told of the end that a cancel came before": (lambda: raced("failed"), {"ended_twice": 1}),
     "two readers are told different texts": (lambda: http(said("c9", 0, 1, 2), "completed"), {"ended_twice": 1}),
     "admission decided twice": (
         lambda: honest(admitted=entries("chat.admitted", admitted(ONE), admitted(TWO), refusal(ONE))),
@@ -270,13 +272,16 @@ def test_a_cancelled_request_that_is_billed_for_what_stands_is_no_violation() ->
 
 
 @pytest.mark.parametrize(
-    "evidence", [continued(said("c5", 1, 2)), rolled_back(remembered=False), rejected(if_busy="reject")]
+    "evidence",
+    [continued(said("c5", 1, 2)), rolled_back(remembered=False), rejected(if_busy="reject"), raced("cancelled")],
 )
 def test_what_a_request_asked_for_is_no_violation(evidence: Evidence) -> None:
     assert list(judge(evidence).violations) == []
 
 
-def test_it_tells_how_often_a_reply_was_continued_or_undone() -> None:
+def test_it_tells_how_often_a_reply_was_continued_or_undone_or_a_cancel_raced_an_end() -> None:
+    assert judge(raced("cancelled")).checked["raced"] == 1
+    assert judge(cancelled_late_billed(2)).checked["raced"] == 0
     assert judge(continued(said("c5", 1, 2))).checked["continued"] == 1
     assert judge(rolled_back(remembered=False)).checked["undone"] == 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from klatch_workers.torture import saved
+from klatch_workers.torture.campaign import Verdict
 from klatch_workers.torture.mutants import PACKAGES, Mutant, MutantLost, changed, fault_of, mutants, plant, source_of
 from klatch_workers.torture.run import Orders
 from klatch_workers.torture.schedule import Fault, schedule
@@ -90,7 +91,10 @@ def test_fewer_faults_need_less_time_and_never_more() -> None:
 # --- planted bugs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.name)
+CONTROL, *PLANTED = mutants()
+
+
+@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: mutant.name)
 def test_a_planted_bug_changes_its_module_into_another_that_compiles(mutant: Mutant) -> None:
     source = source_of(mutant).read_text()
     bug = changed(mutant, source)
@@ -98,14 +102,24 @@ def test_a_planted_bug_changes_its_module_into_another_that_compiles(mutant: Mut
     compile(bug, mutant.module, "exec")
 
 
+def test_the_control_is_klatch_as_it_is_and_must_stay_green(tmp_path: Path) -> None:
+    assert [one.name for one in (CONTROL, *PLANTED) if one.control] == ["control"]
+    packages, module = plant(CONTROL, tmp_path), PLANTED[0].module
+    assert (packages / module).read_text() == source_of(PLANTED[0]).read_text()
+    assert Verdict(CONTROL, {}, 1.0).as_meant
+    assert not Verdict(CONTROL, {"lost": 1}, 1.0).as_meant
+    assert not Verdict(PLANTED[0], {}, 1.0).as_meant
+    assert Verdict(PLANTED[0], {"lost": 1}, 1.0).as_meant
+
+
 def test_a_planted_bug_whose_text_is_gone_is_an_error() -> None:
-    mutant = mutants()[0]
+    mutant = PLANTED[0]
     with pytest.raises(MutantLost, match=f"{mutant.name}.*0 times"):
         changed(mutant, "something else")
 
 
 def test_workers_import_the_planted_bug_and_this_process_does_not(tmp_path: Path) -> None:
-    mutant = mutants()[0]
+    mutant = PLANTED[0]
     orders = mutant.orders(plant(mutant, tmp_path))
     place = json.dumps([str(tmp_path / package) for package in PACKAGES])
     look = f"import json, {', '.join(PACKAGES)}; print(json.dumps([p.__path__[0] for p in ({', '.join(PACKAGES)})]))"

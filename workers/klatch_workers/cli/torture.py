@@ -234,7 +234,7 @@ def _plant(asked: str, *, as_json: bool) -> int:
             raise click.ClickException(str(error)) from error
         _say(_line(verdicts[-1]))
     click.echo("\n".join(map(_line, verdicts)))
-    missed = [one.mutant.name for one in verdicts if not one.caught]
+    missed = [one.mutant.name for one in verdicts if not one.as_meant]
     if as_json:
         facts = [{"name": one.mutant.name, "counts": one.counts, "seconds": one.seconds} for one in verdicts]
         click.echo(json.dumps({"mutants": facts, "missed": missed}))
@@ -242,8 +242,11 @@ def _plant(asked: str, *, as_json: bool) -> int:
 
 
 def _line(verdict: "Verdict") -> str:
-    missed = f"MISSED: {verdict.mutant.missed}" if verdict.mutant.missed else "MISSED"
-    found = ", ".join(f"{kind} {number}" for kind, number in verdict.counts.items()) or missed
+    found = ", ".join(f"{kind} {number}" for kind, number in verdict.counts.items())
+    if verdict.mutant.control:
+        found = f"FOUND WITHOUT A BUG: {found}" if found else "nothing found"
+    elif not found:
+        found = f"MISSED: {verdict.mutant.missed}" if verdict.mutant.missed else "MISSED"
     return f"{verdict.mutant.name:>24}  {verdict.seconds:6.1f} s  {found}"
 
 

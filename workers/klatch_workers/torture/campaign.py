@@ -50,9 +50,9 @@ class Verdict:
     """Of the whole run, Kafka's start included."""
 
     @property
-    def caught(self) -> bool:
-        """Whether the run turned red."""
-        return bool(self.counts)
+    def as_meant(self) -> bool:
+        """Whether the run turned red; that of the control, whether it did not."""
+        return bool(self.counts) != self.mutant.control
 
 
 async def hunt(mutant: Mutant, say: Say) -> Verdict:

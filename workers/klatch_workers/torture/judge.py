@@ -63,6 +63,7 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "voided": sum(len(one.voided) for one in evidence.observations),
         "model_calls": len(evidence.calls),
         "published_twice": sum(len(case.published) > 1 for case in cases.values()),
+        "raced": sum(one.raced for one in told),
         "superseded": sum(one.attempts > 1 for one in told),
         "continued": sum(one.continued > 0 for one in told),
         "healed": sum(case.told.outcome == "completed" and "fails" in _script(case) for case in cases.values()),

@@ -19,7 +19,7 @@ from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 from klatch_streams.log import Log, LogError
 from klatch_workers.torture.evidence import Observation
 from klatch_workers.torture.system import Read, by_contract
-from klatch_workers.torture.told import text_of
+from klatch_workers.torture.told import outcome_told, text_of
 
 _AGAIN_S = 0.5
 
@@ -36,6 +36,8 @@ class LiveReader:
     """When its request was written; 0: the log does not hold it."""
     refused: bool = False
     settled: bool = False
+    raced: bool = False
+    """Whether a cancel came before an end that meant another outcome: who comes late must not hear of that."""
     bare: bool = False
     """Whether no bill is to come."""
     _reply: ReplyReader = field(default_factory=ReplyReader)
@@ -71,6 +73,9 @@ class LiveReader:
     def hear(self, offset: int, said: Said) -> None:
         """Take a record of the stream."""
         self._heard.append((offset, said))
+        self.raced = self.raced or (
+            isinstance(said, StreamEnd) and said.status != "cancelled" and self.outcomes[:1] == ["cancelled"]
+        )
         self.refused = self.refused or (
             isinstance(said, StreamEnd) and said.attempt == 0 and said.writer == "admission"
         )
@@ -106,8 +111,8 @@ class LiveReader:
             case Standing():
                 self._shown.append(heard)
                 self.chunks += 1
-            case Ended(status):
-                self.outcomes.append(status)
+            case Ended():
+                self.outcomes.append(outcome_told(heard))
             case None:
                 pass
 

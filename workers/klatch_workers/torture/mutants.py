@@ -2,7 +2,8 @@
 
 A mutant is planted into a copy of the four packages, which the workers then import before the installed ones; the kit
 itself, its readers and its judge stay as they are. `mutants.toml` holds them, each with the faults that find it
-fastest. A mutant whose text is not in its module any more is an error, and a test looks at all of them.
+fastest. A mutant whose text is not in its module any more is an error, and a test looks at all of them. The first one
+is none: the control, in whose run nothing may be found.
 """
 
 import re
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from klatch_workers.torture.asking import PATIENCE_S
 from klatch_workers.torture.run import Orders
 from klatch_workers.torture.schedule import Fault, Kind
 from klatch_workers.torture.system import Command, Klatch, Place, Read
@@ -46,15 +48,20 @@ class Mutant:
     missed: str = ""
     """Why the kit does not find it, if it does not."""
 
+    @property
+    def control(self) -> bool:
+        """Whether nothing is planted: the run has to stay green."""
+        return not self.module
+
     def orders(self, packages: Path) -> Orders:
-        """The run that has to turn red, on workers that import from `packages`."""
+        """The run that has to turn red, on workers that import from `packages`; that of the control, to stay green."""
         return Orders(
             self.seed,
             self.minutes,
             self.faults,
             static=self.static,
             system=Mutated(packages),
-            patience_s=_PATIENCE_S,
+            patience_s=PATIENCE_S if self.control else _PATIENCE_S,
         )
 
 
@@ -89,9 +96,9 @@ def _mutant(name: str, fields: Mapping[str, Any]) -> Mutant:
     return Mutant(
         name=name,
         breaks=fields["breaks"],
-        module=fields["module"],
-        old=fields["old"],
-        new=fields["new"],
+        module=fields.get("module", ""),
+        old=fields.get("old", ""),
+        new=fields.get("new", ""),
         faults=[fault_of(text) for text in fields.get("faults", ())],
         minutes=fields.get("minutes", 0.5),
         seed=fields.get("seed", 1),
@@ -125,11 +132,12 @@ def source_of(mutant: Mutant) -> Path:
 
 
 def plant(mutant: Mutant, folder: Path) -> Path:
-    """Copy the packages into `folder` with the bug; returns what to import from. Raises MutantLost."""
-    bug = changed(mutant, source_of(mutant).read_text())
+    """Copy the packages into `folder`, with the bug if there is one; returns what to import from. Raises MutantLost."""
+    bug = "" if mutant.control else changed(mutant, source_of(mutant).read_text())
     for package in PACKAGES:
         shutil.copytree(_folder(package), folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / mutant.module).write_text(bug)
+    if not mutant.control:
+        (folder / mutant.module).write_text(bug)
     return folder
 
 

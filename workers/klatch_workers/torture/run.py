@@ -132,7 +132,9 @@ async def _late_readers(load: Load, seed: int) -> list[Observation]:
     # Of the others a door would have to read more of the log than it is told to.
     since_ms = (time.time() - REMEMBERS_S / 2) * 1000
     recent = [request for request in load.accepted if load.live.reader(request).published_ms > since_ms]
-    chosen = random.Random(f"late {seed}").sample(recent, min(_LATE_READERS, len(recent)))  # noqa: S311 - no secret
+    random.Random(f"late {seed}").shuffle(recent)  # noqa: S311 - no secret
+    # Where cancel and end raced there is most to tell wrongly.
+    chosen = sorted(recent, key=lambda request: not load.live.reader(request).raced)[:_LATE_READERS]
     readers = [load.reader(load.asked[request], "late http", resumes_only=True) for request in chosen]
     try:
         async with asyncio.timeout(load.patience_s), asyncio.TaskGroup() as reading:

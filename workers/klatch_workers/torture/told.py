@@ -63,6 +63,12 @@ class Told:
         return self.assembly.state.status
 
     @property
+    def raced(self) -> bool:
+        """Whether a cancel came before an end that meant another outcome."""
+        end = self.assembly.end
+        return self.assembly.state.status == "cancelled" and end is not None and end.status != "cancelled"
+
+    @property
     def written(self) -> int:
         """The most deltas that one attempt wrote, whether they count or not: what a model was made to say at once.
 
@@ -105,6 +111,11 @@ def fold_stream(entries: Sequence[Entry]) -> Told:
         told.hear(entry)
     told.text = text_of(told.assembly.standing)
     return told
+
+
+def outcome_told(ended: Ended) -> str:
+    """How a stream ended for a reader that goes by the error it is told of, as clients do."""
+    return ENDS.get(ended.error.code, ended.status) if ended.error else ended.status
 
 
 def outcome_of(code: str) -> str:
@@ -179,7 +190,7 @@ def _observed(
     reader: str, request: RequestId, shown: Sequence[Standing | Ended], error: KlatchError | None = None
 ) -> Observation:
     text = text_of([one for one in shown if isinstance(one, Standing)])
-    ends = tuple(one.status for one in shown if isinstance(one, Ended))
+    ends = tuple(outcome_told(one) for one in shown if isinstance(one, Ended))
     if isinstance(error, Superseded):
         # It was told that its text is void, and begins anew, as a late reader does.
         return Observation(reader, request, "", None, voided=(text,), left=True)
