@@ -36,6 +36,9 @@ from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 
+_REMEMBERED = 10_000
+"""Of how many requests a client knows where it first sent them."""
+
 
 class Stream(NamedTuple):
     """Where a reply stands in the log."""
@@ -75,6 +78,7 @@ class Client:
         self._producer: AIOKafkaProducer | None = None
         self._places: AIOKafkaConsumer | None = None
         """Asked for the ends of partitions; reads nothing."""
+        self._begun = dict[RequestId, Stream]()
 
     async def __aenter__(self) -> Self:
         self._producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True)
@@ -102,8 +106,16 @@ class Client:
         )
 
     async def publish(self, request: ChatRequested) -> Stream:
-        """Write the request to the log; when this returns, it is accepted. Raises aiokafka's KafkaError."""
-        stream = await self._place(request)
+        """Write the request to the log; when this returns, it is accepted. Raises aiokafka's KafkaError.
+
+        A request may be sent again when it is not known whether it was written; it is answered once, and its stream
+        begins where this client first sent it. Another client that sends it again must be given that `Stream` to
+        read: the reply may have ended before its own place.
+        """
+        stream = self._begun.get(request.request) or await self._place(request)
+        stream = self._begun.setdefault(request.request, stream)
+        if len(self._begun) > _REMEMBERED:
+            del self._begun[next(iter(self._begun))]
         draft = codec.draft(
             self._namespace.of(CHAT_REQUESTS),
             request.tenant,
