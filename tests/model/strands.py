@@ -14,7 +14,7 @@ from tests.model.parts import Broken, Parts, Reader
 from klatch_schemas.assembly import Ended, Heard, Opened, Said, Settled, Spoke, Standing, StreamState
 from klatch_schemas.codec import Delta
 from klatch_schemas.errors import StreamBroken, Superseded
-from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd
+from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd, StreamError
 
 Text = tuple[int, ...]
 """A text, by the offsets of its deltas."""
@@ -112,7 +112,7 @@ class Strand:
         tokens = [self.tokens[at] for at in text]
         if [token.before for token in tokens] != [None, *tokens][: len(tokens)]:
             raise Broken(f"{reading}: was shown a spliced text: {[token.call for token in tokens]}")
-        if [end.status for end in ends] != ([told.status] if told.status else []):
+        if [(end.status, end.error) for end in ends] != ([(told.status, told.error)] if told.status else []):
             raise Broken(f"{reading}: was told the ends {ends}, where the stream is {told.status or 'open'}")
 
 
@@ -143,6 +143,7 @@ class _Told(msgspec.Struct, frozen=True):
     status: str | None
     settled: bool
     standing: Text
+    error: StreamError | None = None
 
 
 def _as_the_contract_says(records: tuple[Said, ...]) -> _Told:
@@ -158,7 +159,8 @@ def _as_the_contract_says(records: tuple[Said, ...]) -> _Told:
             text = []
         elif isinstance(said, Delta) and opening and (said.attempt, said.writer) == (opening.attempt, opening.writer):
             text.append(at)
-    return _Told(status, ended < len(records), tuple(text))
+    error = _error(records[ended]) if ended < cancelled else None
+    return _Told(status, ended < len(records), tuple(text), error)
 
 
 def _in_force(records: tuple[Said, ...], before: int) -> StreamAttempt | None:
@@ -177,3 +179,7 @@ def _closes(records: tuple[Said, ...], at: int, cancelled: int) -> bool:
 
 def _status(said: Said) -> str | None:
     return said.status if isinstance(said, StreamEnd) else None
+
+
+def _error(said: Said) -> StreamError | None:
+    return said.error if isinstance(said, StreamEnd) else None
