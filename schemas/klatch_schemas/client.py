@@ -82,17 +82,19 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True)
-        await self._producer.start()
         self._places = AIOKafkaConsumer(**self._options)
-        await self._places.start()
+        try:
+            await self._producer.start()
+            await self._places.start()
+        except BaseException:
+            await self._stop()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._places:
-            await self._places.stop()
-        await self._open_producer().stop()
+        await self._stop()
 
     def request(self, body: ChatBody, **envelope: Any) -> ChatRequested:
         """A request of this tenant with a new id; without a conversation it is one of its own.
@@ -150,8 +152,9 @@ class Client:
         consumer = AIOKafkaConsumer(
             **self._options, enable_auto_commit=False, auto_offset_reset="none", fetch_max_wait_ms=100
         )
-        await consumer.start()
         try:
+            # What did not start must be stopped as well: its connections are open.
+            await consumer.start()
             consumer.assign([place])
             consumer.seek(place, stream.start)
             live_from = (await consumer.end_offsets([place]))[place]
@@ -170,6 +173,11 @@ class Client:
         place = TopicPartition(topic, partition)
         end = (await self._places.end_offsets([place]))[place]
         return Stream(request.tenant, request.request, request.conversation, partition, end)
+
+    async def _stop(self) -> None:
+        for part in (self._places, self._producer):
+            if part:
+                await part.stop()
 
     def _open_producer(self) -> AIOKafkaProducer:
         if self._producer is None:
