@@ -98,7 +98,7 @@ class Settings(BaseModel):
     group's session time-out (Kafka's static membership). Two processes of one name throw each other out."""
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
     """Requests under way at once, per partition."""
-    verdict_patience_s: Annotated[float, Field(gt=0)] = 60.0
+    verdict_patience_s: Annotated[float, Field(gt=0)] = 300.0
     """How long a request whose turn it is waits for trust's verdict before it ends `failed` (`unavailable`)."""
     drain_s: Annotated[float, Field(ge=0)] = 10.0
     """How long work in flight may go on after a stop or a rebalance."""

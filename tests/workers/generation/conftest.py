@@ -69,7 +69,7 @@ class Generation:
     log: Log
     upstream: Upstream
     book: Book = field(default_factory=Book)
-    verdict_patience_s: float = 60.0
+    verdict_patience_s: float = 300.0
     continues: Continues = "none"
     """How workers believe that the upstream continues."""
     _written: int = 0

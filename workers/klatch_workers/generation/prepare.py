@@ -94,7 +94,7 @@ class Preparer:
     """Asked for instead of the request's own model, if set."""
     timeouts: Timeouts = Timeouts()
     recall_patience_s: float = 1.0
-    verdict_patience_s: float = 60.0
+    verdict_patience_s: float = 300.0
     """How long screening may take for a request whose turn it is: without a verdict nothing reaches a model."""
     renderer: Prompts = field(default_factory=Prompts)
 
