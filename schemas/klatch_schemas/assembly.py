@@ -75,7 +75,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     @property
     def error(self) -> StreamError | None:
         """Why it was not completed. Not what an end says that a cancel came before: it meant another outcome."""
-        return None if self.end is None or self.status == "cancelled" else self.end.error
+        return self.end.error if self.end and self.end.status == self.status else None
 
 
 class Settled(msgspec.Struct, frozen=True, gc=False):
