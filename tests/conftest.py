@@ -1,10 +1,11 @@
 """Fixtures that every test folder may use."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from klatch_workers.kafka import Cluster
 
@@ -25,6 +26,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 _VLLM_LANE = Path(__file__).with_name("vllm")
+
+
+@pytest.fixture(autouse=True)
+def _plain_logs() -> Iterator[None]:
+    """A command that a test runs in this process sets up its logs: the next test must not inherit them."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -210,9 +210,12 @@ class Producer:
                 try:
                     async with asyncio.timeout(self._options.delivery_s):
                         await producer.start()
-                except (kafka.KafkaError, TimeoutError) as error:
+                except BaseException as error:
+                    # Cancelled as well: what is left behind would hold its connections.
                     await _abandon(producer)
-                    raise AppendFailed(f"no Kafka answers at {self._options.bootstrap}: {error!r}") from error
+                    if isinstance(error, kafka.KafkaError | TimeoutError):
+                        raise AppendFailed(f"no Kafka answers at {self._options.bootstrap}: {error!r}") from error
+                    raise
                 self._producer = producer
             return self._producer
 
