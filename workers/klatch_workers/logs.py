@@ -26,7 +26,8 @@ def configure_logs(level: str, *, human: bool | None = None) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        # A few microseconds a line; cached, a logger would keep what was configured when it first spoke.
+        cache_logger_on_first_use=False,
     )
     # The Kafka client logs every reconnect of a broker that restarts; what matters of it is a fact of ours.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s %(levelname)s %(message)s")
