@@ -23,7 +23,7 @@ _CLOSE_S = 0.000_5
 class Batches:
     """Appends to the partitions of one topic, in the order of `write`, each draft naming its partition."""
 
-    def __init__(self, log: Log, interval_s: float = 0.010, most: int = 500, room_bytes: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, log: Log, interval_s: float = 0.020, most: int = 500, room_bytes: int = 4 * 1024 * 1024) -> None:
         """`room_bytes` may wait or be on their way for each partition before `room` makes writers wait."""
         self._log = log
         self._room_bytes = room_bytes

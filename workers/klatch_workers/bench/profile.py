@@ -13,7 +13,8 @@ from klatch_workers.bench.report import KLATCH
 from klatch_workers.bench.rig import MODEL, Rig, Say, profile_file, rig
 
 _MOST = 25
-_HANDLE = "asyncio/events.py:Handle._run"
+_LOOP = ("asyncio/events.py:Handle._run", "asyncio/runners.py:Runner.run")
+"""What calls whatever an event loop runs: asyncio's own; or uvloop's, whose frames are not seen."""
 
 
 async def profile(folder: Path, stages: Sequence[str], load: Paced, say: Say) -> str:
@@ -50,7 +51,7 @@ def table(stage: str, stacks: dict[str, int], us_a_chunk: float) -> str:
     for stack, times in stacks.items():
         frames = stack.split(";")
         own[frames[0]] += times
-        at = frames.index(_HANDLE) if _HANDLE in frames else len(frames)
+        at = next((frames.index(frame) for frame in _LOOP if frame in frames), len(frames))
         # A coroutine's frames begin where the event loop stepped it.
         woken[frames[at - 1] if 0 < at < len(frames) else "the event loop itself"] += times
         for frame in set(frames[: at + 1]):

@@ -24,7 +24,7 @@ REQUESTS: Final = "bench.relay.requests"
 TOKENS: Final = "bench.relay.tokens"
 PARTITIONS: Final = 8
 
-_INTERVAL_S = 0.010
+_INTERVAL_S = 0.020
 _PAUSE_S = 0.005
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 _DONE = b"data: [DONE]"

@@ -7,6 +7,7 @@ while costs no operator; `--once` ends with 1 instead. With `--json` facts are p
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from typing import Any
@@ -15,11 +16,15 @@ import click
 import structlog
 
 from klatch_streams.supervise import supervise
+from klatch_workers import event_loop
 from klatch_workers.logs import configure_logs
 from klatch_workers.settings import Settings, UnknownSetting, read_settings
 from klatch_workers.wiring import STAGES, Begin, MissingSetting, WrongSetup, run_stage
 
 log = structlog.get_logger(__name__)
+
+NICENESS = {"views": 10}
+"""Of stages that nobody waits for: where all share a machine, requests come first."""
 
 
 @click.command()
@@ -44,9 +49,10 @@ def worker(stage: str, once: bool, as_json: bool, wait: bool, **options: Any) ->
         raise click.UsageError(str(error)) from error
     configure_logs(settings.log_level)
     names = list(STAGES) if stage == "all" else [stage]
+    os.nice(NICENESS.get(stage, 0))
     try:
         begin = _told(settings) if wait else _at_once(settings)
-        asyncio.run(_work(names, begin, settings.drain_s, once=once, as_json=as_json))
+        event_loop.run(_work(names, begin, settings.drain_s, once=once, as_json=as_json))
     except* MissingSetting as errors:
         _fail(stage, errors, 2)
     except* WrongSetup as errors:

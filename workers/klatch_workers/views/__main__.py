@@ -7,6 +7,7 @@ import sys
 import structlog
 
 from klatch_streams.log import LogError
+from klatch_workers import event_loop
 from klatch_workers.logs import configure_logs
 from klatch_workers.settings import UnknownSetting, read_settings
 from klatch_workers.views.run import ViewsFailed, run_views
@@ -31,6 +32,6 @@ async def _main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(asyncio.run(_main()))
+        sys.exit(event_loop.run(_main()))
     except UnknownSetting as unknown:
         sys.exit(f"error: {unknown}")
