@@ -19,6 +19,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from klatch_workers.cli import main
+from klatch_workers.model_keys import ModelKeys
+from klatch_workers.models_file import read_models
 from klatch_workers.settings import PREFIX, Settings, host_port, read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +65,25 @@ def test_the_schema_finds_what_the_specification_does_not_have() -> None:
     assert any("restarts" in problem for problem in problems(broken))
 
 
+def outside(service: dict[str, Any], path: str) -> str:
+    """A path of a container as the file here that is mounted there."""
+    mounts = [said.split(":") for said in service.get("volumes", [])]
+    return next((str(COMPOSE / source) for source, target, *_ in mounts if target == path), path)
+
+
 @pytest.mark.parametrize("service", OURS)
 def test_a_service_runs_a_command_that_klatch_has(service: str) -> None:
-    parse(OURS[service]["command"])
+    parse([outside(OURS[service], said) for said in OURS[service]["command"]])
+
+
+def test_routes_and_their_keys_are_files_that_klatch_reads_and_the_keys_a_secret_of_who_calls_models() -> None:
+    assert read_models(COMPOSE / "models.toml") == []
+    file = COMPOSE / default_of(FILE["secrets"]["model_keys"]["file"])
+    assert ModelKeys(file).missing(["any"]) == ["any"]
+    for service in ("generation", "http"):
+        assert OURS[service]["environment"]["KLATCH_KEYS_FILE"] == "/run/secrets/model_keys"
+        assert OURS[service]["secrets"] == ["model_keys"]
+        assert "KLATCH_MODEL_URL" in OURS[service]["environment"]
 
 
 def test_a_command_that_klatch_does_not_have_is_found() -> None:

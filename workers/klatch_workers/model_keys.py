@@ -14,7 +14,7 @@ or a token that is renewed needs no restart. Reading happens in the event loop: 
 import asyncio
 import time
 import tomllib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +77,11 @@ class ModelKeys:
         """Read the file now. Raises MisconfiguredError for one that cannot be used."""
         if self._path is not None:
             self._file(self._path)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of some names that the file does not have. Raises MisconfiguredError."""
+        there = self._file(self._path).keys if self._path is not None else {}
+        return [name for name in names if name not in there]
 
     async def _key(self, name: str) -> str:
         if self._path is None:

@@ -106,10 +106,12 @@ class Context:
 
     @property
     def model_settings(self) -> Settings:
-        """The settings, with the model server of a running `klatch up` where none is set."""
+        """The settings, with the model server and the keys file of a running `klatch up` where none is set."""
         url, key = self._chosen("model_url", "model_url"), self._chosen("model_key", "model_key")
         secret = SecretStr(key) if isinstance(key, str) else key
-        return self.settings.model_copy(update={"model_url": url, "model_key": secret})
+        keys = self._chosen("keys_file", "keys_file")
+        said = {"model_url": url, "model_key": secret, "keys_file": Path(keys) if keys else None}
+        return self.settings.model_copy(update=said)
 
     def door(self) -> DoorAddress:
         """The door with its key. Raises CommandFailed when there is no key."""

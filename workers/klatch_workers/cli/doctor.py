@@ -63,7 +63,7 @@ def _setup(context: Context) -> Setup:
     internal = settings.internal_key.get_secret_value() if settings.internal_key else run.get("internal_key")
     model_key = settings.model_key.get_secret_value() if settings.model_key else run.get("model_key")
     return Setup(
-        settings=settings,
+        settings=context.model_settings,
         environment=os.environ,
         data=settings.data,
         pids=cast("dict[str, int]", run.get("pids") or {}),

@@ -1,17 +1,20 @@
-"""Checks of Kafka: reachable, topics as the table says, stages alive and keeping up, dead letters, the clock."""
+"""Checks of Kafka: reachable, topics as in the table, stages alive and keeping up, dead letters, clock; then routes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
+from klatch_schemas.events import ModelRouted
 from klatch_schemas.records import Partition
-from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_TURNS, DEAD_LETTERS, Namespace, Topic
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_TURNS, DEAD_LETTERS, MODELS, Namespace, Topic
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog, Unreachable
+from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log, LogError
 from klatch_streams.topic_admin import check, describe_topics
 from klatch_workers.doctor.findings import Finding, Findings, Setup
 from klatch_workers.doctor.group_facts import Group, clock_skew_ms, cluster_admin, groups
+from klatch_workers.doctor.routes import routes
 from klatch_workers.redrive.letters import Wanted, read_letters
 
 _STAGES: Final[Mapping[str, tuple[Topic, bool]]] = {
@@ -69,6 +72,11 @@ async def _inside(setup: Setup, options: KafkaOptions, log: Log) -> AsyncIterato
         if DEAD_LETTERS.name in there:
             yield await _dead_letters(log, there[DEAD_LETTERS.name], setup.namespace)
         yield _clock(await clock_skew_ms(admin))
+    if MODELS.name in there:
+        async with await Ledger[ModelRouted].open(log, MODELS, setup.namespace, ModelRouted) as ledger:
+            routed = sorted(ledger.values(), key=lambda route: route.alias)
+        async for finding in routes(setup, routed):
+            yield finding
 
 
 async def _stage(log: Log, topic: str, stage: str, group: Group, *, needed: bool) -> Finding:

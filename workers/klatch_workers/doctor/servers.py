@@ -26,7 +26,7 @@ async def model(setup: Setup) -> Finding:
         if "model" in setup.pids:
             return Finding("model", "ok", "`klatch up` runs the local model")
         says = "no model server is named here, so none was asked"
-        return Finding("model", "warning", says, "set KLATCH_MODEL_URL as for the generation worker")
+        return Finding("model", "warning", says, "set KLATCH_MODEL_URL as the generation worker has it, or route all")
     url = setup.model.url.rstrip("/")
     try:
         listed = await _ask("GET", f"{url}/models", setup.model.key)

@@ -288,6 +288,7 @@ def _write_run_file(running: Everything) -> None:
         "memory_url": settings.memory_url,
         "model_url": settings.model_url,
         "model_key": settings.model_key.get_secret_value() if settings.model_key else None,
+        "keys_file": str(settings.keys_file.absolute()) if settings.keys_file else None,
     }
     write_private(running.settings.data / "run.json", json.dumps(facts, indent=1))
 
