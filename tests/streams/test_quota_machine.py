@@ -40,6 +40,7 @@ from klatch_streams.admission import HOLD_MS, Admission, advanced
 from klatch_streams.estimate import Estimate
 from klatch_streams.kernel import Emit, Input
 from klatch_streams.quota.calendar import moment
+from klatch_streams.quota.counters import SHARDS, Counter
 from klatch_streams.quota.ledger import Ledger
 from klatch_streams.seen import MEMORY_MS
 
@@ -50,6 +51,11 @@ START = 1_801_396_800_000 - 2 * DAY_MS
 """Two days before a month begins."""
 MINUTE = 60_000
 PRICES = {"small": TokenPrice(prompt=500_000, completion=1_000_000), "large": TokenPrice(completion=3_000_000)}
+
+EVERYTHING = (None, None, None)
+BUDGETS = ("tokens_per_day", "tokens_per_month", "cost_micros_per_day", "cost_micros_per_month")
+NOTHING = UsageSettled(request=RequestId("never-asked"), tenant=ACME, status="completed", usage=Usage())
+"""Settles what was never reserved."""
 
 _few = st.none() | st.integers(0, 4)
 _many = st.none() | st.integers(30, 300)
@@ -105,7 +111,7 @@ class Reference:
     def scopes(self, asked: ChatRequested) -> dict[tuple[str | None, ...], Limits]:
         """By the values of its dimensions, the limits of every scope of a request."""
         values = (asked.use_case, asked.person or "", str(asked.body["model"]))
-        found: dict[tuple[str | None, ...], Limits] = {(None, None, None): self.limits}
+        found: dict[tuple[str | None, ...], Limits] = {EVERYTHING: self.limits}
         named: dict[tuple[str | None, ...], tuple[int, ...]] = {}
         for one in self.rules:
             names = (one.use_case, one.person, one.model)
@@ -115,6 +121,19 @@ class Reference:
                 if rank >= named.get(scope, ()):
                     named[scope], found[scope] = rank, one.limits
         return found
+
+    def room(self, fact: Fact, now_ms: int) -> float:
+        """How many more completion tokens the budgets of a running request's scopes allow it now."""
+        left = float("inf")
+        price = PRICES[str(fact.asked.body["model"])].completion
+        for scope, limits in self.scopes(fact.asked).items():
+            if scope in fact.scopes:
+                for name in BUDGETS:
+                    if (most := cast("int | None", getattr(limits, name))) is not None:
+                        rest = most - self.used(scope, now_ms)[name]
+                        # A millionth is kept back for what rounding up adds.
+                        left = min(left, rest if name.startswith("tokens") else (rest - 1) * 1_000_000 // price)
+        return max(0, left)
 
     def used(self, scope: tuple[str | None, ...], now_ms: int, window_ms: int = MINUTE) -> dict[str, int]:
         """What a scope has used of each kind, with a minute that is `window_ms` long."""
@@ -168,7 +187,7 @@ class Quotas(RuleBasedStateMachine):
     def set(self, limits: Limits, rules: Sequence[LimitRule]) -> None:
         self.say(QuotaLimitSet(tenant=ACME, limits=limits, rules=tuple(rules), prices=PRICES))
         self.model.limits, self.model.rules = limits, tuple(rules)
-        for name in ("tokens_per_day", "tokens_per_month", "cost_micros_per_day", "cost_micros_per_month"):
+        for name in BUDGETS:
             self.highest[name] = max(self.highest.get(name, 0), _most(limits, name))
 
     @rule(
@@ -229,7 +248,7 @@ class Quotas(RuleBasedStateMachine):
     @rule(data=st.data())
     def hear_again(self, data: st.DataObject) -> None:
         """A producer sends a request again, or a worker its settlement."""
-        said = data.draw(st.sampled_from(self.log)).event
+        said = data.draw(st.sampled_from([one for one in self.log if one.event is not NOTHING])).event
         if isinstance(said, ChatRequested | UsageSettled):
             asked = isinstance(said, ChatRequested)
             fact = self.model.facts.get(said.request)
@@ -238,6 +257,18 @@ class Quotas(RuleBasedStateMachine):
                 before = _plain(advanced(self.state, self.now))
                 assert not self.say(said)
                 assert _plain(self.state) == before
+
+    @precondition(lambda self: self.state.counters.count)
+    @rule(quiet_ms=st.sampled_from([0, MINUTE, 40 * DAY_MS]))
+    def traffic(self, quiet_ms: int) -> None:
+        """Others' records, a second apart: counters in which nothing matters any more are forgotten, and only they."""
+        self.now += quiet_ms
+        self.say(NOTHING)
+        idle = {key for key, one in self._counters() if one.at(moment(self.now)).idle}
+        for _ in range(SHARDS):
+            self.now += 1_000
+            self.say(NOTHING)
+        assert not idle & {key for key, _ in self._counters()}
 
     @rule()
     def snapshot(self) -> None:
@@ -257,15 +288,15 @@ class Quotas(RuleBasedStateMachine):
 
     @invariant()
     def real_use_stays_within_every_budget_that_was_in_force(self) -> None:
-        for name, used in self.model.used((None, None, None), self.now).items():
+        for name, used in self.model.used(EVERYTHING, self.now).items():
             assert used <= self.highest.get(name, float("inf")), name
 
     @invariant()
     def the_ledger_holds_what_the_facts_come_to(self) -> None:
         state = advanced(self.state, self.now)
         used, now = state.used.at(moment(self.now)), self.now
-        model = self.model.used((None, None, None), now)
-        at_most = self.model.used((None, None, None), now, MINUTE + 1_000)
+        model = self.model.used(EVERYTHING, now)
+        at_most = self.model.used(EVERYTHING, now, MINUTE + 1_000)
         assert model["requests_per_minute"] <= used.requests.total <= at_most["requests_per_minute"]
         assert min(model["tokens_per_minute"], at_most["tokens_per_minute"]) <= used.tokens.total
         assert used.day_tokens == model["tokens_per_day"]
@@ -274,7 +305,22 @@ class Quotas(RuleBasedStateMachine):
         assert used.month_micros == model["cost_micros_per_month"]
         assert used.running == model["concurrent_requests"] == len(state.held)
 
+    @invariant()
+    def every_scope_holds_what_the_facts_in_it_come_to(self) -> None:
+        state, now = advanced(self.state, self.now), moment(self.now)
+        for scope in {scope for fact in self.model.facts.values() for scope in fact.scopes} - {EVERYTHING}:
+            used, model = state.counters.get(codec.dumps(scope).decode(), now), self.model.used(scope, self.now)
+            assert used.requests.total >= model["requests_per_minute"]
+            assert used.day_tokens == model["tokens_per_day"]
+            assert used.month_tokens == model["tokens_per_month"]
+            assert used.day_micros == model["cost_micros_per_day"]
+            assert used.month_micros == model["cost_micros_per_month"]
+            assert used.running == model["concurrent_requests"]
+
     # --- small change
+
+    def _counters(self) -> list[tuple[str, Counter]]:
+        return [(key, one) for shard in self.state.counters.shards.values() for key, one in shard.items()]
 
     def say(self, event: Event) -> Sequence[Emit]:
         said: Input[Ledger] = Input(event, self.now)
@@ -291,6 +337,9 @@ class Quotas(RuleBasedStateMachine):
             asked, self.now, kept.expires_ms, kept.tokens, kept.cost_micros, kept.granted, set(scopes)
         )
         assert kept.granted is None or "max_tokens" not in asked.body
+        if kept.granted is not None:
+            assert kept.tokens == PROMPT + kept.granted
+            assert kept.cost_micros == _cost(asked.body["model"], PROMPT, kept.granted)
         for scope, limits in scopes.items():
             for name, used in self.model.used(scope, self.now).items():
                 assert used <= _most(limits, name) or (name.startswith("cost") and not kept.cost_micros), name
@@ -310,13 +359,16 @@ class Quotas(RuleBasedStateMachine):
 
     def _asks(self, fact: Fact, said: UsageRunning) -> None:
         running = fact.until_ms > self.now
+        room = self.model.room(fact, self.now)
         effects = self.say(said)
         assert bool(effects) == running
         for event in (emit.event for emit in effects):
             assert isinstance(event, StreamBudget)
             assert fact.granted is not None
             more = event.granted - fact.granted
-            assert more == 0 or (said.granted == fact.granted and 0 < more <= OPEN_ENDED)
+            wanted = OPEN_ENDED + max(0, said.tokens - fact.granted) if said.granted >= fact.granted else 0
+            assert more == min(wanted, room), "no less than there is room for, and no more"
+            assert (event.limit is None) == (more == wanted)
             fact.tokens += more
             fact.micros += _cost(fact.asked.body["model"], 0, more)
             fact.granted = event.granted
