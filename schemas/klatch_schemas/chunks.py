@@ -5,7 +5,7 @@ strings are concatenated, lists extended, anything else is taken from the last c
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import JsonValue
 
@@ -92,6 +92,12 @@ def usage_of(said: Mapping[str, Any]) -> Usage:
         cached_tokens=prompt.get("cached_tokens") or 0,
         reasoning_tokens=completion.get("reasoning_tokens") or 0,
     )
+
+
+def objects_in(listed: object) -> list[Json]:
+    """The objects of a list; what is no list has none, and what in it is no object is left out."""
+    items = cast("list[object]", listed) if isinstance(listed, list) else []
+    return [cast("Json", item) for item in items if isinstance(item, dict)]
 
 
 def _text(value: JsonValue) -> str | None:

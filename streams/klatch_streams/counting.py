@@ -7,11 +7,12 @@ what was counted before: the last stands, and is never added to another (trap 27
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Final, cast
+from typing import Final
 
 import msgspec
 
 from klatch_schemas import codec
+from klatch_schemas.chunks import objects_in
 from klatch_schemas.codec import Unreadable
 
 LONGEST: Final = 16
@@ -82,7 +83,7 @@ class Count:
             choices = codec.loads(chunk).get("choices")
         except Unreadable:
             return self.tokens + 1
-        deltas = _objects([choice.get("delta") for choice in _objects(choices)])
+        deltas = objects_in([choice.get("delta") for choice in objects_in(choices)])
         return self.tokens + _tokens(sum(map(_any_text, deltas)))
 
 
@@ -116,8 +117,3 @@ def _length(text: str) -> int:
 def _any_text(delta: Mapping[str, object]) -> int:
     said = {name: value for name, value in delta.items() if name in _TEXTS or name in {"tool_calls", "function_call"}}
     return len(codec.dumps(list(said.values()))) - 2 if any(said.values()) else 0
-
-
-def _objects(listed: object) -> list[dict[str, object]]:
-    items = cast("list[object]", listed) if isinstance(listed, list) else []
-    return [cast("dict[str, object]", item) for item in items if isinstance(item, dict)]

@@ -8,14 +8,14 @@ than none. A prompt that does not exist or does not render fails the request, wi
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, Protocol
 
 import structlog
 
 from klatch_agents.gateway.port import ModelCall, Timeouts
 from klatch_agents.prompts import PromptFailed, Prompts, compose_messages
 from klatch_agents.trust.redact import redact
-from klatch_schemas.chunks import Json
+from klatch_schemas.chunks import Json, objects_in
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import Unavailable
 from klatch_schemas.events import ChatAdmitted, ChatRequested, PromptPublished, StreamError, TrustVerdict, TurnFinished
@@ -234,17 +234,12 @@ def last_user_text(body: Mapping[str, object]) -> str:
 def _text_of(content: object) -> str:
     if isinstance(content, str):
         return content
-    texts = [part.get("text") for part in _objects(content)]
+    texts = [part.get("text") for part in objects_in(content)]
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _messages(body: Mapping[str, object]) -> list[Json]:
-    return _objects(body.get("messages"))
-
-
-def _objects(listed: object) -> list[Json]:
-    items = cast("list[object]", listed) if isinstance(listed, list) else []
-    return [cast("Json", item) for item in items if isinstance(item, dict)]
+    return objects_in(body.get("messages"))
 
 
 def _headers(request: ChatRequested) -> dict[str, str]:
