@@ -38,7 +38,7 @@ from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_workers import leash
 
-KEYS = {name: f"key-of-{name}-{uuid4().hex}" for name in ("acme", "zeta", "slow")}
+KEYS = {name: f"key-of-{name}-{uuid4().hex}" for name in ("acme", "zeta", "slow", "changed")}
 TENANTS = "".join(f'[tenants.{name}]\nkeys = ["{key}"]\n' for name, key in KEYS.items())
 LIMITS = "[tenants.slow.limits]\nrequests_per_minute = 1\n"
 
