@@ -161,6 +161,8 @@ class Report(msgspec.Struct, frozen=True):
     budgets: list[Budget]
     flooded_ratio: float = 0.0
     """Wait for a first token beside a tenant that floods, of the wait alone, p99, the worst of the cases simulated."""
+    admission_scoped_per_s: float = 0.0
+    """The same with limits for each person and each model as well."""
     peer: str = ""
     """What the peer is and how it was set up; empty when none took part."""
 

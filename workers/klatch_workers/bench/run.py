@@ -84,7 +84,7 @@ async def measure(folder: Path, plan: Plan, say: Say, peer_cache: Path | None = 
     began, load_before = time.monotonic(), machine.load()
     started = await _starts(folder, plan, say)
     say("deciding admissions")
-    admission_per_s = await _admission(plan.admission_requests)
+    admission = await _admission(plan.admission_requests)
     say("sharing places at a model")
     flooded = await asyncio.to_thread(fairness.worst, plan.fairness_s)
     async with rig(folder, say, peer_cache=peer_cache) as running:
@@ -112,7 +112,8 @@ async def measure(folder: Path, plan: Plan, say: Say, peer_cache: Path | None = 
         idle_cpu_percent=idle,
         rss_mb_start=rss_start,
         rss_mb_end=rss_end,
-        admission_per_s=admission_per_s,
+        admission_per_s=admission["per_s"],
+        admission_scoped_per_s=admission["scoped_per_s"],
         starts=started,
         recovery=recovered,
         budgets=[],
@@ -133,11 +134,11 @@ async def _starts(folder: Path, plan: Plan, say: Say) -> list[Start]:
         return await starts(folder, str(upstream.facts["url"]), plan.starts)
 
 
-async def _admission(requests: int) -> float:
+async def _admission(requests: int) -> dict[str, float]:
     command = [sys.executable, "-m", "klatch_workers.bench.admission", str(requests)]
     process = await leash.spawn(command, stdout=asyncio.subprocess.PIPE)
     said, _ = await process.communicate()
-    return float(json.loads(said)["per_s"])
+    return {name: float(value) for name, value in json.loads(said).items()}
 
 
 # --- on the rig
