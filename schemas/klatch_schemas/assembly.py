@@ -57,6 +57,7 @@ class Spoke(msgspec.Struct, frozen=True, gc=False):
 
     seq: int
     chunk: msgspec.Raw
+    deployment: str = ""
 
 
 class Retracted(msgspec.Struct, frozen=True, gc=False):
@@ -116,7 +117,7 @@ def _delta(state: StreamState, said: Delta) -> tuple[StreamState, Heard]:
     if state.status is not None or said.attempt != state.attempt or said.writer != state.writer:
         return state, None
     if said.seq == state.next_seq:
-        return StreamState(state.attempt, state.writer, said.seq + 1), Spoke(said.seq, said.chunk)
+        return StreamState(state.attempt, state.writer, said.seq + 1), Spoke(said.seq, said.chunk, said.deployment)
     if said.seq < state.next_seq:
         return state, None
     return state, Gap(state.next_seq, said.seq)
@@ -146,6 +147,8 @@ class Standing(msgspec.Struct, frozen=True, gc=False):
     attempt: int
     seq: int
     chunk: msgspec.Raw
+    deployment: str = ""
+    """Which deployment speaks from here on, where that is told."""
 
 
 @dataclass(slots=True)
@@ -164,8 +167,8 @@ class Assembly:
         """Fold the record at `offset`."""
         self.state, heard = fold(self.state, said)
         match heard:
-            case Spoke(seq, chunk):
-                self.standing.append(Standing(offset, self.state.attempt, seq, chunk))
+            case Spoke(seq, chunk, deployment):
+                self.standing.append(Standing(offset, self.state.attempt, seq, chunk, deployment))
             case Opened(mode="restart"):
                 self.gap = None
                 self._void(offset, keep=lambda _: False)
@@ -200,6 +203,8 @@ class ReplyReader:
         self._last: Standing | None = None
         """The last delta that the reader has, which stands."""
         self._live = False
+        self.deployment = ""
+        """Which deployment made the last delta that a resuming reader has; known once it is live."""
 
     @property
     def state(self) -> StreamState:
@@ -215,6 +220,7 @@ class ReplyReader:
         if self._assembly.gap:
             raise _broken(self._assembly.gap)
         shown: list[Standing | Ended] = [said for said in past if said.offset > self._has]
+        self.deployment = next((s.deployment for s in reversed(past) if s.deployment and s.offset <= self._has), "")
         if past:
             self._last = past[-1]
             self._has = max(self._has, past[-1].offset)
@@ -229,9 +235,9 @@ class ReplyReader:
             return None
         self._assembly.state, heard = fold(self._assembly.state, said)
         match heard:
-            case Spoke(seq, chunk) if offset > self._has:
+            case Spoke(seq, chunk, deployment) if offset > self._has:
                 self._has = offset
-                self._last = Standing(offset, self.state.attempt, seq, chunk)
+                self._last = Standing(offset, self.state.attempt, seq, chunk, deployment)
                 return self._last
             case Opened(mode="restart") if self._last:
                 raise _superseded()

@@ -63,6 +63,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     writer: str
     seq: _Seq
     chunk: msgspec.Raw
+    deployment: str = ""
 
 
 _REFUSED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -116,8 +117,10 @@ def encode(event: Event) -> bytes:
     return dumps(event.model_dump(mode="python"))
 
 
-def encode_delta(prefix: bytes, seq: int, chunk: bytes) -> bytes:
+def encode_delta(prefix: bytes, seq: int, chunk: bytes, deployment: str = "") -> bytes:
     """The record value of a delta; `prefix` comes from `delta_prefix`, `chunk` is one JSON object."""
+    if deployment:
+        return b'%b%d,"deployment":%b,"chunk":%b}' % (prefix, seq, msgspec.json.encode(deployment), chunk)
     return b'%b%d,"chunk":%b}' % (prefix, seq, chunk)
 
 
@@ -173,6 +176,7 @@ def _decode_unusual_delta(fields: Any) -> Delta:
             delta.writer,
             delta.seq,
             msgspec.Raw(dumps(fields["chunk"])),
+            delta.deployment,
         )
     except (msgspec.ValidationError, KeyError, TypeError) as error:
         raise Unreadable(f"not a {StreamDelta.KIND}: {error}") from error
@@ -183,6 +187,7 @@ class _DeltaFields(msgspec.Struct):
     attempt: _Attempt
     writer: str
     seq: _Seq
+    deployment: str = ""
 
 
 def _kind_of(value: bytes) -> str:

@@ -45,6 +45,8 @@ class KlatchError(Exception):
         self.param = param
         self.retry_after_ms = retry_after_ms
         self.limit = limit
+        self.deployment = ""
+        """Which deployment of a model answered so, if one did."""
 
 
 class InvalidRequest(KlatchError):

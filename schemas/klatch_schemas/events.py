@@ -107,6 +107,24 @@ class ChatRequested(Event):
     context: RequestContext = RequestContext()
 
 
+class EmbeddingRequested(Event):
+    """A door asks whether a tenant may have texts embedded. The texts stay at the door: admission counts, nobody reads.
+
+    `embedding.admitted`, or a `stream.end` that says why not, answers it, under the conversation's key.
+    """
+
+    kind: Literal["embedding.requested.v1"] = "embedding.requested.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    person: PersonField | None = None
+    use_case: NameField = "default"
+    model: str = ""
+    tokens: Count = 0
+    """How many the texts are estimated to be."""
+    deadline_ms: Milliseconds | None = None
+
+
 class Usage(Part):
     """Tokens as the model server counted them; `cached` is part of `prompt`, `reasoning` of `completion`."""
 
@@ -353,6 +371,8 @@ class StreamDelta(Event):
     """Contiguous from 0 within an attempt."""
     chunk: dict[str, JsonValue]
     """A `chat.completion.chunk` object, its bytes untouched in the log."""
+    deployment: str = ""
+    """Of an attempt's first delta: which deployment of the model's route answers; empty where no route names it."""
 
 
 class StreamCancel(Event):
@@ -429,6 +449,19 @@ class StreamBudget(Event):
     """Completion tokens in all; never less than before."""
     limit: str | None = None
     """The budget that is spent: there will be no more."""
+
+
+class EmbeddingAdmitted(Event):
+    """Admission's answer to `embedding.requested`: the door may have the texts embedded. Nothing to readers."""
+
+    kind: Literal["embedding.admitted.v1"] = "embedding.admitted.v1"
+    request: RequestIdField
+    tenant: TenantField
+    conversation: ConversationField
+    weight: Weight = 1.0
+    """The tenant's share where a model's capacity is the bottleneck."""
+    priority: PriorityClass = 5
+    rate_limits: RateLimits | None = None
 
 
 # --- chat.turns, memory ------------------------------------------------------------------------------------------
@@ -643,6 +676,7 @@ class Snapshot(Event):
 
 EVENTS: tuple[type[Event], ...] = (
     ChatRequested,
+    EmbeddingRequested,
     UsageSettled,
     UsageRunning,
     QuotaLimitSet,
@@ -655,6 +689,7 @@ EVENTS: tuple[type[Event], ...] = (
     StreamEnd,
     StreamRetract,
     StreamBudget,
+    EmbeddingAdmitted,
     TurnFinished,
     ExperienceLearned,
     PromptPublished,

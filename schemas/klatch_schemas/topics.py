@@ -68,11 +68,11 @@ _STATE: Final = {
 CHAT_REQUESTS = Topic(
     TopicName("chat.requests"),
     key="tenant",
-    holds=(ev.ChatRequested, ev.UsageSettled, ev.UsageRunning, ev.QuotaLimitSet),
+    holds=(ev.ChatRequested, ev.EmbeddingRequested, ev.UsageSettled, ev.UsageRunning, ev.QuotaLimitSet),
     partitioning="tenant",
     written_by=("producers", "doors", "admission", "generation"),
     read_by=("admission", "screening", "views"),
-    purpose="Requests for chat completions, and what they turned out to cost.",
+    purpose="Requests for chat completions and embeddings, and what they turned out to cost.",
     retention_ms=7 * DAY_MS,
     # Decisions take their time from the log: a producer's clock decides nothing.
     timestamps="LogAppendTime",
@@ -100,7 +100,15 @@ TRUST_VERDICTS = Topic(
 CHAT_STREAM = Topic(
     TopicName("chat.stream"),
     key="conversation",
-    holds=(ev.StreamAttempt, ev.StreamDelta, ev.StreamEnd, ev.StreamCancel, ev.StreamRetract, ev.StreamBudget),
+    holds=(
+        ev.StreamAttempt,
+        ev.StreamDelta,
+        ev.StreamEnd,
+        ev.StreamCancel,
+        ev.StreamRetract,
+        ev.StreamBudget,
+        ev.EmbeddingAdmitted,
+    ),
     partitioning="conversation",
     written_by=("generation", "admission", "anyone who cancels"),
     read_by=("consumers", "doors", "generation"),

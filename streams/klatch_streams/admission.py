@@ -12,6 +12,9 @@ up to the estimate; the reply asks for more while it runs (`usage.running`) and 
 A reservation that nobody settles expires 15 minutes after its deadline (or its request, or its last `usage.running`),
 and no later than the memory of its id: the slot is free again and the estimate stands as its cost. A settlement
 without a reservation is a repeat, or came too late, and changes nothing. A refused id stays refused.
+
+Embeddings count like chat completions whose replies have no tokens; who asked for them, a door, is answered in
+`chat.stream`.
 """
 
 from collections.abc import Sequence
@@ -23,6 +26,8 @@ from klatch_schemas.events import (
     ChatAdmitted,
     ChatRefused,
     ChatRequested,
+    EmbeddingAdmitted,
+    EmbeddingRequested,
     QuotaLimitSet,
     RateLimits,
     Refusal,
@@ -45,11 +50,13 @@ from klatch_streams.quota.changes import recorded
 from klatch_streams.quota.checks import Counted
 from klatch_streams.quota.counters import Counter, Need
 from klatch_streams.quota.ledger import Held, Ledger
-from klatch_streams.quota.rules import Rules, Scope, Settings, micros, model_of
+from klatch_streams.quota.rules import Asked, Rules, Scope, Settings, micros, model_of
 from klatch_streams.seen import MEMORY_MS
 
 WRITER: Final = Writer("admission")
 HOLD_MS: Final = 15 * 60_000
+EMBEDDING_PRIORITY: Final = 5
+"""That of a chat request that names none."""
 LEAST_GRANT: Final = 16
 """A reply is not begun for fewer tokens."""
 _MINUTE_MS: Final = 60_000
@@ -80,12 +87,12 @@ class Admission:
     def decide(self, state: Ledger, said: Input[Ledger]) -> tuple[Ledger, Sequence[Emit]]:
         """The next ledger, and what follows."""
         match said.event:
-            case ChatRequested() | UsageSettled() | UsageRunning() | QuotaLimitSet() if (
+            case ChatRequested() | EmbeddingRequested() | UsageSettled() | UsageRunning() | QuotaLimitSet() if (
                 said.event.tenant != state.tenant
             ):
                 # Under another tenant's key it has no place in this order: owners move it to its own (`Addresses`).
                 return state, ()
-            case ChatRequested():
+            case ChatRequested() | EmbeddingRequested():
                 return self._request(advanced(state, said.timestamp_ms), said.event, said.timestamp_ms)
             case UsageSettled():
                 return _settle(advanced(state, said.timestamp_ms), said.event), ()
@@ -96,7 +103,7 @@ class Admission:
             case _:
                 return state, ()
 
-    def _request(self, state: Ledger, asked: ChatRequested, requested_ms: int) -> tuple[Ledger, Sequence[Emit]]:
+    def _request(self, state: Ledger, asked: Asked, requested_ms: int) -> tuple[Ledger, Sequence[Emit]]:
         if asked.request in state.seen:
             return state, ()
         seen = state.seen.insert(state.clock_ms, asked.request)
@@ -106,7 +113,7 @@ class Admission:
             return known, _refused(asked, "expired", late)
         now = moment(state.clock_ms)
         counted = _counted(state, state.rules.scopes(asked), now)
-        plan = _plan(counted, self._estimate.of(asked.body), state.rules.price_of(model_of(asked)))
+        plan = _plan(counted, self._estimated(asked), state.rules.price_of(model_of(asked)))
         if refusal := checks.refusal(counted, plan.need, now):
             return known, _refused(asked, "rejected", refusal, checks.rate_limits(counted, now))
         held = Held(
@@ -123,7 +130,12 @@ class Admission:
         terms = _Terms(plan.limit, checks.rate_limits(counted, now))
         admitted = _admitted(state.rules.settings, asked, requested_ms, held, terms)
         state = _with(_held(known, asked.request, held), counted)
-        return state, [Emit(CHAT_ADMITTED, asked.conversation, admitted)]
+        return state, [admitted]
+
+    def _estimated(self, asked: Asked) -> Estimated:
+        if isinstance(asked, EmbeddingRequested):
+            return Estimated(asked.tokens, 0, bounded=True)
+        return self._estimate.of(asked.body)
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
@@ -201,8 +213,8 @@ def _plan(counted: Sequence[Counted], estimated: Estimated, price: TokenPrice) -
     return _Plan(Need(prompt + granted, micros(price, prompt, granted)), price, granted, room.limit)
 
 
-def _refused(asked: ChatRequested, status: Status, refusal: Refusal, rates: RateLimits | None = None) -> list[Emit]:
-    said = str(asked.body.get("model") or "")
+def _refused(asked: Asked, status: Status, refusal: Refusal, rates: RateLimits | None = None) -> list[Emit]:
+    said = asked.model if isinstance(asked, EmbeddingRequested) else str(asked.body.get("model") or "")
     end = StreamEnd(
         request=asked.request,
         tenant=asked.tenant,
@@ -239,7 +251,17 @@ class _Terms(NamedTuple):
     rates: RateLimits | None
 
 
-def _admitted(settings: Settings, asked: ChatRequested, requested_ms: int, held: Held, terms: _Terms) -> ChatAdmitted:
+def _admitted(settings: Settings, asked: Asked, requested_ms: int, held: Held, terms: _Terms) -> Emit:
+    if isinstance(asked, EmbeddingRequested):
+        told = EmbeddingAdmitted(
+            request=asked.request,
+            tenant=asked.tenant,
+            conversation=asked.conversation,
+            weight=settings.weight,
+            priority=max(EMBEDDING_PRIORITY, settings.priority),
+            rate_limits=terms.rates,
+        )
+        return Emit(CHAT_STREAM, asked.conversation, told)
     if asked.priority < settings.priority:
         asked = asked.model_copy(update={"priority": settings.priority})
     reservation = Reservation(
@@ -249,13 +271,14 @@ def _admitted(settings: Settings, asked: ChatRequested, requested_ms: int, held:
         granted=held.granted,
         limit=terms.limit,
     )
-    return ChatAdmitted(
+    admitted = ChatAdmitted(
         request=asked,
         requested_ms=requested_ms,
         reservation=reservation,
         weight=settings.weight,
         rate_limits=terms.rates,
     )
+    return Emit(CHAT_ADMITTED, asked.conversation, admitted)
 
 
 def _held(state: Ledger, request: str, held: Held) -> Ledger:

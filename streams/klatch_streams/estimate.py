@@ -6,7 +6,7 @@ for text in any script and cheap to compute (one walk over the body), and it is 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pydantic import JsonValue
 
@@ -16,6 +16,8 @@ _READ = ("messages", "prediction", "tools", "functions", "response_format")
 """What a model reads of a body."""
 _NUMBER = "12345678"
 """Stands for any number: writing out a huge one may raise."""
+_AROUND = 2
+"""Tokens that mark the beginning and the end of a text."""
 _MEDIA = frozenset({"image_url", "input_audio", "audio", "video_url", "audio_url", "file"})
 
 
@@ -57,6 +59,21 @@ class Estimate:
         prompt = min(self._prompt(body), _MOST_TOKENS)
         completion = _choices(body) * (self.completion if said is None else said)
         return Estimated(prompt, min(completion, _MOST_TOKENS - prompt), said is not None)
+
+    def of_input(self, said: object) -> int:
+        """What embedding an `input` may cost: texts as in prompts, and two more tokens each; a number is a token."""
+        text = tokens = 0
+        stack = [said]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, str):
+                text += _utf8_length(value)
+                tokens += _AROUND
+            elif isinstance(value, list):
+                stack.extend(cast("list[object]", value))
+            else:
+                tokens += 1
+        return min(tokens - (-text // self.bytes_per_token), _MOST_TOKENS)
 
     def _prompt(self, body: Mapping[str, JsonValue]) -> int:
         text = media = 0

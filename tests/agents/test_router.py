@@ -337,8 +337,9 @@ async def test_where_none_can_a_partial_answer_is_not_continued(world: World) ->
 
 async def test_embeddings_take_the_same_way(world: World) -> None:
     world.route(world.on_a("status=500"), world.on_b("", model="embedder"))
-    answer = json.loads(await world.router.embed({"model": "m", "input": "hello"}))
-    assert answer["data"][0]["embedding"]
+    embedded = await world.router.embed(ModelCall({"model": "m", "input": "hello"}))
+    assert json.loads(embedded.answer)["data"][0]["embedding"]
+    assert embedded.deployment == "b"
     assert world.b.calls[-1].body == {"model": "embedder", "input": "hello"}
 
 

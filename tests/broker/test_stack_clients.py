@@ -12,7 +12,7 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
-from klatch_schemas.events import ChatRequested
+from klatch_schemas.events import ChatRequested, UsageSettled
 
 if TYPE_CHECKING:
     from tests.broker.conftest import Stack
@@ -109,11 +109,16 @@ async def test_langchain_streams_invokes_and_calls_tools(stack: "Stack") -> None
 
 async def test_embeddings_come_from_the_real_model(stack: "Stack") -> None:
     words = ["a small dog", "a little hound", "tax return"]
-    found = await stack.openai().embeddings.create(model="any", input=words)
+    answer = await stack.openai().embeddings.with_raw_response.create(model="any", input=words)
+    found = answer.parse()
     dog, hound, tax = (one.embedding for one in found.data)
     assert len(dog) == 384
     near, far = (sum(a * b for a, b in zip(dog, other, strict=True)) for other in (hound, tax))
     assert near > 0.5 > far
+    story = await stack.story(answer.headers["x-request-id"])
+    [settled] = [event for _, event in story.requests if isinstance(event, UsageSettled)]
+    assert (settled.tenant, settled.status, settled.usage.estimated) == ("acme", "completed", True)
+    assert settled.usage.total_tokens == found.usage.total_tokens > 6
 
 
 async def test_models_are_listed(stack: "Stack") -> None:

@@ -39,12 +39,13 @@ def test_every_event_is_read_back_as_it_was_written(kind: str, data: st.DataObje
 @given(instances(StreamDelta))
 def test_a_delta_written_either_way_is_read_as_the_same(event: StreamDelta) -> None:
     prefix = codec.delta_prefix(event.request, event.attempt, event.writer)
-    by_hand = codec.decode(codec.encode_delta(prefix, event.seq, codec.dumps(event.chunk)))
+    by_hand = codec.decode(codec.encode_delta(prefix, event.seq, codec.dumps(event.chunk), event.deployment))
     by_model = codec.decode(codec.encode(event))
     for delta in (by_hand, by_model):
         assert isinstance(delta, Delta)
         assert (delta.request, delta.attempt, delta.writer) == (event.request, event.attempt, event.writer)
         assert (delta.seq, codec.loads(bytes(delta.chunk))) == (event.seq, event.chunk)
+        assert delta.deployment == event.deployment
 
 
 def test_a_chunk_passes_through_as_the_bytes_that_came() -> None:

@@ -25,6 +25,7 @@ def _read(value: bytes) -> dict[str, Any]:
             "attempt": event.attempt,
             "writer": event.writer,
             "seq": event.seq,
+            "deployment": event.deployment,
             "chunk": codec.loads(bytes(event.chunk)),
         }
     fields: dict[str, Any] = json.loads(codec.encode(event))

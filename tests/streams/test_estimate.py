@@ -50,6 +50,22 @@ def test_more_text_never_costs_less(text: str, more: str) -> None:
     assert ESTIMATE.tokens({"messages": [text]}) <= ESTIMATE.tokens({"messages": [text + more]})
 
 
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [
+        ("hello!", 2 + 2),
+        (["hello!", "日本"], 4 + 2 * 2),
+        ([101, 2, 102], 3),
+        ([[1, 2], [3]], 3),
+        ([], 0),
+        (None, 1),
+        ({"x": "y"}, 1),
+    ],
+)
+def test_what_is_embedded_is_estimated_by_its_texts_or_counted_by_its_tokens(said: object, tokens: int) -> None:
+    assert ESTIMATE.of_input(said) == tokens
+
+
 def test_a_body_nested_deeper_than_the_recursion_limit_is_walked() -> None:
     deep: JsonValue = "x"
     for _ in range(100_000):

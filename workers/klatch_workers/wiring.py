@@ -143,7 +143,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     from klatch_workers.books import KeyBook, RouteBook
     from klatch_workers.http.app import serve
     from klatch_workers.http.door import Door, Terms
-    from klatch_workers.http.other import RoutedEmbeddings, TextEmbeddings
+    from klatch_workers.http.embeddings import RoutedEmbeddings, TextEmbeddings
 
     settings = await begin()
     host, port = host_port(settings.http)
@@ -162,6 +162,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
             namespace=namespace,
             embeddings=RoutedEmbeddings(RouteBook(routes), gateway, own),
             models=gateway,
+            prices=RouteBook(routes).prices,
             terms=Terms(idempotency_window_ms=int(settings.idempotency_s * 1000)),
         )
         serving = serve(

@@ -12,7 +12,7 @@ back once a byte of the reply has come.
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -153,6 +153,16 @@ class Gateway(Protocol):
     async def close(self) -> None:
         """Hangs up every call and frees the connections. May be called twice."""
         ...
+
+
+class Embedded(NamedTuple):
+    """Texts that were embedded: the raw answer to `POST /embeddings`, and who gave it."""
+
+    answer: bytes
+    deployment: str = ""
+    """Which deployment of a route; empty where there is no route."""
+    estimated: bool = False
+    """Whether the usage in the answer is klatch's own count."""
 
 
 class Catalogue(Protocol):

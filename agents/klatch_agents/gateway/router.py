@@ -20,7 +20,7 @@ import structlog
 from klatch_agents.gateway.errors import ModelError, UnroutableError
 from klatch_agents.gateway.fair import Claim
 from klatch_agents.gateway.lines import Line, Lines, OpenServer, Run
-from klatch_agents.gateway.port import Chunk, Finished, ModelCall, ModelReply, Timeouts
+from klatch_agents.gateway.port import Chunk, Embedded, Finished, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.routing import NothingLeft, Outcome, choose_until_served, how_it_continues, judge
 from klatch_schemas.events import ModelRouted, RouteTimeouts
 
@@ -98,12 +98,12 @@ class Router:
         route = self._routes.find(_alias(call)) or self._default
         return route is not None and any(how_it_continues(one) != "none" for one in route.deployments if one.weight)
 
-    async def embed(self, body: Mapping[str, object]) -> bytes:
-        """See `Catalogue.embed`. Raises ModelError."""
-        asked = self._asked(ModelCall(body))
+    async def embed(self, call: ModelCall) -> Embedded:
+        """What a deployment answers to `POST /embeddings` with the call's body. Raises ModelError."""
+        asked = self._asked(call)
 
-        async def attempt(line: Line) -> bytes:
-            return await _embed(line, asked, body)
+        async def attempt(line: Line) -> Embedded:
+            return Embedded(await _embed(line, asked, call.body), line.deployment.name)
 
         return await self._served(asked, attempt)
 

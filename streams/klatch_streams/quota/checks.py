@@ -14,10 +14,10 @@ With a burst, a minute may hold that much more than its limit, as long as no sli
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from klatch_schemas.events import Limits, RateLimit, RateLimits, Refusal, TokenPrice
+from klatch_schemas.events import RateLimit, RateLimits, Refusal, TokenPrice
 from klatch_streams.quota.calendar import Moment, until_next_month, until_tomorrow
 from klatch_streams.quota.counters import Counter, Need
-from klatch_streams.quota.rules import Scope, tokens_for
+from klatch_streams.quota.rules import Budget, Scope, tokens_for
 from klatch_streams.windows import SLOTS, Window
 
 _SLOT_RETRY_MS: Final = 1_000
@@ -57,39 +57,41 @@ def _lasts(one: Refusal) -> int:
 
 
 def _refusals(scope: Scope, counter: Counter, need: Need, now: Moment) -> Iterator[Refusal]:
-    limits = scope.limits
+    limits, tokens = scope.limits, need.tokens
     if (most := limits.requests_per_minute) is not None:
-        asks = _Asks("requests_per_minute", 1, most, limits.burst_requests or 0)
-        yield from _rate(scope, asks, counter.requests, counter.hour_requests, now)
+        wait = _wait(counter.requests, counter.hour_requests, _Rate(1, most, limits.burst_requests or 0), now)
+        if wait != 0:
+            yield _refused(scope, "requests_per_minute", most, 1, wait)
     if (most := limits.tokens_per_minute) is not None:
-        asks = _Asks("tokens_per_minute", need.tokens, most, limits.burst_tokens or 0)
-        yield from _rate(scope, asks, counter.tokens, counter.hour_tokens, now)
-    for budget in _budgets(limits, counter):
-        needed = need.micros if budget.money else need.tokens
+        wait = _wait(counter.tokens, counter.hour_tokens, _Rate(tokens, most, limits.burst_tokens or 0), now)
+        if wait != 0:
+            yield _refused(scope, "tokens_per_minute", most, tokens, wait)
+    for budget in scope.budgets:
+        needed = need.micros if budget.money else tokens
         # What costs nothing is never refused for money.
-        if budget.used + needed > budget.most and (needed or not budget.money):
-            wait = budget.ends_in(now) if needed <= budget.most else None
+        if budget.used(counter) + needed > budget.most and (needed or not budget.money):
+            wait = _ends(budget, now) if needed <= budget.most else None
             yield _refused(scope, budget.name, budget.most, needed, wait)
     if (most := limits.concurrent_requests) is not None and counter.running + 1 > most:
         yield _refused(scope, "concurrent_requests", most, 1, _SLOT_RETRY_MS if most else None)
 
 
-class _Asks(NamedTuple):
+class _Rate(NamedTuple):
     """What a request asks of a limit a minute."""
 
-    name: str
     needed: int
     most: int
     burst: int
 
 
-def _rate(scope: Scope, asks: _Asks, minute: Window, hour: Window | None, now: Moment) -> Iterator[Refusal]:
-    wait = minute.wait_for(now.ms, asks.needed, asks.most + asks.burst)
+def _wait(minute: Window, hour: Window | None, asks: _Rate, now: Moment) -> int | None:
+    """Milliseconds until there is room; None: never."""
+    needed, most, burst = asks
+    wait = minute.wait_for(now.ms, needed, most + burst)
     if hour and wait is not None:
-        later = hour.wait_for(now.ms, asks.needed, SLOTS * asks.most)
+        later = hour.wait_for(now.ms, needed, SLOTS * most)
         wait = None if later is None else max(wait, later)
-    if wait != 0:
-        yield _refused(scope, asks.name, asks.most, asks.needed, wait)
+    return wait
 
 
 def _refused(scope: Scope, name: str, most: int, needed: int, wait_ms: int | None) -> Refusal:
@@ -106,28 +108,8 @@ def _refused(scope: Scope, name: str, most: int, needed: int, wait_ms: int | Non
 # --- budgets ------------------------------------------------------------------------------------------------------
 
 
-class _Budget(NamedTuple):
-    """A limit of a day or a month: it does not come back by waiting a little, so it stops replies that run."""
-
-    name: str
-    used: int
-    most: int
-    money: bool = False
-    monthly: bool = False
-
-    def ends_in(self, now: Moment) -> int:
-        return until_next_month(now.ms) if self.monthly else until_tomorrow(now.ms)
-
-
-def _budgets(limits: Limits, counter: Counter) -> Iterator[_Budget]:
-    if (most := limits.tokens_per_day) is not None:
-        yield _Budget("tokens_per_day", counter.day_tokens, most)
-    if (most := limits.tokens_per_month) is not None:
-        yield _Budget("tokens_per_month", counter.month_tokens, most, monthly=True)
-    if (most := limits.cost_micros_per_day) is not None:
-        yield _Budget("cost_micros_per_day", counter.day_micros, most, money=True)
-    if (most := limits.cost_micros_per_month) is not None:
-        yield _Budget("cost_micros_per_month", counter.month_micros, most, money=True, monthly=True)
+def _ends(budget: Budget, now: Moment) -> int:
+    return until_next_month(now.ms) if budget.monthly else until_tomorrow(now.ms)
 
 
 def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | None:
@@ -137,8 +119,8 @@ def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | 
     """
     tightest: Room | None = None
     for scope, counter in counted:
-        for budget in _budgets(scope.limits, counter):
-            left = budget.most - budget.used - (prompt.micros if budget.money else prompt.tokens)
+        for budget in scope.budgets:
+            left = budget.most - budget.used(counter) - (prompt.micros if budget.money else prompt.tokens)
             tokens = tokens_for(price, max(0, left - 1)) if budget.money else left
             if tokens is not None and (tightest is None or tokens < tightest.tokens):
                 tightest = Room(max(0, tokens), budget.name)
@@ -154,39 +136,49 @@ class _Standing(NamedTuple):
     left: int
     name: str
     most: int
-    reset_ms: int
+    place: int
+    """Of the scope among those of the request."""
 
 
 def rate_limits(counted: Sequence[Counted], now: Moment) -> RateLimits | None:
     """Where a request stands that is counted in all of `counted`; None: nothing limits its kind."""
-    requests = [one for scope, counter in counted for one in _request_rates(scope.limits, counter, now)]
-    tokens = [one for scope, counter in counted for one in _token_rates(scope.limits, counter, now)]
+    requests, tokens = list[_Standing](), list[_Standing]()
+    for place, (scope, counter) in enumerate(counted):
+        limits = scope.limits
+        if (most := limits.requests_per_minute) is not None:
+            most += limits.burst_requests or 0
+            requests.append(_Standing(most - counter.requests.total, "requests_per_minute", most, place))
+        if (most := limits.concurrent_requests) is not None:
+            requests.append(_Standing(most - counter.running, "concurrent_requests", most, place))
+        if (most := limits.tokens_per_minute) is not None:
+            most += limits.burst_tokens or 0
+            tokens.append(_Standing(most - counter.tokens.total, "tokens_per_minute", most, place))
+        for budget in scope.budgets:
+            if not budget.money:
+                tokens.append(_Standing(budget.most - budget.used(counter), budget.name, budget.most, place))
     if not requests and not tokens:
         return None
-    return RateLimits(requests=_tightest(requests), tokens=_tightest(tokens))
+    return RateLimits(requests=_tightest(requests, counted, now), tokens=_tightest(tokens, counted, now))
 
 
-def _tightest(found: list[_Standing]) -> RateLimit | None:
+def _tightest(found: list[_Standing], counted: Sequence[Counted], now: Moment) -> RateLimit | None:
     if not found:
         return None
-    left, name, most, reset_ms = min(found)
+    left, name, most, place = min(found)
+    reset_ms = _reset(name, counted[place].counter, now)
     return RateLimit(name=name, limit=most, remaining=max(0, left), reset_ms=reset_ms)
 
 
-def _request_rates(limits: Limits, counter: Counter, now: Moment) -> Iterator[_Standing]:
-    if (most := limits.requests_per_minute) is not None:
-        most += limits.burst_requests or 0
-        left = most - counter.requests.total
-        yield _Standing(left, "requests_per_minute", most, counter.requests.empty_after(now.ms))
-    if (most := limits.concurrent_requests) is not None:
-        yield _Standing(most - counter.running, "concurrent_requests", most, _SLOT_RETRY_MS)
-
-
-def _token_rates(limits: Limits, counter: Counter, now: Moment) -> Iterator[_Standing]:
-    if (most := limits.tokens_per_minute) is not None:
-        most += limits.burst_tokens or 0
-        left = most - counter.tokens.total
-        yield _Standing(left, "tokens_per_minute", most, counter.tokens.empty_after(now.ms))
-    for budget in _budgets(limits, counter):
-        if not budget.money:
-            yield _Standing(budget.most - budget.used, budget.name, budget.most, budget.ends_in(now))
+def _reset(name: str, counter: Counter, now: Moment) -> int:
+    """Milliseconds until nothing of a limit would be used, if nothing else came."""
+    match name:
+        case "requests_per_minute":
+            return counter.requests.empty_after(now.ms)
+        case "tokens_per_minute":
+            return counter.tokens.empty_after(now.ms)
+        case "concurrent_requests":
+            return _SLOT_RETRY_MS
+        case "tokens_per_month":
+            return until_next_month(now.ms)
+        case _:
+            return until_tomorrow(now.ms)

@@ -144,14 +144,15 @@ class Counters(msgspec.Struct, frozen=True):
 
     def get(self, key: str, now: Moment) -> Counter:
         """A scope's counter at `now`."""
-        found = self._find(self._place(key))
+        found = self._find(key) or self._find(self._place(key))
         return found.at(now) if found else Counter(day=now.day, month=now.month)
 
     def put(self, key: str, counter: Counter) -> Counters:
         """With a scope's counter changed."""
         place = self._place(key)
-        old = self.shards.get(_shard(place)) or {}
-        return self._with(_shard(place), old, {**old, place: counter})
+        number = _shard(place)
+        old = self.shards.get(number) or {}
+        return self._with(number, old, {**old, place: counter})
 
     def sweep(self, number: int, now: Moment) -> Counters:
         """Forget what one shard need not keep."""

@@ -32,7 +32,7 @@ class Standing(msgspec.Struct, frozen=True):
 def standings(ledger: Ledger) -> Iterator[Standing]:
     """The whole tenant's limits, then those of its other scopes that have used anything."""
     now = moment(ledger.clock_ms)
-    yield from _of(Scope("", ledger.rules.settings.limits), {}, ledger.used.at(now))
+    yield from _of(ledger.rules.scope_of(""), {}, ledger.used.at(now))
     for shard in ledger.counters.shards.values():
         for key, counter in shard.items():
             if key.startswith("~"):

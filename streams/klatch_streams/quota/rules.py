@@ -12,7 +12,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from klatch_schemas import codec
-from klatch_schemas.events import ChatRequested, LimitRule, Limits, QuotaLimitSet, TokenPrice
+from klatch_schemas.events import ChatRequested, EmbeddingRequested, LimitRule, Limits, QuotaLimitSet, TokenPrice
+from klatch_streams.quota.counters import Counter
 
 EACH: Final = "*"
 NOBODY: Final = ""
@@ -23,8 +24,26 @@ _DIMENSIONS: Final = ("use_case", "person", "model")
 _MICRO: Final = 1_000_000
 _FREE: Final = TokenPrice()
 
+Asked = ChatRequested | EmbeddingRequested
+"""What counts against limits."""
+
 Names = tuple[str | None, str | None, str | None]
 """Use case, person, model; None: whatever it is."""
+
+
+class Budget(NamedTuple):
+    """A limit of a day or a month: it does not come back by waiting a little, so it stops replies that run."""
+
+    name: str
+    most: int
+    money: bool
+    monthly: bool
+
+    def used(self, counter: Counter) -> int:
+        """How much of it is used; the counter is one of `at`."""
+        if self.money:
+            return counter.month_micros if self.monthly else counter.day_micros
+        return counter.month_tokens if self.monthly else counter.day_tokens
 
 
 class Scope(NamedTuple):
@@ -33,6 +52,20 @@ class Scope(NamedTuple):
     key: str
     """JSON of its `Names`; empty for the whole tenant."""
     limits: Limits
+    budgets: tuple[Budget, ...]
+    """Those of its limits."""
+
+    @classmethod
+    def of(cls, key: str, limits: Limits) -> "Scope":
+        """A scope with its limits."""
+        bounds = (
+            (limits.tokens_per_day, "tokens_per_day", False, False),
+            (limits.tokens_per_month, "tokens_per_month", False, True),
+            (limits.cost_micros_per_day, "cost_micros_per_day", True, False),
+            (limits.cost_micros_per_month, "cost_micros_per_month", True, True),
+        )
+        found = [Budget(name, most, money, monthly) for most, name, money, monthly in bounds if most is not None]
+        return cls(key, limits, tuple(found))
 
     @property
     def dimensions(self) -> str | None:
@@ -71,10 +104,11 @@ class Settings(msgspec.Struct, frozen=True):
 class Rules:
     """Settings, compiled. Immutable; equal if their settings are."""
 
-    __slots__ = ("_by_dimensions", "_dearest", "_known", "settings")
+    __slots__ = ("_by_dimensions", "_dearest", "_known", "_whole", "settings")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._whole = Scope.of("", settings.limits)
         self._by_dimensions = _by_dimensions(settings.rules)
         self._known: dict[tuple[str, str, str], tuple[Scope, ...]] = {}
         """Scopes that were looked up, by names: the same people come again."""
@@ -90,25 +124,25 @@ class Rules:
     def __hash__(self) -> int:
         raise TypeError("rules are not for keys")
 
-    def scopes(self, asked: ChatRequested) -> Sequence[Scope]:
+    def scopes(self, asked: Asked) -> Sequence[Scope]:
         """The scopes of a request, the whole tenant's first."""
         if not self._by_dimensions:
-            return (Scope("", self.settings.limits),)
+            return (self._whole,)
         names = (asked.use_case, asked.person or NOBODY, model_of(asked))
         if (known := self._known.get(names)) is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            known = self._known[names] = (Scope("", self.settings.limits), *self._narrow(names))
+            known = self._known[names] = (self._whole, *self._narrow(names))
         return known
 
     def scope_of(self, key: str) -> Scope:
         """The scope under `key`, with what limits it now."""
         if not key:
-            return Scope(key, self.settings.limits)
+            return self._whole
         names = msgspec.json.decode(key, type=Names)
         dimensions = tuple(name is not None for name in names)
         rules = self._by_dimensions.get(dimensions, {})
-        return Scope(key, next(_matches(rules, names), Limits()))
+        return Scope.of(key, next(_matches(rules, names), Limits()))
 
     def price_of(self, model: str) -> TokenPrice:
         """The highest price of a model: its own, else that of `*`, else the highest that is known, else nothing."""
@@ -122,12 +156,12 @@ class Rules:
             values = tuple(name if there else None for name, there in zip(names, dimensions, strict=True))
             limits = next(_matches(rules, values), None)
             if limits is not None:
-                yield Scope(codec.dumps(values).decode(), limits)
+                yield Scope.of(codec.dumps(values).decode(), limits)
 
 
-def model_of(asked: ChatRequested) -> str:
+def model_of(asked: Asked) -> str:
     """The model as it was asked for, cut to what a rule can name."""
-    said = asked.body.get("model")
+    said = asked.model if isinstance(asked, EmbeddingRequested) else asked.body.get("model")
     return said[:_LONGEST] if isinstance(said, str) else NOBODY
 
 

@@ -66,6 +66,9 @@ async def test_the_end_and_the_settlement_say_which_deployment_answered(generati
     assert ended.end is not None
     assert (ended.end.status, ended.end.model, ended.end.deployment) == ("completed", "m", "second")
     assert (settled.model, settled.deployment) == ("m", "second")
+    first, *others = ended.standing
+    assert (first.seq, first.deployment) == (0, "second"), "readers know it from the first chunk on"
+    assert not any(said.deployment for said in others)
 
 
 async def test_a_filtered_prompt_ends_as_blocked_and_is_sent_to_nobody_else(generation: Any, other: Upstream) -> None:
@@ -127,6 +130,7 @@ async def test_an_answer_that_breaks_off_is_continued_by_a_deployment_that_can(
     assert ended.end is not None
     assert (ended.end.status, ended.end.deployment) == ("completed", "can")
     assert reply_of(ended).messages()[0]["content"] == "The quick brown fox jumps over a lazy dog "
+    assert [said.deployment for said in ended.standing if said.deployment] == ["first", "can"]
     [continued] = generation.upstream.calls
     assert continued.body["continue_final_message"] is True
 

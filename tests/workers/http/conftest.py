@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest_asyncio
 from openai import AsyncOpenAI
@@ -18,6 +18,8 @@ from openai import AsyncOpenAI
 from klatch_schemas import codec
 from klatch_schemas.events import (
     ChatRequested,
+    EmbeddingAdmitted,
+    EmbeddingRequested,
     Event,
     Status,
     StreamAttempt,
@@ -35,6 +37,7 @@ from klatch_workers.http.app import serve
 from klatch_workers.http.door import Door, Terms
 
 KEYS = {Tenant("acme"): "key-of-acme", Tenant("globex"): "key-of-globex"}
+Mode = Literal["restart", "continue"]
 USAGE = Usage(prompt_tokens=7, completion_tokens=3)
 
 
@@ -46,12 +49,13 @@ class Teller:
         self.cancelled = asyncio.Event()
         self.attempt = self.seq = 0
         self.writer = Writer("none")
+        self.deployment = ""
         self.partition = partition_of(asked.conversation.encode(), partitions)
 
-    async def open(self, attempt: int = 1, writer: str = "writer") -> None:
+    async def open(self, attempt: int = 1, writer: str = "writer", mode: Mode = "restart") -> None:
         """Open an attempt."""
         self.attempt, self.seq, self.writer = attempt, 0, Writer(f"{writer}-{attempt}")
-        await self.append(StreamAttempt(**self.names(), attempt=attempt, writer=self.writer))
+        await self.append(StreamAttempt(**self.names(), attempt=attempt, writer=self.writer, mode=mode))
 
     def names(self) -> dict[str, Any]:
         """What the events of this stream have in common."""
@@ -75,7 +79,7 @@ class Teller:
         prefix = codec.delta_prefix(self.asked.request, self.attempt, self.writer)
         drafts = list[Draft]()
         for chunk in chunks:
-            value = codec.encode_delta(prefix, self.seq, chunk)
+            value = codec.encode_delta(prefix, self.seq, chunk, "" if self.seq else self.deployment)
             key = self.asked.conversation.encode()
             drafts.append(codec.delta_draft("chat.stream", key, self.partition, value))
             self.seq += 1
@@ -135,6 +139,7 @@ class Stages:
     log: MemoryLog
     partitions: int
     script: Script = hello
+    admits: Callable[[dict[str, Any]], Event] = EmbeddingAdmitted.model_validate
     tellers: list[Teller] = field(default_factory=list[Teller])
     tasks: list["asyncio.Task[None]"] = field(default_factory=list["asyncio.Task[None]"])
     asked: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -150,8 +155,15 @@ class Stages:
                 said = codec.decode(record.value)
                 if isinstance(said, ChatRequested) and self.of(said.request) is None:
                     await self._begin(said)
+                elif isinstance(said, EmbeddingRequested):
+                    await self.log.append([self.embedding(said)])
                 elif isinstance(said, StreamCancel) and (teller := self.of(said.request)):
                     teller.cancelled.set()
+
+    def embedding(self, said: EmbeddingRequested) -> Draft:
+        """What admission answers to a request for embeddings."""
+        names = {"request": said.request, "tenant": said.tenant, "conversation": said.conversation}
+        return codec.draft("chat.stream", said.conversation, self.admits(names))
 
     async def _begin(self, said: ChatRequested) -> None:
         async with self.asked:

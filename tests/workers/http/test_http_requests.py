@@ -4,17 +4,17 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from klatch_agents.gateway.errors import ErrorBody, RefusedError
-from klatch_schemas.errors import InvalidRequest
+from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas.events import ChatRequested
 from klatch_schemas.records import Draft
 from klatch_workers.http.door import Terms
-from klatch_workers.http.other import TextEmbeddings
+from klatch_workers.http.embeddings import TextEmbeddings
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of, new_request_id
 
 if TYPE_CHECKING:
@@ -174,9 +174,7 @@ class _Models:
 
 
 class _Refusing:
-    async def embed(self, body: Mapping[str, object]) -> bytes:
-        if "input" not in body:
-            raise InvalidRequest("input: missing", param="input")
+    async def embed(self, _: ModelCall) -> Embedded:
         raise RefusedError(429, ErrorBody("slow down", "requests", None, "rate"), retry_after=2.0)
 
 

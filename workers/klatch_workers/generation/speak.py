@@ -118,7 +118,7 @@ class Attempt:
         if first:
             self.first_token_at = asyncio.get_running_loop().time()
         topic, key, partition = self._draft.topic, self._draft.key, self._draft.partition
-        value = codec.encode_delta(prefix, self.seq, raw)
+        value = codec.encode_delta(prefix, self.seq, raw, "" if self.seq else self.deployment)
         self.written = self._batches.write(codec.delta_draft(topic, key, partition, value), urgent=first)
         self.seq += 1
         return self.written

@@ -19,6 +19,7 @@ from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly, Opened, Said, Spoke
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.events import (
+    EmbeddingAdmitted,
     StreamAttempt,
     StreamBudget,
     StreamCancel,
@@ -150,6 +151,8 @@ class Table:
                     return
             case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract() | StreamBudget():
                 tracked = self.of(said.tenant, said.request)
+            case EmbeddingAdmitted():
+                return
             case _:
                 self.unreadable.append((record, f"{said.KIND} does not belong into this topic"))
                 return

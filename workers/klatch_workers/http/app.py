@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from klatch_schemas.errors import KlatchError, NotFound, Unavailable
-from klatch_workers.http import chat, other, streams
+from klatch_workers.http import chat, embeddings, other, streams
 from klatch_workers.http.call import Call, Disconnected
 from klatch_workers.http.door import Door
 from klatch_workers.http.errors import MethodNotAllowed, as_klatch_error
@@ -74,7 +74,7 @@ class App:
         routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": chat.complete},
             "/v1/streams/{id}": {"GET": streams.resume, "DELETE": streams.cancel},
-            "/v1/embeddings": {"POST": other.embeddings},
+            "/v1/embeddings": {"POST": embeddings.embeddings},
             "/v1/models": {"GET": other.models},
             "/healthz": {"GET": other.healthy},
             "/readyz": {"GET": other.ready},

@@ -22,6 +22,8 @@ _EVENTS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 
+DEPLOYMENT = b"x-klatch-deployment"
+
 
 class Disconnected(Exception):
     """The client went away before its request was whole."""
@@ -114,6 +116,8 @@ class Call:
         body = error_body(error, self.request, self.resume)
         if not self.started:
             headers = error_headers(error)
+            if error.deployment:
+                headers.append((DEPLOYMENT, header_value(error.deployment)))
             if self.rate_limits:
                 headers = [header for header in headers if not header[0].startswith(b"x-ratelimit-")]
             await self.answer(status_of(error), body, headers)
@@ -121,9 +125,9 @@ class Call:
             # No [DONE]: a client that checks for it must see that this is not the end of a reply.
             await self.write(b"data: %b\n\n" % body, more=False)
 
-    async def start_events(self) -> None:
+    async def start_events(self, headers: Headers | None = None) -> None:
         """Begin a stream of server-sent events."""
-        await self._start(200, _EVENTS)
+        await self._start(200, [*_EVENTS, *(headers or [])])
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send bytes of a stream that has begun; waits while the client's socket is full."""

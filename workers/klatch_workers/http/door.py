@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from klatch_agents.gateway.port import Embedded, ModelCall
+from klatch_schemas.events import Prices
 from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import DAY_MS, MAX_BODY_BYTES, Namespace
 from klatch_streams.log import Log
@@ -16,8 +18,8 @@ from klatch_streams.log import Log
 class Embeddings(Protocol):
     """Answers `POST /v1/embeddings`; a gateway to models is one."""
 
-    async def embed(self, body: Mapping[str, object]) -> bytes:
-        """The answer's JSON. Raises KlatchError or ModelError."""
+    async def embed(self, call: ModelCall) -> Embedded:
+        """The answer to a call with this body. Raises KlatchError or ModelError."""
         ...
 
 
@@ -51,6 +53,8 @@ class Terms:
     """How long the log may take to accept a request: brokers elect a new leader in 8 to 9 s."""
     intake_bytes: int = 64 * 1024 * 1024
     """How much may wait to be accepted, all requests together: more is refused while the log does not answer."""
+    admission_timeout_s: float = 15.0
+    """How long admission may take to decide on embeddings, whose client waits without a sign of life."""
     linger_s: float = 60.0
     """How long a partition is followed after its last reader left."""
     idempotency_window_ms: int = DAY_MS
@@ -60,6 +64,10 @@ class Terms:
     """
     clock_skew_ms: int = 60_000
     """By how much the clocks of doors, stages and brokers may differ when a stream is looked for by time."""
+
+
+def _no_price(_model: str, _deployment: str) -> Prices | None:
+    return None
 
 
 def _always() -> bool:
@@ -76,6 +84,8 @@ class Door:
     namespace: Namespace = Namespace()
     embeddings: Embeddings | None = None
     models: Models | None = None
+    prices: Callable[[str, str], Prices | None] = _no_price
+    """What a model costs at a deployment, where it is known: embeddings are settled here."""
     ready: Callable[[], bool] = _always
     """Whether the ledgers are complete."""
     terms: Terms = Terms()

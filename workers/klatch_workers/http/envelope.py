@@ -137,11 +137,12 @@ def asked_in(body: Mapping[str, Any]) -> Asked:
     try:
         fields = ChatFields.model_validate(body)
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise invalid(error) from error
     return Asked.model_construct(body={k: v for k, v in body.items() if k != "klatch"}, fields=fields)
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def invalid(error: ValidationError) -> InvalidRequest:
+    """The first problem of a body, named by its field."""
     problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
     field = ".".join(map(str, problem["loc"]))
     return InvalidRequest(f"{field or 'body'}: {problem['msg']}", param=field or None)

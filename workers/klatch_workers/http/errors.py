@@ -73,13 +73,13 @@ def error_of_end(ended: Ended) -> KlatchError | None:
     """The error that a stream ended with; None if it was completed."""
     if ended.status == "completed":
         return None
-    said = ended.error
-    if said is None:
-        error, message = _ENDINGS[ended.status]
-        return error(message)
-    if said.upstream:
-        return _of_upstream(said, said.upstream)
-    return error_of(said)
+    error = _of_said(ended.error) if ended.error else _ENDINGS[ended.status][0](_ENDINGS[ended.status][1])
+    error.deployment = ended.end.deployment if ended.end else ""
+    return error
+
+
+def _of_said(said: StreamError) -> KlatchError:
+    return _of_upstream(said, said.upstream) if said.upstream else error_of(said)
 
 
 def _of_upstream(said: StreamError, upstream: Mapping[str, Any]) -> KlatchError:
@@ -130,6 +130,7 @@ def error_body(error: KlatchError, request: str, resume: str | None = None) -> b
         "limit": error.limit,
         "retry_after_ms": error.retry_after_ms,
         "upstream_request": error.upstream_request if isinstance(error, UpstreamSaid) else None,
+        "deployment": error.deployment or None,
     }
     said["klatch"] = {name: value for name, value in ours.items() if value is not None}
     return json.dumps({"error": said}, separators=(",", ":")).encode()

@@ -6,7 +6,7 @@ refused. A stream that has begun before they came, with a comment, goes without.
 
 from collections.abc import Sequence
 
-from klatch_schemas.events import RateLimits, StreamAttempt, StreamEnd
+from klatch_schemas.events import EmbeddingAdmitted, RateLimits, StreamAttempt, StreamEnd
 from klatch_workers.http.errors import Headers
 from klatch_workers.http.reader import Heard
 
@@ -17,7 +17,7 @@ def rate_limits_in(heard: Sequence[Heard]) -> RateLimits | None:
     """What these records say of limits, if they do; the last counts."""
     found: RateLimits | None = None
     for _, said in heard:
-        if isinstance(said, StreamAttempt | StreamEnd) and said.rate_limits:
+        if isinstance(said, StreamAttempt | StreamEnd | EmbeddingAdmitted) and said.rate_limits:
             found = said.rate_limits
     return found
 

@@ -13,13 +13,13 @@ from typing import NamedTuple, Protocol
 from klatch_schemas import codec
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.errors import KlatchError, LogMoved
-from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd, StreamRetract
+from klatch_schemas.events import EmbeddingAdmitted, StreamAttempt, StreamCancel, StreamEnd, StreamRetract
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, OffsetGone, Tail
 
-Spoken = Delta | StreamAttempt | StreamEnd | StreamCancel | StreamRetract
-"""What may stand in `chat.stream`."""
+Spoken = Delta | StreamAttempt | StreamEnd | StreamCancel | StreamRetract | EmbeddingAdmitted
+"""What doors read of `chat.stream`."""
 
 Heard = tuple[int, Spoken]
 """A record of the stream: its offset, and what it says."""

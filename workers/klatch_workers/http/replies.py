@@ -2,9 +2,13 @@
 
 A chunk's bytes are relayed as the model server sent them; all that arrived together leaves in one write. `[DONE]`
 ends a completed reply, exactly once, and nothing else; whatever else happens after the first byte is an error event.
+
+Which deployment answers is told in a header, where that is known before the status line leaves. Where it is not, or
+another deployment goes on, its first chunk says so, in a member of klatch's own behind the model server's.
 """
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,7 +19,7 @@ from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Standing
 from klatch_schemas.chunks import Json, Reply
 from klatch_schemas.errors import Expired, KlatchError, StreamBroken
 from klatch_schemas.events import StreamEnd, Usage
-from klatch_workers.http.call import Call, header_value
+from klatch_workers.http.call import DEPLOYMENT, Call, header_value
 from klatch_workers.http.door import Terms
 from klatch_workers.http.errors import error_of_end
 from klatch_workers.http.pulse import Pulse
@@ -26,6 +30,7 @@ log = structlog.get_logger("klatch.http.replies")
 
 _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
+_OURS = re.compile(rb'"klatch"\s*:')
 _OFF_LOOP_CHUNKS = 1_000
 _NAMELESS = 15
 """So many events without an id may follow the last one that has it: Azure's annotations."""
@@ -136,6 +141,8 @@ class EventStream(_Answer):
         self._live = False
         self._last: deque[Standing] = deque(maxlen=_NAMELESS + 1)
         self._event_start = b"id: %d-" % reader.partition.number
+        self._deployment = ""
+        """The last that the client was told of, or will be by the header."""
 
     async def _take(self, heard: Sequence[Heard]) -> bool:
         parts, ended, error = self._events(heard)
@@ -170,6 +177,7 @@ class EventStream(_Answer):
     def _catch_up(self) -> tuple[list[bytes], Ended | None]:
         self._live = True
         shown = self._reply.go_live()
+        self._deployment = self._reply.deployment
         parts = [self._event(one) for one in shown if isinstance(one, Standing)]
         return parts, next((one for one in shown if isinstance(one, Ended)), None)
 
@@ -179,6 +187,10 @@ class EventStream(_Answer):
         if b"\n" in chunk or b"\r" in chunk:
             # Only space between tokens of JSON can be a raw line end, and a line end would end the field.
             chunk = chunk.replace(b"\n", b" ").replace(b"\r", b" ")
+        if said.deployment and said.deployment != self._deployment:
+            if self._call.started or self._deployment:
+                chunk = _told_by(said.deployment, chunk)
+            self._deployment = said.deployment
         return b"%b%d\ndata: %b\n\n" % (self._event_start, said.offset, chunk)
 
     def _closing(self, end: StreamEnd | None) -> list[bytes]:
@@ -194,7 +206,8 @@ class EventStream(_Answer):
     async def _write(self, parts: list[bytes], *, more: bool) -> None:
         self._watch.wrote_at = self._pulse.now
         if not self._call.started:
-            await self._call.start_events()
+            told = self._deployment
+            await self._call.start_events([(DEPLOYMENT, header_value(told))] if told else None)
         await self._call.write(parts[0] if len(parts) == 1 else b"".join(parts), more=more)
 
 
@@ -219,9 +232,7 @@ class WholeReply(_Answer):
         # Nobody else's token waits for a long reply to be put together.
         large = len(standing) > _OFF_LOOP_CHUNKS
         body = await asyncio.to_thread(_whole, standing, end) if large else _whole(standing, end)
-        told = (
-            {b"x-klatch-upstream-request": end.upstream_request, b"x-klatch-deployment": end.deployment} if end else {}
-        )
+        told = {b"x-klatch-upstream-request": end.upstream_request, DEPLOYMENT: end.deployment} if end else {}
         await self._call.answer(200, body, [(name, header_value(said)) for name, said in told.items() if said])
         return True
 
@@ -237,8 +248,7 @@ def _whole(standing: Sequence[Standing], end: StreamEnd | None) -> bytes:
 
 def trailer_of(end: StreamEnd, last: Sequence[Standing]) -> list[Json]:
     """The chunks that follow the last choice: the model server's own, and a usage chunk if it sent none, named after
-    one of the `last`. The usage chunk says in klatch's field which deployment answered: a stream's status line left
-    before that was known."""
+    one of the `last`. The usage chunk says in klatch's field which deployment answered last."""
     chunks: list[Json] = list(end.trailer)
     if end.usage and not any(map(_is_usage, chunks)):
         read: list[Json] = [codec.loads(bytes(one.chunk)) for one in reversed(last)]
@@ -250,6 +260,15 @@ def trailer_of(end: StreamEnd, last: Sequence[Standing]) -> list[Json]:
         ours: Json = {"klatch": {"deployment": end.deployment}}
         chunks = [{**chunk, **ours} if _is_usage(chunk) else chunk for chunk in chunks]
     return chunks
+
+
+def _told_by(deployment: str, chunk: bytes) -> bytes:
+    """A chunk with `klatch.deployment` behind its own members, whose bytes stay as they are."""
+    body, brace, _ = chunk.rpartition(b"}")
+    if not brace or _OURS.search(body):
+        return chunk  # it says so itself: its model server is a klatch, too
+    comma = b"" if body.rstrip() == b"{" else b","
+    return b"%b%b%b" % (body, comma, codec.dumps({"klatch": {"deployment": deployment}})[1:])
 
 
 def _is_usage(chunk: Json) -> bool:

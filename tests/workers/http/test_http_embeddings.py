@@ -1,0 +1,122 @@
+"""Embeddings at the door count like all else a tenant asks for: admitted before, settled after, refused alike."""
+
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+
+from klatch_agents.gateway.errors import ErrorBody, RefusedError
+from klatch_agents.gateway.port import Embedded, ModelCall
+from klatch_schemas import codec
+from klatch_schemas.events import (
+    EmbeddingRequested,
+    Event,
+    Prices,
+    RateLimit,
+    RateLimits,
+    StreamEnd,
+    StreamError,
+    UsageSettled,
+)
+from klatch_schemas.ids import Writer
+from klatch_workers.http.door import Terms
+
+if TYPE_CHECKING:
+    from tests.workers.http.conftest import Kits
+
+LIMITS = RateLimits(requests=RateLimit(name="requests_per_minute", limit=60, remaining=59, reset_ms=60_500))
+
+
+class Server:
+    """A model server that embeds, and says what it counted."""
+
+    def __init__(self, tokens: int | None = 7) -> None:
+        self.calls = list[ModelCall]()
+        self.tokens = tokens
+
+    async def embed(self, call: ModelCall) -> Embedded:
+        self.calls.append(call)
+        said: dict[str, Any] = {"object": "list", "model": "m", "data": []}
+        if self.tokens is not None:
+            said["usage"] = {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
+        return Embedded(codec.dumps(said), "own")
+
+
+class Refusing:
+    """A model server that refuses."""
+
+    async def embed(self, _: ModelCall) -> Embedded:
+        raise RefusedError(429, ErrorBody("slow down", "requests", None, "rate"))
+
+
+def price(model: str, deployment: str) -> Prices | None:
+    return Prices(prompt=2) if (model, deployment) == ("m", "own") else None
+
+
+async def test_they_are_admitted_and_settled_for_their_tenant_without_their_text(kits: "Kits") -> None:
+    server = Server()
+    async with kits.serving(embeddings=server, prices=price) as kit:
+        asked = kit.client().embeddings.with_raw_response
+        klatch = {"klatch": {"person": "ann", "use_case": "search"}}
+        answer = await asked.create(model="m", input=["lighthouse", "stamp"], extra_body=klatch)
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
+        [requested] = kit.said(EmbeddingRequested, "chat.requests")
+        log = b"".join(record.value or b"" for record in kit.log.records("chat.requests"))
+    assert answer.headers["x-klatch-deployment"] == "own"
+    assert (requested.tenant, requested.person, requested.use_case, requested.model) == ("acme", "ann", "search", "m")
+    assert requested.tokens == 9, "15 bytes, and two more tokens for each text"
+    assert answer.headers["x-request-id"] == requested.request == settled.request
+    assert (settled.tenant, settled.person, settled.status, settled.model) == ("acme", "ann", "completed", "m")
+    assert (settled.usage.prompt_tokens, settled.usage.estimated, settled.cost_micros) == (7, False, 14)
+    [call] = server.calls
+    assert (call.tenant, "klatch" in call.body) == ("acme", False)
+    assert b"lighthouse" not in log
+
+
+async def test_a_server_that_does_not_count_is_settled_by_the_estimate(kits: "Kits") -> None:
+    async with kits.serving(embeddings=Server(None)) as kit:
+        await (await kit.call("POST", "/v1/embeddings", {"model": "m", "input": [[1, 2, 3], [4]]})).json()
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
+    assert (settled.usage.prompt_tokens, settled.usage.estimated) == (4, True)
+
+
+async def test_a_limit_refuses_them_before_a_model_is_asked(kits: "Kits") -> None:
+    def refused(names: dict[str, Any]) -> Event:
+        why = StreamError(code="rate_limit_exceeded", message="slow", retry_after_ms=1_500, limit="requests_per_minute")
+        return StreamEnd(**names, writer=Writer("admission"), status="rejected", error=why, rate_limits=LIMITS)
+
+    server = Server()
+    async with kits.serving(embeddings=server) as kit:
+        kit.stages.admits = refused
+        with pytest.raises(openai.RateLimitError) as error:
+            await kit.client().embeddings.create(model="m", input="x")
+        assert kit.said(UsageSettled, "chat.requests") == []
+    headers = error.value.response.headers
+    assert (headers["retry-after"], headers["x-ratelimit-limit-requests"]) == ("2", "60")
+    assert not server.calls
+
+
+async def test_what_a_model_server_refuses_costs_nothing(kits: "Kits") -> None:
+    async with kits.serving(embeddings=Refusing()) as kit:
+        answer = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
+    assert answer.status == 429
+    assert (settled.status, settled.usage.total_tokens) == ("failed", 0)
+
+
+async def test_without_admission_they_are_refused_in_time_and_not_made_later(kits: "Kits") -> None:
+    server = Server()
+    async with kits.serving(Terms(admission_timeout_s=0.2), embeddings=server) as kit:
+        another = {"tenant": "globex", "writer": "admission", "status": "rejected"}
+        kit.stages.admits = lambda names: StreamEnd.model_validate({**names, **another})
+        answer = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
+        [requested] = kit.said(EmbeddingRequested, "chat.requests")
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "unavailable")
+    assert requested.deadline_ms, "admission lets nothing through that nobody waits for any more"
+    assert not server.calls
+
+
+async def test_a_field_of_klatchs_that_does_not_exist_is_named(kits: "Kits") -> None:
+    async with kits.serving(embeddings=Server()) as kit:
+        answer = await kit.call("POST", "/v1/embeddings", {"input": "x", "klatch": {"persom": "ann"}})
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, "klatch.persom")

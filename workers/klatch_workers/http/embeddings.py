@@ -1,0 +1,253 @@
+"""`POST /v1/embeddings`: admitted and settled in the tenant's log like a chat completion, answered by the door itself.
+
+The texts stay here: the log gets their estimated tokens, and later what they really were. What fails is settled with
+nothing; a door that dies before it settles leaves a reservation that expires.
+"""
+
+import asyncio
+import base64
+import struct
+import time
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+import structlog
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from klatch_agents.gateway.port import Embedded, ModelCall
+from klatch_schemas import codec
+from klatch_schemas.assembly import Ended
+from klatch_schemas.errors import InvalidRequest, KlatchError, NotFound, Unavailable
+from klatch_schemas.events import (
+    EmbeddingAdmitted,
+    EmbeddingRequested,
+    ModelRouted,
+    Status,
+    StreamEnd,
+    Usage,
+    UsageSettled,
+)
+from klatch_schemas.ids import Conversation, NameField, PersonField
+from klatch_streams.estimate import Estimate
+from klatch_streams.log import LogError
+from klatch_workers.generation.conclude import cost_micros
+from klatch_workers.http.auth import tenant_of
+from klatch_workers.http.call import DEPLOYMENT, Call, header_value
+from klatch_workers.http.door import Embeddings, TextEmbedder
+from klatch_workers.http.envelope import invalid, read_json
+from klatch_workers.http.errors import error_of_end
+from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
+from klatch_workers.http.reader import Reader, Stream
+from klatch_workers.http.runtime import Runtime
+
+log = structlog.get_logger("klatch.http.embeddings")
+
+_ESTIMATE: Final = Estimate()
+
+
+class EmbeddingFields(BaseModel):
+    """`"klatch": {...}` of a request body: whom it counts for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    person: PersonField | None = None
+    use_case: NameField = "default"
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    input: JsonValue
+    model: str = ""
+    klatch: EmbeddingFields = EmbeddingFields()
+
+
+class _Paid(NamedTuple):
+    """What a call came to."""
+
+    status: Status = "failed"
+    usage: Usage = Usage()
+    deployment: str = ""
+
+
+async def embeddings(runtime: Runtime, call: Call) -> None:
+    """Answer a request for embeddings. Raises KlatchError, ModelError, LogError, Disconnected."""
+    call.tenant = tenant_of(call.header(b"authorization"), runtime.door.keys)
+    if (embedder := runtime.door.embeddings) is None:
+        raise NotFound("this klatch serves no embeddings: start it with an embedding model")
+    terms = runtime.door.terms
+    body = await read_json(await call.body(terms.max_body_bytes), terms.off_loop_bytes)
+    try:
+        asked = _Asked.model_validate(body)
+    except ValidationError as error:
+        raise invalid(error) from error
+    event = _event(runtime, call, asked)
+    admitted = await _admitted(runtime, call, event)
+    began, paid = time.monotonic(), _Paid()
+    try:
+        model_call = ModelCall(
+            {name: value for name, value in body.items() if name != "klatch"},
+            request=call.request,
+            tenant=call.tenant,
+            weight=admitted.weight,
+            priority=admitted.priority,
+        )
+        embedded = await embedder.embed(model_call)
+        paid = _Paid("completed", _usage(embedded, event.tokens), embedded.deployment)
+        told = [(DEPLOYMENT, header_value(embedded.deployment))] if embedded.deployment else None
+        await call.answer(200, embedded.answer, told)
+    finally:
+        await _settle(runtime, event, paid, int((time.monotonic() - began) * 1_000))
+
+
+def _event(runtime: Runtime, call: Call, asked: _Asked) -> EmbeddingRequested:
+    patience_ms = int(runtime.door.terms.admission_timeout_s * 1_000)
+    return EmbeddingRequested(
+        request=call.request,
+        tenant=call.tenant,
+        conversation=Conversation(call.request),
+        person=asked.klatch.person,
+        use_case=asked.klatch.use_case,
+        model=asked.model,
+        tokens=_ESTIMATE.of_input(asked.input),
+        # What is decided later is decided for nobody.
+        deadline_ms=time.time_ns() // 1_000_000 + patience_ms,
+    )
+
+
+async def _admitted(runtime: Runtime, call: Call, event: EmbeddingRequested) -> EmbeddingAdmitted:
+    partition = runtime.partition(event.conversation)
+    async with runtime.intake.turn(partition):
+        reader = await runtime.hub.open(Stream(event.tenant, event.request), partition)
+    try:
+        draft = codec.draft(runtime.request_topic, event.tenant, event, traceparent=call.header(b"traceparent"))
+        await runtime.intake.append(draft, runtime.requests_of(event.tenant))
+        return await _decision(call, reader, runtime.door.terms.admission_timeout_s)
+    finally:
+        await reader.close()
+
+
+async def _decision(call: Call, reader: Reader, patience_s: float) -> EmbeddingAdmitted:
+    try:
+        async with asyncio.timeout(patience_s):
+            while True:
+                heard = await reader.read()
+                if limits := rate_limits_in(heard):
+                    call.rate_limits = rate_limit_headers(limits)
+                for _, said in heard:
+                    if isinstance(said, EmbeddingAdmitted):
+                        return said
+                    if isinstance(said, StreamEnd) and (error := error_of_end(Ended(said.status, said))):
+                        raise error
+    except TimeoutError:
+        raise Unavailable("no admission worker answers; try again", retry_after_ms=1_000) from None
+
+
+async def _settle(runtime: Runtime, event: EmbeddingRequested, paid: _Paid, total_ms: int) -> None:
+    settled = UsageSettled(
+        request=event.request,
+        tenant=event.tenant,
+        person=event.person,
+        use_case=event.use_case,
+        model=event.model,
+        deployment=paid.deployment,
+        status=paid.status,
+        usage=paid.usage,
+        cost_micros=cost_micros(paid.usage, runtime.door.prices(event.model, paid.deployment)),
+        total_ms=total_ms,
+    )
+    draft = codec.draft(runtime.request_topic, event.tenant, settled)
+    try:
+        await runtime.intake.append(draft, runtime.requests_of(event.tenant))
+    except (KlatchError, LogError, TimeoutError) as error:
+        # Its reservation expires, and the estimate stands as its cost.
+        log.warning("settlement.failed", request=event.request, error=str(error))
+
+
+# --- what was used ------------------------------------------------------------------------------------------------
+
+
+class _Counted(msgspec.Struct):
+    prompt_tokens: int = 0
+
+
+class _Answer(msgspec.Struct):
+    usage: _Counted | None = None
+
+
+_read: Final = msgspec.json.Decoder(_Answer).decode
+
+
+def _usage(embedded: Embedded, estimated: int) -> Usage:
+    """What the server counted; the estimate where it did not."""
+    try:
+        counted = _read(embedded.answer).usage
+    except msgspec.DecodeError:
+        counted = None
+    if counted is None or counted.prompt_tokens <= 0:
+        return Usage(prompt_tokens=estimated, estimated=True)
+    return Usage(prompt_tokens=counted.prompt_tokens, estimated=embedded.estimated)
+
+
+# --- who embeds ---------------------------------------------------------------------------------------------------
+
+
+class TextEmbeddings:
+    """`Embeddings` by a local model that turns texts into vectors."""
+
+    def __init__(self, model: str, embed: TextEmbedder) -> None:
+        self._model = model
+        self._embed = embed
+
+    async def embed(self, call: ModelCall) -> Embedded:
+        """See `Embeddings.embed`. Raises InvalidRequest."""
+        body = call.body
+        texts = _texts(body.get("input"))
+        # OpenAI's own client asks for base64 of little-endian floats unless told otherwise.
+        encoded = body.get("encoding_format") == "base64"
+        vectors = await self._embed(texts)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _base64(vector) if encoded else vector}
+            for index, vector in enumerate(vectors)
+        ]
+        # The model does not say how many tokens it read.
+        tokens = _ESTIMATE.of_input(texts)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        answer = codec.dumps({"object": "list", "model": self._model, "data": data, "usage": usage})
+        return Embedded(answer, estimated=True)
+
+
+class Routes(Protocol):
+    """The routes of model names."""
+
+    def find(self, alias: str) -> ModelRouted | None:
+        """The route of a model name."""
+        ...
+
+
+class RoutedEmbeddings:
+    """`Embeddings` of the model that a request names, if it has a route; else of klatch's own, whatever it names."""
+
+    def __init__(self, routes: Routes, routed: Embeddings, own: Embeddings | None) -> None:
+        self._routes = routes
+        self._routed = routed
+        self._own = own
+
+    async def embed(self, call: ModelCall) -> Embedded:
+        """See `Embeddings.embed`. Raises NotFound."""
+        if self._routes.find(str(call.body.get("model") or "")):
+            return await self._routed.embed(call)
+        if self._own is None:
+            raise NotFound("no route names this model, and this klatch has no embedding model of its own")
+        return await self._own.embed(call)
+
+
+def _texts(said: object) -> list[str]:
+    texts = [said] if isinstance(said, str) else said
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):  # pyright: ignore[reportUnknownVariableType]
+        raise InvalidRequest("input: a text, or a list of texts, none of them empty", param="input")
+    return [str(text) for text in texts]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
