@@ -21,6 +21,7 @@ from klatch_schemas import codec
 from klatch_schemas.events import ChatAdmitted, Event
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, TRUST_VERDICTS, Namespace, Topic
 from klatch_workers.views.aggregate import Group, Tally, count, measure
+from klatch_workers.views.calm import CalmTransport
 from klatch_workers.views.shapes import Shape
 from klatch_workers.views.tables import KEPT_S, MINUTE_S, DurableTable, decode_row, encode_row
 
@@ -53,7 +54,9 @@ class Views:
             broker_session_timeout=10.0,
             broker_heartbeat_interval=3.0,
             broker_commit_interval=1.0,
+            producer_linger=0.05,
         )
+        self.app.transport = CalmTransport(self.app.conf.broker_consumer, self.app)
         self._namespace = namespace
         self._partitions = sum(shape.partitions for shape in shapes.values())
         self._tables = dict[str, DurableTable]()
