@@ -8,3 +8,4 @@ from aiokafka import AIOKafkaConsumer  # type: ignore[import-untyped, unused-ign
 async def test_aiokafka_still_keeps_how_it_fetches_where_views_set_it() -> None:
     consumer = AIOKafkaConsumer(fetch_min_bytes=7, fetch_max_wait_ms=8)
     assert (consumer._fetch_min_bytes, consumer._fetch_max_wait_ms) == (7, 8)
+    await consumer.stop()
