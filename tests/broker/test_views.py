@@ -10,13 +10,14 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import aiohttp
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition  # type: ignore[import-untyped, unused-ignore]
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped, unused-ignore]
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition  # type: ignore[import-untyped, unused-ignore]
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete  # type: ignore[import-untyped, unused-ignore]
 from click.testing import CliRunner
 
 from klatch_schemas import codec
@@ -36,7 +37,10 @@ from klatch_workers import leash
 from klatch_workers.cli.top import top
 from klatch_workers.kafka import Cluster
 from klatch_workers.settings import Settings
+from klatch_workers.views.app import SOURCES, RecordLost, Views
+from klatch_workers.views.offsets import Offsets
 from klatch_workers.views.run import run_views
+from klatch_workers.views.shapes import Shape
 
 pytestmark = pytest.mark.broker
 
@@ -238,3 +242,66 @@ async def test_a_missing_topic_is_named_with_what_makes_it(kafka: Cluster, tmp_p
     settings = Settings(kafka=kafka.bootstrap, namespace=f"views-{uuid4().hex[:8]}", data=tmp_path)
     with pytest.raises(UnknownTopic, match="klatch topics create"):
         await run_views(settings, asyncio.Event(), lambda facts: pytest.fail(f"ready: {facts}"))
+
+
+async def records(town: Town, topic: str, values: Sequence[bytes], *, transactional: bool = False) -> None:
+    """Append to partition 0, each in a transaction of its own if `transactional`."""
+    transaction = {"transactional_id": uuid4().hex} if transactional else {}
+    async with AIOKafkaProducer(bootstrap_servers=town.bootstrap, **transaction) as producer:
+        for value in values:
+            if transactional:
+                async with producer.transaction():
+                    await producer.send_and_wait(topic, value, partition=0)
+            else:
+                await producer.send_and_wait(topic, value, partition=0)
+
+
+async def places(town: Town, data: Path, topic: str, offsets: Sequence[int]) -> list[bool]:
+    """Of records of partition 0 that are delivered with these offsets, which are taken."""
+    views = Views(town.bootstrap, town.namespace, dict.fromkeys(SOURCES, Shape(3, 1)), data)
+    taken = list[bool]()
+    try:
+        for offset in offsets:
+            progress = await views._next(SimpleNamespace(tp=(topic, 0), offset=offset))
+            taken.append(progress is not None)
+            if progress:
+                progress.take(offset)
+    finally:
+        await views._offsets.close()
+    return taken
+
+
+async def test_a_record_that_faust_lost_stops_the_process_before_anything_after_it_is_counted(
+    town: Town, tmp_path: Path
+) -> None:
+    topic = town.namespace.of(TRUST_VERDICTS)
+    await records(town, topic, [b"0", b"1", b"2", b"3"])
+    assert await places(town, tmp_path, topic, [0, 1, 0, 1, 2]) == [True, True, False, False, True]
+    for lost in ([1], [0, 2], [0, 1, 3]):
+        with pytest.raises(RecordLost, match=f"{lost[-1]} came where"):
+            await places(town, tmp_path, topic, lost)
+
+
+async def test_a_hole_that_the_log_has_itself_is_passed(town: Town, tmp_path: Path) -> None:
+    topic = town.namespace.of(TRUST_VERDICTS)
+    await records(town, topic, [b"0", b"2", b"4"], transactional=True)
+    assert await places(town, tmp_path, topic, [0, 2, 4]) == [True, True, True]
+    with pytest.raises(RecordLost, match="4 came where 1 is next"):
+        await places(town, tmp_path, topic, [0, 4])
+
+    async with town._admin() as admin:
+        await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=4)})
+    assert await places(town, tmp_path, topic, [4]) == [True]
+
+
+async def test_reading_begins_at_what_the_group_has_committed(town: Town) -> None:
+    offsets = Offsets(town.bootstrap, town.namespace.group("views"))
+    assert await offsets.committed() == {}
+    topic = town.namespace.of(TRUST_VERDICTS)
+    await records(town, topic, [b"0", b"1"])
+    async with AIOKafkaConsumer(
+        bootstrap_servers=town.bootstrap, group_id=town.namespace.group("views"), enable_auto_commit=False
+    ) as member:
+        member.assign([TopicPartition(topic, 0)])
+        await member.commit({TopicPartition(topic, 0): 1})
+    assert await offsets.committed() == {(topic, 0): 1}

@@ -2,9 +2,11 @@
 # Faust's streams, events and tables are `Any` inside: this module and `tables` are where that ends.
 """The Faust app: one windowed table for each topic that views read.
 
-Faust 0.15.3 is used within what was seen to hold: one event at a time per topic (`concurrency=1`), at-least-once, an
-event acknowledged only when its change is durable, the last offset in every value. Unreadable records are skipped
-with a log line: the stage that owns the topic dead-letters them.
+Faust 0.15.3 delivers records and restores tables; what may be counted and committed is decided here, because Faust
+loses records and commits past them (docs/decisions/0020). A record is counted if it is the next of its partition; one
+that comes again is dropped; one before which another is missing stops the process, which begins again where it
+committed. Once a second what was counted is written, and committed when it is durable. Unreadable records are
+skipped with a log line: the stage that owns the topic dead-letters them.
 """
 
 import asyncio
@@ -16,19 +18,42 @@ from typing import Any, cast
 
 import faust
 import structlog
+from mode.utils.queues import FlowControlEvent
 
 from klatch_schemas import codec
-from klatch_schemas.events import ChatAdmitted, Event
+from klatch_schemas.events import ChatRefused, ChatRequested, Event, TrustVerdict, UsageSettled
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, TRUST_VERDICTS, Namespace, Topic
-from klatch_workers.views.aggregate import Group, Tally, count, measure
+from klatch_workers.views.aggregate import Group, Tally, measure
 from klatch_workers.views.calm import CalmTransport
+from klatch_workers.views.offsets import Offsets
+from klatch_workers.views.progress import Progress
 from klatch_workers.views.shapes import Shape
-from klatch_workers.views.tables import KEPT_S, MINUTE_S, DurableTable, decode_row, encode_row
+from klatch_workers.views.tables import KEPT_S, MINUTE_S, DurableTable
 
 log = structlog.get_logger(__name__)
 
 SOURCES: Mapping[str, Topic] = {"usage": CHAT_REQUESTS, "refusals": CHAT_ADMITTED, "verdicts": TRUST_VERDICTS}
 """The input of each table: one, as a table's changelog has the partitions of its input."""
+
+WRITE_S = 1.0
+"""How often what was counted is written and committed: what a killed process counts again."""
+
+_COUNTED = (ChatRequested, UsageSettled, ChatRefused, TrustVerdict)
+_UNCOUNTED = {
+    event.KIND.encode() for topic in SOURCES.values() for event in topic.holds if not issubclass(event, _COUNTED)
+}
+
+
+class RecordLost(RuntimeError):
+    """A record of the log did not arrive; whoever begins again at the committed offset will get it."""
+
+
+class _Flow(FlowControlEvent):
+    """Faust's streams resume after every recovery, flowing or not, and to resume drops what they hold."""
+
+    def resume(self) -> None:
+        if not self.is_active():
+            super().resume()
 
 
 class Views:
@@ -53,15 +78,24 @@ class Views:
             autodiscover=False,
             broker_session_timeout=10.0,
             broker_heartbeat_interval=3.0,
-            broker_commit_interval=1.0,
+            # Nothing is ever acknowledged to it, so it would wait for that for ever.
+            stream_wait_empty=False,
             producer_linger=0.05,
         )
         self.app.transport = CalmTransport(self.app.conf.broker_consumer, self.app)
+        self.app.flow_control = _Flow()
         self._namespace = namespace
         self._partitions = sum(shape.partitions for shape in shapes.values())
         self._tables = dict[str, DurableTable]()
         for name, shape in shapes.items():
             self._keep(name, shape.partitions)
+        self._offsets = Offsets(kafka, namespace.group("views"))
+        self._progress = dict[tuple[str, int], Progress]()
+        self._assignment = 0
+        self._committed: asyncio.Task[Mapping[tuple[str, int], int]] | None = None
+        self._settling = asyncio.Lock()
+        self.app.on_partitions_assigned.connect(self._assigned)
+        self.app.timer(WRITE_S)(self._write)
         self.app.timer(float(MINUTE_S))(self._forget)
 
     @property
@@ -78,58 +112,102 @@ class Views:
     def since(self, start_s: float) -> Iterator[tuple[Group, Tally]]:
         """What was counted in the minutes that began at `start_s` or later."""
         for table in self._tables.values():
-            for ((_, tenant, model), (began_s, _)), value in table.data.items():
-                if began_s >= start_s:
-                    yield Group(tenant, model), decode_row(value).tally
+            yield from table.since(start_s)
+
+    async def stop(self) -> None:
+        """Commit what was counted and end. Without a broker this waits for one for ever."""
+        if not self.app.crash_reason:
+            await self._write()
+        await self.app.stop()
+        await self._offsets.close()
 
     def _keep(self, name: str, partitions: int) -> None:
         table = cast("DurableTable", self.app.Table(name, partitions=partitions, default=bytes, value_type=bytes))
-        windows = table.tumbling(float(MINUTE_S), expires=float(KEPT_S))
+        table.tumbling(float(MINUTE_S), expires=float(KEPT_S))
         self._tables[name] = table
         topic = self._namespace.of(SOURCES[name])
         source = self.app.topic(topic, key_type=bytes, value_type=bytes, partitions=partitions, allow_empty=True)
-        self.app.agent(source, name=f"views.{name}", concurrency=1)(partial(self._read, windows))
+        self.app.agent(source, name=f"views.{name}", concurrency=1)(partial(self._read, table))
 
-    async def _read(self, windows: Any, stream: Any) -> None:
-        # Faust acknowledges and skips an event whose handler raises: what is wrong here must stop the process.
+    def _assigned(self, *_: Any, **__: Any) -> None:
+        # Partitions are read again from where they were committed, those that stayed too.
+        self._progress.clear()
+        self._committed = None
+        for table in self._tables.values():
+            table.drop_unwritten()
+        self._assignment = self.app.rebalancing_count
+
+    def _holds(self, assignment: int) -> bool:
+        # Faust counts a rebalance when it begins, before anything is taken away.
+        return assignment == self._assignment == self.app.rebalancing_count
+
+    async def _read(self, table: DurableTable, stream: Any) -> None:
+        # Faust skips an event whose handler raises: what is wrong here must stop the process.
         try:
             async for event in stream.noack().events():
-                if not self._count(windows, event):
-                    event.ack()
+                if progress := await self._next(event.message):
+                    self._count(table, event.message)
+                    progress.take(event.message.offset)
         except Exception as error:
             await self.app.crash(error)
             raise
 
-    def _count(self, windows: Any, event: Any) -> bool:
-        """Count an event, acknowledged once its change is durable; False if there was nothing to change."""
-        message = event.message
+    async def _next(self, message: Any) -> Progress | None:
+        """The progress of a record's partition, if the record is its next. Raises RecordLost."""
+        assignment, (topic, partition), offset = self._assignment, message.tp, message.offset
+        if not self._holds(assignment):
+            return None
+        progress = self._progress.get(message.tp) or await self._begin(assignment, message.tp)
+        place = progress.place(offset)
+        lost = place == "early" and await self._offsets.holds(topic, partition, progress.next, offset)
+        if place == "repeated" or not self._holds(assignment):
+            return None
+        if lost:
+            raise RecordLost(f"{topic}/{partition}: {offset} came where {progress.next} is next")
+        return progress
+
+    async def _begin(self, assignment: int, tp: tuple[str, int]) -> Progress:
+        # Asked once for all partitions: what this process has not begun to read, it cannot commit.
+        if self._committed is None:
+            self._committed = asyncio.create_task(self._offsets.committed())
+        progress = Progress((await asyncio.shield(self._committed)).get(tp, 0))
+        if self._holds(assignment):
+            self._progress[tp] = progress
+        return progress
+
+    def _count(self, table: DurableTable, message: Any) -> None:
         said = None if message.timestamp < time.time() - KEPT_S else self._decode(message)
         measured = measure(said) if said else None
-        if measured is None:
-            return False
-        group, tally = measured
-        # Partitions come and go one by one, so none may share a value with another.
-        key = (message.partition, *group)
-        value: bytes = windows[key].current(event)
-        held = decode_row(value) if value else None
-        row = count(held, message.offset, tally)
-        if row is held:
-            return False
-        windows[key] = encode_row(row)
-        windows.table.written.add_done_callback(partial(self._written, event))
-        self.totals[group] = self.totals.get(group, Tally()).merge(tally)
-        return True
+        if measured is not None:
+            group, tally = measured
+            table.count(message.partition, group, message.timestamp, message.offset, tally)
 
-    def _written(self, event: Any, change: "asyncio.Future[Any]") -> None:
-        error = None if change.cancelled() else change.exception()
-        if error:
-            self._crashing = asyncio.ensure_future(self.app.crash(error))
-        elif not change.cancelled():
-            event.ack()
+    async def _write(self) -> None:
+        try:
+            async with self._settling:
+                await self._settle()
+        except Exception as error:  # noqa: BLE001 - the timer of a Faust app is a boundary: the process stops
+            await self.app.crash(error)
+
+    async def _settle(self) -> None:
+        """Write what was counted, wait until it is durable, commit."""
+        assignment = self._assignment
+        if not self._holds(assignment):
+            return
+        taken = {tp: progress.next for tp, progress in self._progress.items() if progress.next > progress.committed}
+        changes = [change for table in self._tables.values() for change in table.write()]
+        for group, tally, _ in changes:
+            self.totals[group] = self.totals.get(group, Tally()).merge(tally)
+        await asyncio.gather(*(durable for _, _, durable in changes))
+        # Faust's own commits pass records that were not acknowledged, so it is told of none and commits nothing.
+        if taken and self._holds(assignment) and await self.app.consumer._commit(taken):  # noqa: SLF001
+            for tp, offset in taken.items():
+                if progress := self._progress.get(tp):
+                    progress.committed = max(progress.committed, offset)
 
     def _decode(self, message: Any) -> Event | None:
-        # Most of what admission says is not counted here, and holds a whole request each.
-        if dict(message.headers or ()).get(codec.KIND) == ChatAdmitted.KIND.encode():
+        # What is not counted may be large: what admission admits holds a whole request.
+        if dict(message.headers or ()).get(codec.KIND) in _UNCOUNTED:
             return None
         try:
             said = codec.decode(message.value)

@@ -55,8 +55,8 @@ async def _count(views: Views, stop: asyncio.Event, ready: Callable[[], None], d
 
 
 async def _end(views: Views, drain_s: float) -> None:
-    # Without a broker Faust would wait for its last commit for ever; what it could not commit is counted once anyway.
-    ending = asyncio.create_task(views.app.stop())
+    # Without a broker the last commit would wait for ever; what could not be committed is counted once anyway.
+    ending = asyncio.create_task(views.stop())
     await asyncio.wait({ending}, timeout=drain_s)
     if ending.done():
         ending.result()
