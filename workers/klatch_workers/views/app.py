@@ -3,7 +3,7 @@
 """The Faust app: one windowed table for each topic that views read.
 
 Faust 0.15.3 delivers records and restores tables; what may be counted and committed is decided here, because Faust
-loses records and commits past them (docs/decisions/0020). A record is counted if it is the next of its partition; one
+loses records and commits past them (docs/decisions/0022). A record is counted if it is the next of its partition; one
 that comes again is dropped; one before which another is missing stops the process, which begins again where it
 committed. Once a second what was counted is written, and committed when it is durable. Unreadable records are
 skipped with a log line: the stage that owns the topic dead-letters them.
