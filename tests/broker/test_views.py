@@ -246,8 +246,8 @@ async def test_a_missing_topic_is_named_with_what_makes_it(kafka: Cluster, tmp_p
 
 async def records(town: Town, topic: str, values: Sequence[bytes], *, transactional: bool = False) -> None:
     """Append to partition 0, each in a transaction of its own if `transactional`."""
-    transaction = {"transactional_id": uuid4().hex} if transactional else {}
-    async with AIOKafkaProducer(bootstrap_servers=town.bootstrap, **transaction) as producer:
+    name = uuid4().hex if transactional else None
+    async with AIOKafkaProducer(bootstrap_servers=town.bootstrap, transactional_id=name) as producer:
         for value in values:
             if transactional:
                 async with producer.transaction():

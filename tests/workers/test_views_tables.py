@@ -87,6 +87,7 @@ async def test_what_was_not_written_can_be_dropped(views: Views) -> None:
 async def test_a_change_goes_to_the_partition_that_it_counts(views: Views) -> None:
     table = table_of(views)
     table.count(1, ACME, MINUTE, 3, Tally(requests=1))
+    change: Any
     (change,) = [change for *_, change in table.write()]
     assert change.message.partition == 1
 

@@ -200,7 +200,7 @@ class Views:
             self.totals[group] = self.totals.get(group, Tally()).merge(tally)
         await asyncio.gather(*(durable for _, _, durable in changes))
         # Faust's own commits pass records that were not acknowledged, so it is told of none and commits nothing.
-        if taken and self._holds(assignment) and await self.app.consumer._commit(taken):  # noqa: SLF001
+        if taken and self._holds(assignment) and await cast("Any", self.app.consumer)._commit(taken):  # noqa: SLF001
             for tp, offset in taken.items():
                 if progress := self._progress.get(tp):
                     progress.committed = max(progress.committed, offset)

@@ -35,7 +35,7 @@ class Offsets:
             reader.assign([tp])
             # An offset that retention has passed is out of range: reading goes on where the log begins.
             reader.seek(tp, start)
-            return (await reader.getone()).offset < end
+            return bool((await reader.getone()).offset < end)
 
     async def close(self) -> None:
         """Let go of the connections."""

@@ -9,7 +9,7 @@ a key, where a stopped process that wakes up may have written after its successo
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import faust
 import msgspec
@@ -44,7 +44,7 @@ class DurableTable(faust.Table[Any, Any]):
 
     def count(self, partition: int, group: Group, at_s: float, offset: int, tally: Tally) -> None:
         """Count a record, unless its row holds it already. To be durable it waits for `write`."""
-        key = ((partition, *group), self.window.current(at_s))
+        key = ((partition, *group), cast("Any", self.window).current(at_s))
         known = self._unwritten.get(key)
         written = known.written if known else self._written(key)
         if written is None or offset > written.offset:
@@ -67,7 +67,8 @@ class DurableTable(faust.Table[Any, Any]):
             (_, *group), (began_s, _) = key
             if began_s >= start_s:
                 row = self._unwritten[key].row if key in self._unwritten else self._written(key)
-                yield Group(*group), row.tally
+                if row is not None:
+                    yield Group(*group), row.tally
 
     def forget(self, before_s: float) -> None:
         """Drop windows that began before: Faust never expires those that it restored."""
@@ -75,7 +76,7 @@ class DurableTable(faust.Table[Any, Any]):
             self.data.pop(key, None)
 
     def partition_for_key(self, key: Any) -> int:
-        return key[0][0]
+        return int(key[0][0])
 
     def send_changelog(self, *args: Any, **kwargs: Any) -> Any:
         self._sent = super().send_changelog(*args, **kwargs)
