@@ -4,9 +4,15 @@
 
 import asyncio
 from collections.abc import Mapping
+from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.admin import AIOKafkaAdminClient  # type: ignore[import-untyped, unused-ignore]
+from aiokafka.errors import KafkaError  # type: ignore[import-untyped, unused-ignore]
+
+_ATTEMPTS: Final = 150
+_PAUSE_S: Final = 0.2
+"""Between attempts: half a minute in all."""
 
 
 class Offsets:
@@ -22,7 +28,7 @@ class Offsets:
         admin = AIOKafkaAdminClient(bootstrap_servers=self._kafka)
         try:
             await admin.start()
-            held = await admin.list_consumer_group_offsets(self._group)
+            held = await self._ask(admin)
         finally:
             await admin.close()
         return {(tp.topic, tp.partition): at.offset for tp, at in held.items() if at.offset >= 0}
@@ -41,6 +47,17 @@ class Offsets:
         """Let go of the connections."""
         if self._reader is not None:
             await self._reader.stop()
+
+    async def _ask(self, admin: AIOKafkaAdminClient) -> Mapping[TopicPartition, Any]:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return dict(await admin.list_consumer_group_offsets(self._group))
+            except KafkaError as error:
+                # A fresh Kafka has no coordinator yet, and one that lost a broker appoints another.
+                if not error.retriable or attempt == _ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+        raise AssertionError("the last attempt returns or raises")
 
     async def _started(self) -> AIOKafkaConsumer:
         if self._reader is None:
