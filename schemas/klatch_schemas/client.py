@@ -238,6 +238,7 @@ def raise_unless_completed(ended: Ended) -> None:
     """Raise the error that a stream ended with, if it did not complete."""
     if ended.status == "completed":
         return
-    if ended.error:
-        raise error_of(ended.error)
-    raise error_of(StreamError(code=ended.status, message=f"the request was {ended.status}"))
+    said = ended.error or StreamError(code=ended.status, message=f"the request was {ended.status}")
+    error = error_of(said)
+    error.ended = ended.status
+    raise error

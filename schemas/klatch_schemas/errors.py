@@ -21,7 +21,7 @@ Over HTTP they take OpenAI's error shape, over Kafka they stand in `stream.end.e
 
 from typing import ClassVar
 
-from klatch_schemas.events import StreamError
+from klatch_schemas.events import Status, StreamError
 
 
 class KlatchError(Exception):
@@ -47,6 +47,8 @@ class KlatchError(Exception):
         self.limit = limit
         self.deployment = ""
         """Which deployment of a model answered so, if one did."""
+        self.ended: Status | None = None
+        """How the request's stream ended, if this is its end: asking for the same stream again brings the same."""
 
 
 class InvalidRequest(KlatchError):

@@ -4,9 +4,10 @@ import pytest
 
 from klatch_workers.torture.boundaries import BOUNDARIES
 from klatch_workers.torture.evidence import Struck
-from klatch_workers.torture.load import ONCE_OPENED, plan
+from klatch_workers.torture.load import ONCE_OPENED, Shape, plan
 from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
-from klatch_workers.torture.schedule import schedule
+from klatch_workers.torture.schedule import AWAITED_S, Fault, faults_of, schedule
+from klatch_workers.torture.tenants import LIMITED, PEOPLE, PERSONS, PRICED, TENANTS, changes, configured
 
 # --- the schedule and the load -----------------------------------------------------------------------------------
 
@@ -49,6 +50,43 @@ def test_a_zombie_sleeps_longer_than_its_group_waits() -> None:
     assert all(fault.lasts_s > 10 for fault in stops)
 
 
+def test_some_zombies_are_made_at_boundaries_of_stages_that_are_succeeded_and_wake_beside_their_successors() -> None:
+    zombies = [fault for fault in schedule(1, 20) if fault.kind == "zombie"]
+    assert {BOUNDARIES[fault.target].stage for fault in zombies} == {"admission", "screening", "generation"}
+    assert all(fault.takes_s == AWAITED_S + fault.lasts_s for fault in zombies)
+    with pytest.raises(ValueError, match="no boundary of a stage that is succeeded"):
+        faults_of([{"at_s": 1, "kind": "zombie", "target": "end/http"}])
+    assert Fault(1, "stop", "generation", lasts_s=12).takes_s == 12
+
+
+def test_some_conversations_are_those_of_tenants_with_limits_that_operators_change_meanwhile() -> None:
+    talks = plan(3, 10, 5)
+    assert {talk.tenant for talk in talks} == set(TENANTS)
+    assert all(turn.limited == (talk.tenant in LIMITED) for talk in talks for turn in talk.turns)
+    assert not any(turn.limited and turn.plain for talk in talks for turn in talk.turns)
+    people = [turn for talk in talks if talk.tenant == PEOPLE for turn in talk.turns]
+    assert {turn.person for turn in people} == set(PERSONS)
+    assert {turn.model for turn in people} == {PRICED}
+    assert {talk.tenant for talk in plan(3, 10, 5, plain=True)}.isdisjoint(LIMITED)
+    made = list(changes(2))
+    assert {one.tenant for one in made} == set(LIMITED)
+    assert [one.at_s for one in made] == sorted(one.at_s for one in made)
+    assert made[-1].at_s <= 120
+    held = {tenant: configured(tenant, "key-of-theirs") for tenant in LIMITED}
+    for one in made:
+        changed = one.change.of(held[one.tenant])
+        assert changed != held[one.tenant], "a change that changes nothing"
+        held[one.tenant] = changed
+
+
+def test_a_load_can_be_made_of_what_is_rare() -> None:
+    slow = [turn for talk in plan(3, 1, 5, shape=Shape(slow=1.0, waits=0.0, continues=1.0)) for turn in talk.turns]
+    assert {turn.rate for turn in slow if not turn.person} == {15.0}
+    assert {turn.on_crash for turn in slow} == {"continue"}
+    assert not any(turn.waits for turn in slow)
+    assert {talk.at_s for talk in plan(3, 1, 5, shape=Shape(every_s=20.0))} == {0.0, 20.0, 40.0}
+
+
 def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
     turns = [turn for talk in plan(3, 10, 5) for turn in talk.turns]
     assert 2_400 < len(turns) < 3_600
@@ -63,7 +101,7 @@ def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
     assert any(turn.interrupted for turn in turns)
     assert any(turn.twice for turn in turns)
     assert any(turn.leaves_after for turn in turns)
-    assert sum(turn.plain for turn in turns) > len(turns) / 2
+    assert sum(turn.plain for turn in turns) > len(turns) * 0.4
 
 
 def test_a_plain_load_asks_the_same_at_the_same_times_and_nothing_that_not_everyone_can_answer() -> None:

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from klatch_workers.torture import saved
 from klatch_workers.torture.campaign import Verdict
+from klatch_workers.torture.load import Shape
 from klatch_workers.torture.mutants import PACKAGES, Mutant, MutantLost, changed, fault_of, mutants, plant, source_of
 from klatch_workers.torture.run import Orders
 from klatch_workers.torture.schedule import Fault, schedule
@@ -64,6 +66,11 @@ def test_a_run_survives_its_file() -> None:
     orders = Orders(9, 10, schedule(9, 10, nodes=3), 3, 5.5, static=True)
     assert saved.from_json(saved.to_json(orders, "a test")) == orders
     assert saved.faults_in(saved.to_json(orders)) == list(orders.faults)
+    shaped = replace(orders, partitions=1, shape=Shape(slow=1.0, every_s=20.0))
+    assert saved.from_json(saved.to_json(shaped)) == shaped
+    older = json.loads(saved.to_json(orders))
+    del older["partitions"], older["shape"]
+    assert saved.from_json(json.dumps(older)) == orders
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from klatch_workers.torture.campaign import Verdict
+    from klatch_workers.torture.campaign import Shrunk, Verdict
+    from klatch_workers.torture.mutants import Mutant
     from klatch_workers.torture.report import Report
     from klatch_workers.torture.run import Orders
     from klatch_workers.torture.schedule import Fault
@@ -53,7 +54,8 @@ _RUN = "run.json"
 @click.option(
     "--mutants",
     metavar="all|list|NAME,…",
-    help="Plant known bugs instead, one run each, and tell whether each was found; or list them.",
+    help="Plant known bugs instead, one run each, and tell whether each was found; or list them. Only --schedule and "
+    "--shrink say something about their runs.",
 )
 @click.option("--keep", is_flag=True, help="Keep Kafka's data and the logs of all workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -78,7 +80,7 @@ def torture(
     # Of the model server, whose callers are killed while it writes.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if mutants is not None:
-        raise SystemExit(_plant(mutants, as_json=as_json))
+        raise SystemExit(_plant(mutants, run["schedule_file"], shrink, as_json=as_json))
     raise SystemExit(_torture(_orders(**run), shrink, keep=keep, as_json=as_json))
 
 
@@ -160,20 +162,24 @@ def _torture(orders: "Orders", shrink: int | None, *, keep: bool, as_json: bool)
 
 
 def _shrink(orders: "Orders", report: "Report", most: int, folder: Path) -> None:
-    from klatch_workers.torture import saved
     from klatch_workers.torture.campaign import smallest_failing
 
     shrunk = _run(smallest_failing(orders, report, most, _say), folder)
     found = ", ".join(sorted({violation.kind for violation in report.violations}))
     path = folder / "shrunk.json"
-    path.write_text(
-        saved.to_json(shrunk.orders, f"{found}; {len(shrunk.orders.faults)} faults of {len(orders.faults)}")
-    )
+    _save(shrunk, orders.faults, found, path)
     _say(
-        f"{len(shrunk.orders.faults)} of {len(orders.faults)} faults still fail, after {shrunk.runs} runs: {path}\n"
         f"to run them again: klatch torture --replay {path}\n"
         "to keep them as a test: say in `about` what they show, and copy the file into tests/broker/regressions"
     )
+
+
+def _save(shrunk: "Shrunk", of: "Sequence[Fault]", found: str, path: Path) -> None:
+    from klatch_workers.torture import saved
+
+    left = len(shrunk.orders.faults)
+    path.write_text(saved.to_json(shrunk.orders, f"{found}; {left} faults of {len(of)}"))
+    _say(f"{left} of {len(of)} faults still fail, after {shrunk.runs} runs: {path}")
 
 
 def _run(work: Coroutine[Any, Any, T], folder: Path) -> T:
@@ -213,26 +219,26 @@ def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
 # --- planted bugs ----------------------------------------------------------------------------------------------------
 
 
-def _plant(asked: str, *, as_json: bool) -> int:
-    from klatch_workers.torture.campaign import hunt
-    from klatch_workers.torture.mutants import MutantLost, mutants
+def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, as_json: bool) -> int:
+    from klatch_workers.torture import saved
+    from klatch_workers.torture.mutants import mutants
 
     known = {mutant.name: mutant for mutant in mutants()}
     if asked == "list":
         for mutant in known.values():
-            click.echo(f"{mutant.name:>24}  {mutant.breaks}")
+            click.echo(f"{mutant.name:>27}  {mutant.breaks}")
         return 0
     names = list(known) if asked == "all" else [name.strip() for name in asked.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"no such mutant: {', '.join(unknown)}; there are {', '.join(known)}")
-    verdicts = list["Verdict"]()
-    for name in names:
-        _say(f"--- {name}: {known[name].breaks}")
+    chosen = [known[name] for name in names]
+    if schedule_file:
         try:
-            verdicts.append(_run(hunt(known[name], _say), Path(tempfile.gettempdir())))
-        except MutantLost as error:
-            raise click.ClickException(str(error)) from error
-        _say(_line(verdicts[-1]))
+            faults = saved.faults_in(schedule_file.read_text())
+        except ValueError as error:
+            raise click.UsageError(f"{schedule_file}: {error}") from error
+        chosen = [replace(mutant, faults=faults) for mutant in chosen]
+    verdicts = [_hunt(mutant, shrink or 0) for mutant in chosen]
     click.echo("\n".join(map(_line, verdicts)))
     missed = [one.mutant.name for one in verdicts if not one.as_meant]
     if as_json:
@@ -241,13 +247,30 @@ def _plant(asked: str, *, as_json: bool) -> int:
     return 1 if missed else 0
 
 
+def _hunt(mutant: "Mutant", shrink: int) -> "Verdict":
+    from klatch_workers.torture.campaign import hunt
+    from klatch_workers.torture.mutants import MutantLost
+
+    _say(f"--- {mutant.name}: {mutant.breaks}")
+    try:
+        verdict = _run(hunt(mutant, _say, shrink), Path(tempfile.gettempdir()))
+    except MutantLost as error:
+        raise click.ClickException(str(error)) from error
+    _say(_line(verdict))
+    if verdict.shrunk:
+        path = Path(tempfile.mkdtemp(prefix="klatch-torture-")) / f"{mutant.name}.json"
+        _save(verdict.shrunk, mutant.faults, ", ".join(verdict.counts), path)
+        _say(f"to run them again: klatch torture --mutants {mutant.name} --schedule {path}")
+    return verdict
+
+
 def _line(verdict: "Verdict") -> str:
     found = ", ".join(f"{kind} {number}" for kind, number in verdict.counts.items())
     if verdict.mutant.control:
         found = f"FOUND WITHOUT A BUG: {found}" if found else "nothing found"
     elif not found:
         found = f"MISSED: {verdict.mutant.missed}" if verdict.mutant.missed else "MISSED"
-    return f"{verdict.mutant.name:>24}  {verdict.seconds:6.1f} s  {found}"
+    return f"{verdict.mutant.name:>27}  {verdict.seconds:6.1f} s  {found}"
 
 
 def _say(what: str) -> None:

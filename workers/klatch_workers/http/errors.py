@@ -74,6 +74,7 @@ def error_of_end(ended: Ended) -> KlatchError | None:
     if ended.status == "completed":
         return None
     error = _of_said(ended.error) if ended.error else _ENDINGS[ended.status][0](_ENDINGS[ended.status][1])
+    error.ended = ended.status
     error.deployment = ended.end.deployment if ended.end else ""
     return error
 
@@ -125,6 +126,7 @@ def error_body(error: KlatchError, request: str, resume: str | None = None) -> b
         said |= {name: value for name, value in error.upstream.items() if value is not None}
     ours = {
         "code": error.code,
+        "status": error.ended,
         "request": request,
         "resume": resume,
         "limit": error.limit,

@@ -20,11 +20,13 @@ from klatch_schemas.ids import RequestId, Tenant
 from klatch_schemas.records import Draft
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 from klatch_streams.log import Log, LogError
+from klatch_workers.quotas import set_quota
 from klatch_workers.torture.door import HttpReader, body_of
 from klatch_workers.torture.evidence import Asked, Observation
 from klatch_workers.torture.live import LiveLog
 from klatch_workers.torture.load import ONCE_OPENED, Talk, Trouble
 from klatch_workers.torture.python_client import ClientReader
+from klatch_workers.torture.tenants import changes
 
 PATIENCE_S: Final = 240.0
 """How long a client waits for the end of one reply before it gives up; then the reply counts as lost."""
@@ -53,6 +55,7 @@ class Load:
     """By readers over HTTP, and by the Python client."""
     troubles: Counter[str] = field(default_factory=Counter[str])
     """What made clients try again."""
+    quotas_set: int = 0
 
     async def run(self, talks: Sequence[Talk]) -> None:
         """Hold all conversations, each at its time."""
@@ -110,6 +113,20 @@ class Load:
             ending.cancel()
             await asyncio.wait({reading, ending})
             self.seen.append(reader.observation())
+
+    async def set_quotas(self, minutes: float) -> None:
+        """Change limits while the load goes on, as operators do."""
+        began = asyncio.get_running_loop().time()
+        for at_s, tenant, change in changes(minutes):
+            await asyncio.sleep(began + at_s - asyncio.get_running_loop().time())
+            while True:
+                try:
+                    await set_quota(self.log, self.namespace, tenant, change, "klatch torture")
+                    break
+                except (LogError, TimeoutError) as error:
+                    self.troubles[f"quota set: {type(error).__name__}"] += 1
+                    await asyncio.sleep(_AGAIN_S)
+            self.quotas_set += 1
 
     # --- over Kafka
 
@@ -209,6 +226,7 @@ def _request(asked: Asked) -> ChatRequested:
         tenant=asked.tenant,
         conversation=asked.conversation,
         body=body_of(asked),
+        person=turn.person,
         memory=MemoryPolicy(recent=2),
         on_crash=turn.on_crash,
         if_busy=turn.if_busy,

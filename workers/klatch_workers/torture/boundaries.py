@@ -166,6 +166,13 @@ BOUNDARIES: Final[dict[str, Boundary]] = {
 }
 """Every boundary by its name: the record that appears, and the stage that is killed then."""
 
+TAKEN_OVER: Final[dict[str, str]] = {
+    "admission": "admitted/admission",
+    "screening": "verdict/screening",
+    "generation": "attempt/generation",
+}
+"""By stage with partitions, the boundary whose record is the first that a successor writes."""
+
 
 async def appears(log: Log, namespace: Namespace, boundary: Boundary) -> Record:
     """The first such record that is written from now on. Raises LogError."""

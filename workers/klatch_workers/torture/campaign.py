@@ -48,6 +48,8 @@ class Verdict:
     """What was counted that has to be 0."""
     seconds: float
     """Of the whole run, Kafka's start included."""
+    shrunk: Shrunk | None = None
+    """Fewer faults that find it, if they were looked for."""
 
     @property
     def as_meant(self) -> bool:
@@ -55,16 +57,23 @@ class Verdict:
         return bool(self.counts) != self.mutant.control
 
 
-async def hunt(mutant: Mutant, say: Say) -> Verdict:
-    """Plant a bug and torture it. Raises MutantLost, and what a part raises that does not start."""
+async def hunt(mutant: Mutant, say: Say, shrink_in: int = 0) -> Verdict:
+    """Plant a bug and torture it; if it is found, look for fewer faults in so many runs.
+
+    Raises MutantLost, and what a part raises that does not start.
+    """
     with tempfile.TemporaryDirectory(prefix="klatch-mutant-") as packages:
         orders = mutant.orders(plant(mutant, Path(packages)))
         began = time.monotonic()
         report = await _run(orders, say)
-    for one in report.violations:
-        say(f"{one.kind}: {one.request}: {one.what} [{', '.join(one.positions)}]")
+        seconds = round(time.monotonic() - began, 1)
+        for one in report.violations:
+            say(f"{one.kind}: {one.request}: {one.what} [{', '.join(one.positions)}]")
+        shrunk = None
+        if shrink_in and report.violations:
+            shrunk = await smallest_failing(orders, report, shrink_in, say)
     counts: dict[str, int] = {kind: report.count(kind) for kind in BROKEN if report.count(kind)}
-    return Verdict(mutant, counts, round(time.monotonic() - began, 1))
+    return Verdict(mutant, counts, seconds, shrunk)
 
 
 async def _run(orders: Orders, say: Say) -> Report:

@@ -16,7 +16,7 @@ import aiohttp
 
 from klatch_schemas import codec
 from klatch_workers.torture.evidence import Asked, Observation
-from klatch_workers.torture.told import ENDS, content_of
+from klatch_workers.torture.told import content_of, outcome_of
 
 _AGAIN_S: Final = 0.3
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=25.0)
@@ -128,6 +128,8 @@ class HttpReader:
             "if_busy": turn.if_busy,
             "on_disconnect": "cancel" if turn.trouble.cancel == "disconnect" else "continue",
         }
+        if turn.person:
+            klatch["person"] = turn.person
         if turn.trouble.timeout_ms is not None:
             klatch["timeout_ms"] = turn.trouble.timeout_ms
         return {**body_of(self.asked), "stream": True, "klatch": klatch}
@@ -145,15 +147,16 @@ class HttpReader:
             self._last_id = name or self._last_id
 
     def _error(self, error: dict[str, Any]) -> None:
-        code = str(error.get("klatch", {}).get("code", error.get("code")))
+        ours = error.get("klatch", {})
+        code = str(ours.get("code", error.get("code")))
         if code == "superseded":
             self._voided.append("".join(map(content_of, self._shown)))
             self._shown, self._last_id, self.chunks = [], None, 0
-        elif code in ENDS:
+        elif outcome := outcome_of(code, ours.get("status")):
             if code != "cancelled":
                 # A cancel may be there before its request: then the door answers, and has nothing to accept.
                 self.acknowledged.set()
-            self._outcomes.append(ENDS[code])
+            self._outcomes.append(outcome)
         else:
             # After any other error one asks again.
             self.troubles[code] += 1

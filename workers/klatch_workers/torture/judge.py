@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
-from klatch_schemas.events import ChatAdmitted, ChatRequested, TurnFinished, UsageSettled
+from klatch_schemas.events import ChatAdmitted, ChatRefused, ChatRequested, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
@@ -72,7 +72,21 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "settled_twice": sum(len(case.settlements) > 1 for case in cases.values()),
         "repeated_admissions": sum(len(case.decisions) > 1 for case in cases.values()),
         "repeated_turns": sum(len(case.turns) > 1 for case in cases.values()),
+        "stopped_by_budgets": sum(_stopped(case) for case in cases.values()),
+        **{f"refused: {limit}": number for limit, number in Counter(map(_refused_by, cases.values())).items() if limit},
     }
+
+
+def _refused_by(case: Case) -> str | None:
+    """The limit that refused it, if one did."""
+    said = case.decisions[0].said if case.decisions else None
+    return said.refusal.limit if isinstance(said, ChatRefused) else None
+
+
+def _stopped(case: Case) -> bool:
+    """Whether a budget ended its reply, of a tenant that has one."""
+    end = case.told.assembly.end
+    return case.asked.turn.limited and end is not None and end.stopped_by is not None
 
 
 def _script(case: Case) -> Mapping[str, object]:
@@ -127,14 +141,14 @@ def _outcome(case: Case) -> Iterator[Violation]:
         "cancelled": trouble.cancel is not None or case.asked.turn.interrupted,
         "expired": trouble.timeout_ms is not None,
         "failed": trouble.fails_for_good,
-        "rejected": case.asked.turn.if_busy == "reject",
+        "rejected": case.asked.turn.if_busy == "reject" or (case.asked.turn.limited and _refused_by(case) is not None),
     }
     if outcome == "broken":
         yield case.broke("spliced", "the log lacks deltas of the attempt that stands")
     elif outcome is not None and not fair.get(outcome, False):
         yield case.broke("failed", f"{outcome}, for nothing that was done to it")
     spoke = len(tokens_of(case.told.text))
-    if outcome == "completed" and spoke != case.asked.turn.tokens:
+    if outcome == "completed" and spoke != case.asked.turn.tokens and not (_stopped(case) and spoke):
         yield case.broke("spliced", f"completed with {spoke} of {case.asked.turn.tokens} tokens")
 
 
@@ -195,7 +209,8 @@ def _wrong_amount(case: Case, settled: UsageSettled) -> str | None:
         return f"settled as {settled.status}, ended as {told.outcome}"
     if end and end.usage and end.usage != settled.usage:
         return "settled is another usage than the end's"
-    if told.outcome == "completed" and not settled.usage.estimated and charged != case.asked.turn.tokens:
+    counted = told.outcome == "completed" and not (settled.usage.estimated or _stopped(case))
+    if counted and charged != case.asked.turn.tokens:
         return f"{charged} tokens settled of {case.asked.turn.tokens}"
     spoke = len(tokens_of(told.text))
     if not spoke <= charged <= max(told.written, spoke):

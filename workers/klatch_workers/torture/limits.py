@@ -2,12 +2,14 @@
 
 Two checks that fail for different faults. `redecided` folds each tenant's log anew and compares what it comes to with
 what was decided under kills: a ledger that lost or doubled something decides otherwise. `exceeded` adds up what the log
-says was admitted and settled, in the plainest way, against the limits of whole tenants that were in force.
+says was admitted and settled, in the plainest way, against the limits that were in force: of whole tenants and of
+their parts, of minutes, days and months, of requests, tokens and money.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final
 
 from klatch_schemas.events import (
@@ -15,6 +17,7 @@ from klatch_schemas.events import (
     ChatRefused,
     ChatRequested,
     Event,
+    LimitRule,
     Limits,
     QuotaLimitSet,
     UsageSettled,
@@ -72,6 +75,12 @@ def _verdict(said: ChatAdmitted | ChatRefused) -> str:
 
 # --- added up --------------------------------------------------------------------------------------------------------
 
+Scope = tuple[str | None, ...]
+"""Use case, person, model; None: whatever it is."""
+_DIMENSIONS: Final = ("use_case", "person", "model")
+_EACH: Final = "*"
+_WHOLE: Final[Scope] = (None, None, None)
+
 
 @dataclass(slots=True)
 class _Fact:
@@ -80,52 +89,96 @@ class _Fact:
     entered_ms: int
     until_ms: int
     tokens: int
+    micros: int
+    scopes: Mapping[Scope, Limits]
+    """Those that it counts in, each with what limited it when it was admitted."""
 
 
 @dataclass(slots=True)
 class _Tenant:
     """What a tenant's log has said so far."""
 
-    limits: Limits = Limits()
+    now_ms: int = 0
+    set: QuotaLimitSet | None = None
     facts: dict[str, _Fact] = field(default_factory=dict[str, _Fact])
 
-    def over(self, now_ms: int) -> Iterator[str]:
-        """The limits of the whole tenant that are exceeded now."""
-        facts = self.facts.values()
-        minute = [fact for fact in facts if fact.entered_ms > now_ms - _MINUTE_MS]
-        used = {
-            "requests_per_minute": len(minute) - (self.limits.burst_requests or 0),
-            "tokens_per_minute": sum(fact.tokens for fact in minute) - (self.limits.burst_tokens or 0),
-            "tokens_per_day": sum(fact.tokens for fact in facts if fact.entered_ms // DAY_MS == now_ms // DAY_MS),
-            "concurrent_requests": sum(fact.until_ms > now_ms for fact in facts),
+    def scopes(self, asked: ChatRequested) -> dict[Scope, Limits]:
+        """What limits a request: the whole tenant, and of rules over the same dimensions the one that names most."""
+        if self.set is None:
+            return {_WHOLE: Limits()}
+        names = (asked.use_case, asked.person or "", str(asked.body.get("model") or ""))
+        found = {_WHOLE: self.set.limits}
+        # Those that name more come later, and replace what named less.
+        for rule in sorted(self.set.rules, key=_how_much_it_names):
+            pattern = _pattern(rule)
+            if any(pattern) and all(said in {None, _EACH, name} for said, name in zip(pattern, names, strict=True)):
+                found[tuple(said and name for said, name in zip(pattern, names, strict=True))] = rule.limits
+        return found
+
+    def over(self, fact: _Fact) -> Iterator[str]:
+        """The limits that are exceeded now, of those that the request which has just come counts in."""
+        for scope, limits in fact.scopes.items():
+            used = self._used([one for one in self.facts.values() if scope in one.scopes], limits)
+            for name, most in limits.model_dump(exclude_none=True).items():
+                if used.get(name, 0) > most:
+                    whose = ", ".join(f"{of} {said}" for of, said in zip(_DIMENSIONS, scope, strict=True) if said)
+                    yield f"{name} is {used[name]} of {most}{f' of {whose}' if whose else ''}"
+
+    def _used(self, facts: Sequence[_Fact], limits: Limits) -> dict[str, int]:
+        minute = [one for one in facts if one.entered_ms > self.now_ms - _MINUTE_MS]
+        day = [one for one in facts if one.entered_ms // DAY_MS == self.now_ms // DAY_MS]
+        month = [one for one in facts if _month(one.entered_ms) == _month(self.now_ms)]
+        return {
+            "requests_per_minute": len(minute) - (limits.burst_requests or 0),
+            "tokens_per_minute": sum(one.tokens for one in minute) - (limits.burst_tokens or 0),
+            "tokens_per_day": sum(one.tokens for one in day),
+            "tokens_per_month": sum(one.tokens for one in month),
+            "cost_micros_per_day": sum(one.micros for one in day),
+            "cost_micros_per_month": sum(one.micros for one in month),
+            "concurrent_requests": sum(one.until_ms > self.now_ms for one in facts),
         }
-        for name, most in self.limits.model_dump(exclude_none=True).items():
-            if used.get(name, 0) > most:
-                yield f"{name} is {used[name]} of {most}"
+
+
+def _pattern(rule: LimitRule) -> Scope:
+    return (rule.use_case, rule.person, rule.model)
+
+
+def _how_much_it_names(rule: LimitRule) -> tuple[int, tuple[bool, ...]]:
+    named = tuple(said not in {None, _EACH} for said in _pattern(rule))
+    return sum(named), named
+
+
+def _month(at_ms: int) -> tuple[int, int]:
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return at.year, at.month
 
 
 def exceeded(evidence: Evidence) -> Iterator[Violation]:
-    """Requests with which a limit of their whole tenant was exceeded, at the moment of their admission."""
+    """Requests with which a limit was exceeded, at the moment of their admission."""
     admitted = {
-        (entry.said.request.tenant, entry.said.request.request): entry.said
+        (entry.said.request.tenant, entry.said.request.request): entry.said.reservation
         for entry in evidence.admitted
         if isinstance(entry.said, ChatAdmitted)
     }
     tenants = defaultdict[str, _Tenant](_Tenant)
     for entry in evidence.requests:
+        if isinstance(entry.said, QuotaLimitSet | UsageSettled | ChatRequested):
+            tenant = tenants[entry.said.tenant]
+            tenant.now_ms = max(tenant.now_ms, entry.timestamp_ms)
         match entry.said:
-            case QuotaLimitSet(tenant=name, limits=limits):
-                tenants[name].limits = limits
-            case UsageSettled(tenant=name, request=request, usage=usage):
-                fact = tenants[name].facts.get(request)
-                if fact and fact.until_ms > entry.timestamp_ms:
-                    fact.until_ms, fact.tokens = entry.timestamp_ms, usage.total_tokens
-            case ChatRequested(tenant=name, request=request) if request not in tenants[name].facts:
-                if kept := admitted.get((name, request)):
+            case QuotaLimitSet():
+                tenant.set = entry.said
+            case UsageSettled(request=request, usage=usage, cost_micros=micros):
+                fact = tenant.facts.get(request)
+                if fact and fact.until_ms > tenant.now_ms:
+                    fact.until_ms, fact.tokens, fact.micros = tenant.now_ms, usage.total_tokens, micros
+            case ChatRequested(request=request) if request not in tenant.facts:
+                if kept := admitted.get((entry.said.tenant, request)):
                     # What it was granted later is in its settlement; until then it only counts too little here.
-                    until, tokens = kept.reservation.expires_ms, kept.reservation.tokens
-                    tenants[name].facts[request] = _Fact(entry.timestamp_ms, until, tokens)
-                    for what in tenants[name].over(entry.timestamp_ms):
+                    scopes = tenant.scopes(entry.said)
+                    fact = _Fact(tenant.now_ms, kept.expires_ms, kept.tokens, kept.cost_micros, scopes)
+                    tenant.facts[request] = fact
+                    for what in tenant.over(fact):
                         yield Violation("missettled", request, f"admitted though {what}", (entry.position,))
             case _:
                 pass

@@ -6,21 +6,29 @@ a model server that fails.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 from urllib.parse import urlencode
 
 from klatch_schemas.events import IfBusy, OnCrash
 from klatch_schemas.ids import Conversation, RequestId, Tenant, request_id_for_key
-
-TENANTS: Final = (Tenant("torture-a"), Tenant("torture-b"))
+from klatch_workers.torture.tenants import (
+    FREE,
+    LIMITED,
+    PEOPLE,
+    PERSONS,
+    PRICED,
+    PRICED_RATE,
+    PRICED_TOKENS,
+    SHARES,
+    TENANTS,
+)
 
 Edge = Literal["kafka", "http"]
 Cancel = Literal["record", "delete", "disconnect"]
 _EDGES: Final[tuple[Edge, ...]] = ("kafka", "kafka", "http")
 """A request over HTTP has an `Idempotency-Key`, which costs a door more than all the rest of the request."""
-_ON_CRASH: Final[tuple[OnCrash, ...]] = ("restart", "continue")
 _IF_BUSY: Final[tuple[IfBusy, ...]] = ("reject", "interrupt", "rollback")
 _IMPATIENT: Final = 0.12
 """How many of the turns that follow another do not wait for it."""
@@ -43,6 +51,20 @@ _MENDED: Final = ("drop", "reset")
 ONCE_OPENED: Final = -1
 _THINKS_S: Final = 6.0
 """Before its first token, where it is to be cancelled meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How often what occurs in a load: a bug may need much of what is rare."""
+
+    slow: float = 0.1
+    """How many of the turns speak for so long that several faults meet them."""
+    waits: float = 0.6
+    """How many of the turns are waited for by the turn after them."""
+    continues: float = 0.3
+    """How many of the turns ask to be continued after a crash."""
+    every_s: float = 0.0
+    """Conversations begin together, so often; 0: each by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +107,25 @@ class Turn:
     if_busy: IfBusy = "enqueue"
     interrupted: bool = False
     """Whether a later turn cancels it if that finds it unfinished."""
+    person: str | None = None
+    """Who asks, where that is limited."""
+    limited: bool = False
+    """Whether limits may refuse it, or a budget stop its reply."""
 
     @property
     def model(self) -> str:
-        """The model's name, which carries the script for the model server."""
-        return "fake?" + urlencode(
-            {"reply": "unique", "tokens": self.tokens, "rate": self.rate, **self.trouble.upstream}
-        )
+        """The model's name, which carries the script for the model server, or has a route to one that does."""
+        return PRICED if self.person else script(self.tokens, self.rate, self.trouble.upstream)
 
     @property
     def plain(self) -> bool:
         """Whether it must be completed: nobody cancels, nothing runs out, and the model server does its work."""
-        return self.trouble == Trouble() and self.if_busy == "enqueue" and not self.interrupted
+        return self.trouble == Trouble() and self.if_busy == "enqueue" and not (self.interrupted or self.limited)
+
+
+def script(tokens: int, rate: float, upstream: Mapping[str, object] | None = None) -> str:
+    """The name of a model that speaks so many tokens, so many a second."""
+    return "fake?" + urlencode({"reply": "unique", "tokens": tokens, "rate": rate, **(upstream or {})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +140,12 @@ class Talk:
     turns: tuple[Turn, ...]
 
 
-def plan(seed: int, minutes: float, requests_per_second: float, *, plain: bool = False) -> list[Talk]:
+USUAL: Final = Shape()
+
+
+def plan(
+    seed: int, minutes: float, requests_per_second: float, *, plain: bool = False, shape: Shape = USUAL
+) -> list[Talk]:
     """All conversations of a load, in the order of their beginnings.
 
     A plain one has the same conversations at the same times, all over Kafka, and nothing but questions and answers.
@@ -120,7 +154,8 @@ def plan(seed: int, minutes: float, requests_per_second: float, *, plain: bool =
     every = sum(_TURNS) / len(_TURNS) / requests_per_second
     at, talks = 0.0, list[Talk]()
     while (at := at + chance.expovariate(1 / every)) < minutes * 60:
-        talks.append(_talk(chance, seed, len(talks), round(at, 3)))
+        begins = at // shape.every_s * shape.every_s if shape.every_s else at
+        talks.append(_talk(chance, seed, len(talks), round(begins, 3), shape))
     return [_plain(talk) for talk in talks] if plain else talks
 
 
@@ -136,18 +171,37 @@ def _plain(talk: Talk) -> Talk:
             on_crash="restart",
             if_busy="enqueue",
             interrupted=False,
+            person=None,
+            limited=False,
         )
         for turn in talk.turns
     )
-    return replace(talk, edge="kafka", turns=tuple(turns))
+    tenant = FREE[0] if talk.tenant in LIMITED else talk.tenant
+    return replace(talk, tenant=tenant, edge="kafka", turns=tuple(turns))
 
 
-def _talk(chance: random.Random, seed: int, number: int, at: float) -> Talk:
-    tenant = chance.choice(TENANTS)
+def _talk(chance: random.Random, seed: int, number: int, at: float, shape: Shape) -> Talk:
+    [tenant] = chance.choices(TENANTS, SHARES)
     conversation = Conversation(f"talk-{seed}-{number}")
     edge = chance.choice(_EDGES)
-    turns = [_turn(chance, tenant, conversation, edge, number) for number in range(chance.choice(_TURNS))]
-    return Talk(at, tenant, conversation, edge, tuple(_meeting(chance, turns)))
+    turns = [_turn(chance, tenant, conversation, edge, number, shape) for number in range(chance.choice(_TURNS))]
+    turns = [replace(turn, limited=tenant in LIMITED) for turn in _meeting(chance, turns)]
+    return Talk(at, tenant, conversation, edge, tuple(_by(chance, turns) if tenant == PEOPLE else turns))
+
+
+def _by(chance: random.Random, turns: list[Turn]) -> list[Turn]:
+    """The same turns, asked by a person of a model that has a price, and so has one script for all."""
+    person = chance.choice(PERSONS)
+    return [
+        replace(
+            turn,
+            person=person,
+            tokens=PRICED_TOKENS,
+            rate=PRICED_RATE,
+            trouble=Trouble() if turn.trouble.upstream else turn.trouble,
+        )
+        for turn in turns
+    ]
 
 
 def _meeting(chance: random.Random, turns: list[Turn]) -> list[Turn]:
@@ -162,10 +216,9 @@ def _meeting(chance: random.Random, turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, number: int) -> Turn:
+def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, number: int, shape: Shape) -> Turn:
     tokens = chance.randint(20, 40)
-    # One in ten speaks long enough for several faults to meet it.
-    tokens, rate = (3 * tokens, 15.0) if chance.random() < 0.1 else (tokens, 40.0)
+    tokens, rate = (3 * tokens, 15.0) if chance.random() < shape.slow else (tokens, 40.0)
     key = f"{conversation}.{number}"
     return Turn(
         number=number,
@@ -177,8 +230,8 @@ def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, 
         twice=chance.random() < 0.1,
         leaves_after=tuple(sorted(_leaving(chance, tokens))),
         by_client=chance.random() < 0.08,
-        on_crash=chance.choices(_ON_CRASH, (70, 30))[0],
-        waits=chance.random() < 0.6,
+        on_crash="continue" if chance.random() < shape.continues else "restart",
+        waits=chance.random() < shape.waits,
     )
 
 

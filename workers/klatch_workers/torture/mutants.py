@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from klatch_workers.torture.asking import PATIENCE_S
+from klatch_workers.torture.load import USUAL, Shape
 from klatch_workers.torture.run import Orders
 from klatch_workers.torture.schedule import Fault, Kind
 from klatch_workers.torture.system import Command, Klatch, Place, Read
+from klatch_workers.up.everything import PARTITIONS
 
 PACKAGES: Final = ("klatch_schemas", "klatch_streams", "klatch_agents", "klatch_workers")
 _FAULT: Final = re.compile(r"^(?P<at>[\d.]+) (?P<kind>\w+)(?: (?P<target>[a-z/-]+))?(?: for (?P<lasts>[\d.]+) s)?$")
@@ -45,6 +47,9 @@ class Mutant:
     minutes: float
     seed: int
     static: bool
+    requests_per_second: float = 8.0
+    partitions: int = PARTITIONS
+    shape: Shape = USUAL
     missed: str = ""
     """Why the kit does not find it, if it does not."""
 
@@ -59,7 +64,10 @@ class Mutant:
             self.seed,
             self.minutes,
             self.faults,
+            requests_per_second=self.requests_per_second,
             static=self.static,
+            partitions=self.partitions,
+            shape=self.shape,
             system=Mutated(packages),
             patience_s=PATIENCE_S if self.control else _PATIENCE_S,
         )
@@ -103,6 +111,9 @@ def _mutant(name: str, fields: Mapping[str, Any]) -> Mutant:
         minutes=fields.get("minutes", 0.5),
         seed=fields.get("seed", 1),
         static=fields.get("static", True),
+        requests_per_second=fields.get("requests_per_second", 8.0),
+        partitions=fields.get("partitions", PARTITIONS),
+        shape=Shape(**fields.get("shape", {})),
         missed=fields.get("missed", ""),
     )
 

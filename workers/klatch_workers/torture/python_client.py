@@ -46,7 +46,7 @@ class ClientReader:
                 self._voided.append(self._text())
                 self._shown = []
             except KlatchError as error:
-                self._outcome = outcome_of(error.code)
+                self._outcome = outcome_of(error.code, error.ended) or f"error {error.code}"
             except KafkaError as error:
                 self.troubles[f"python: {type(error).__name__}"] += 1
                 await asyncio.sleep(_AGAIN_S)

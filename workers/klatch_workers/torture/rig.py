@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Final
 
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import Limits
 from klatch_schemas.ids import Tenant
-from klatch_schemas.topics import Namespace
+from klatch_schemas.topics import MODELS, Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
+from klatch_streams.ledger import publish
 from klatch_streams.topic_admin import Partitions, create_topics
 from klatch_workers.kafka import Cluster, Options
 from klatch_workers.settings import PREFIX
-from klatch_workers.tenants import tenant_configured, write_tenants
-from klatch_workers.torture.load import TENANTS
+from klatch_workers.tenants import write_tenants
+from klatch_workers.torture.load import script
 from klatch_workers.torture.system import Place, System
+from klatch_workers.torture.tenants import PRICED, PRICED_RATE, PRICED_TOKENS, TENANTS, configured, priced_route
 from klatch_workers.up.children import Child, ChildFailed
 from klatch_workers.up.everything import PARTITIONS, free_address
 
@@ -52,6 +53,8 @@ class Rig:
     upstream: Upstream
     door: str
     keys: Mapping[Tenant, str]
+    partitions: int
+    """Of every topic that is keyed by conversation, and of those keyed by tenant."""
     static: bool
     """Whether each worker has a name of its own that stays: Kafka's static membership."""
     namespace: Namespace = Namespace()
@@ -107,7 +110,7 @@ class Rig:
             self.upstream.url,
             self.door,
             self.folder,
-            PARTITIONS,
+            self.partitions,
             _DRAIN_S,
             REMEMBERS_S,
             self.static,
@@ -119,7 +122,9 @@ def _others_environment() -> dict[str, str]:
 
 
 @asynccontextmanager
-async def rig(folder: Path, nodes: int, say: Say, *, system: System, static: bool = False) -> AsyncGenerator[Rig, None]:
+async def rig(
+    folder: Path, nodes: int, say: Say, *, system: System, partitions: int = PARTITIONS, static: bool = False
+) -> AsyncGenerator[Rig, None]:
     """Start everything, one worker a stage, and stop it again. Raises ChildFailed, KafkaChildError, LogError."""
     async with AsyncExitStack() as running:
         options = Options(nodes=nodes, start_timeout=_BROKER_S)
@@ -127,8 +132,8 @@ async def rig(folder: Path, nodes: int, say: Say, *, system: System, static: boo
         cluster = await running.enter_async_context(Cluster(folder / "kafka", options))
         upstream = await running.enter_async_context(Upstream(keep=_CALLS))
         keys = {tenant: f"key-of-{tenant}-{os.urandom(8).hex()}" for tenant in TENANTS}
-        await _furnish(cluster, nodes, keys)
-        started = Rig(system, folder, cluster, upstream, f"http://{free_address()}", keys, static)
+        await _furnish(cluster, nodes, partitions, keys)
+        started = Rig(system, folder, cluster, upstream, f"http://{free_address()}", keys, partitions, static)
         running.push_async_callback(started.stop)
         say("starting the stages")
         async with asyncio.TaskGroup() as starting:
@@ -137,14 +142,15 @@ async def rig(folder: Path, nodes: int, say: Say, *, system: System, static: boo
         yield started
 
 
-async def _furnish(cluster: Cluster, nodes: int, keys: Mapping[Tenant, str]) -> None:
+async def _furnish(cluster: Cluster, nodes: int, partitions: int, keys: Mapping[Tenant, str]) -> None:
     namespace = Namespace()
-    await create_topics(cluster.bootstrap, namespace, Partitions(PARTITIONS, PARTITIONS), replication=nodes)
+    await create_topics(cluster.bootstrap, namespace, Partitions(partitions, partitions), replication=nodes)
     log = await KafkaLog.open(KafkaOptions(cluster.bootstrap))
     try:
-        # Out of the load's reach, but counted: replies have credit, and the judge adds it all up.
-        limits = Limits(requests_per_minute=10**6, tokens_per_day=10**12, concurrent_requests=10**6)
-        tenants = [tenant_configured(tenant, [key], limits) for tenant, key in keys.items()]
+        # First what has a price: tenants get the prices that stand.
+        route = priced_route(script(PRICED_TOKENS, PRICED_RATE))
+        await publish(log, MODELS, PRICED, route, namespace)
+        tenants = [configured(tenant, key) for tenant, key in keys.items()]
         await write_tenants(log, namespace, tenants, by="klatch torture")
     finally:
         await log.close()

@@ -26,13 +26,14 @@ from klatch_workers.torture.asking import PATIENCE_S, Load
 from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.live import LiveLog
-from klatch_workers.torture.load import plan
+from klatch_workers.torture.load import USUAL, Shape, plan
 from klatch_workers.torture.readback import entries, read_back
 from klatch_workers.torture.report import Report
 from klatch_workers.torture.rig import REMEMBERS_S, Rig, Say, rig
 from klatch_workers.torture.schedule import Fault
 from klatch_workers.torture.strike import Striker
 from klatch_workers.torture.system import Klatch, System
+from klatch_workers.up.everything import PARTITIONS
 
 _LATE_READERS: Final = 100
 _PROGRESS_S: Final = 5.0
@@ -49,6 +50,9 @@ class Orders:
     requests_per_second: float = 8.0
     static: bool = False
     """Whether workers are static members of their groups."""
+    partitions: int = PARTITIONS
+    """Of every topic that is keyed by conversation or tenant."""
+    shape: Shape = USUAL
     system: System = Klatch()
     patience_s: float = PATIENCE_S
     """How long a client waits for the end of one reply, and everything may take to come to rest."""
@@ -58,14 +62,17 @@ class Orders:
 
 async def torture(folder: Path, orders: Orders, say: Say) -> Report:
     """Run it. Raises what a part raises that does not start."""
-    started = rig(folder, orders.nodes, say, system=orders.system, static=orders.static)
+    started = rig(folder, orders.nodes, say, system=orders.system, partitions=orders.partitions, static=orders.static)
     async with started as tortured, _load(tortured, orders.patience_s) as load:
         striker = Striker(tortured, load.log, say)
-        talks = plan(orders.seed, orders.minutes, orders.requests_per_second, plain=orders.plain)
+        plain, shape = orders.plain, orders.shape
+        talks = plan(orders.seed, orders.minutes, orders.requests_per_second, plain=plain, shape=shape)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
         telling = asyncio.create_task(_tell(load, say))
         async with asyncio.TaskGroup() as going:
             going.create_task(load.run(talks))
+            if not plain:
+                going.create_task(load.set_quotas(orders.minutes))
             going.create_task(striker.run(orders.faults))
         await _rest(load, say)
         late = await _late_readers(load, orders.seed) if "http" in orders.system.stages else []
@@ -74,7 +81,11 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
         say("reading everything back")
         found = await _evidence(load, tortured, striker.struck, late)
     report, *others = [await asyncio.to_thread(judge, evidence) for evidence in found.values()]
-    checked = {**report.checked, **{f"client: {what}": number for what, number in load.troubles.items()}}
+    checked = {
+        **report.checked,
+        "quotas_set": load.quotas_set,
+        **{f"client: {what}": number for what, number in load.troubles.items()},
+    }
     return replace(report, checked=checked, readings=dict(zip(list(found)[1:], others, strict=True)))
 
 

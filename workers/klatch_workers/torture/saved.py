@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, cast
 
+from klatch_workers.torture.load import Shape
 from klatch_workers.torture.run import Orders
 from klatch_workers.torture.schedule import Fault, faults_of
 
 _FIELDS: Final = ("seed", "minutes", "nodes", "requests_per_second", "static", "plain")
+_SINCE: Final = ("partitions", "shape")
+"""What older files do not say: it is as usual then."""
 _SETTLING_S: Final = 25.0
 """What a load goes on after the last fault: streams must be seen to come back."""
 
@@ -16,6 +19,7 @@ _SETTLING_S: Final = 25.0
 def to_json(orders: Orders, about: str = "") -> str:
     """The parameters of a run as JSON, a fault a line. `about` says to people what it shows."""
     head = {"about": about, **{name: getattr(orders, name) for name in _FIELDS}}
+    head |= {"partitions": orders.partitions, "shape": asdict(orders.shape)}
     faults = ",\n".join(f"    {json.dumps(asdict(fault))}" for fault in orders.faults)
     return json.dumps(head, indent=2)[:-2] + f',\n  "faults": [\n{faults}\n  ]\n}}\n'
 
@@ -24,7 +28,10 @@ def from_json(text: str) -> Orders:
     """The run that `to_json` wrote. Raises ValueError."""
     said: Any = json.loads(text)
     try:
-        return Orders(faults=faults_of(said["faults"]), **{name: said[name] for name in _FIELDS})
+        more = {name: said[name] for name in _SINCE if name in said}
+        if "shape" in more:
+            more["shape"] = Shape(**more["shape"])
+        return Orders(faults=faults_of(said["faults"]), **{name: said[name] for name in _FIELDS}, **more)
     except (TypeError, KeyError) as error:
         raise ValueError(f"not a saved run: {error}") from error
 
@@ -38,5 +45,5 @@ def faults_in(text: str) -> list[Fault]:
 
 def with_faults(orders: Orders, faults: Sequence[Fault]) -> Orders:
     """The same with fewer faults, and no longer than they need: a shorter load is the beginning of a longer one."""
-    last = max((fault.at_s + fault.lasts_s for fault in faults), default=0.0)
+    last = max((fault.at_s + fault.takes_s for fault in faults), default=0.0)
     return replace(orders, faults=faults, minutes=min(orders.minutes, round((last + _SETTLING_S) / 60, 2)))

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Final, Literal, assert_never, get_args
 
-from klatch_workers.torture.boundaries import BOUNDARIES
+from klatch_workers.torture.boundaries import BOUNDARIES, TAKEN_OVER
 
-Kind = Literal["kill", "boundary", "stop", "roll", "scale", "broker", "cluster", "leaderless"]
+Kind = Literal["kill", "boundary", "stop", "zombie", "roll", "scale", "broker", "cluster", "leaderless"]
 
 ZOMBIE_S: Final = (12.0, 15.0)
 """How long a stopped process stays stopped: past the group's session time-out of 10 s."""
+AWAITED_S: Final = 11.0
+"""How long it takes at most until a stopped process is succeeded: the session time-out, and the successor's start."""
 _PAUSE_S: Final = (3.0, 8.0)
 _QUIET_S: Final = 4.0
 """At either end of the load nothing is struck: there must be streams to hit, and time to see them come back."""
@@ -28,6 +30,8 @@ class Fault:
     kill        SIGKILL of one worker of the stage `target`
     boundary    SIGKILL of the worker that the boundary `target` names, at the next record of it
     stop        SIGSTOP of one for `lasts_s` seconds, with another beside it, then SIGCONT: a zombie
+    zombie      SIGSTOP of the worker that the boundary `target` names, at its next record, with another beside it,
+                then SIGCONT `lasts_s` seconds after its successor's first record: both are at the same work
     roll        SIGTERM of one, and a new one in its place, as a rolling restart does
     scale       `count` workers of the stage from now on: a rebalance
     broker      SIGKILL of node `which`, started again after `lasts_s` seconds
@@ -44,8 +48,14 @@ class Fault:
     lasts_s: float = 0.0
     count: int = 0
 
+    @property
+    def takes_s(self) -> float:
+        """How long it lasts, with what it waits for."""
+        return self.lasts_s + (AWAITED_S if self.kind == "zombie" else 0.0)
+
 
 _AT_A_BOUNDARY: Final[tuple[Kind, str]] = ("boundary", "")
+_ZOMBIE_AT: Final = [name for name, boundary in BOUNDARIES.items() if boundary.stage in TAKEN_OVER]
 _DECK: Final[tuple[tuple[Kind, str], ...]] = (
     ("kill", "generation"),
     ("scale", "generation"),
@@ -63,6 +73,8 @@ _DECK: Final[tuple[tuple[Kind, str], ...]] = (
     ("stop", "screening"),
     ("roll", "http"),
     *(_AT_A_BOUNDARY,) * 8,
+    ("zombie", ""),
+    ("zombie", ""),
 )
 """What is dealt, again and again: generation, which holds the most, is struck most."""
 _RARE: Final[tuple[Kind, ...]] = ("cluster", "leaderless")
@@ -76,22 +88,18 @@ def schedule(seed: int, minutes: float, nodes: int = 1, *, plain: bool = False) 
     Plain ones can be done to any system: to its brokers, and to the workers that call the model.
     """
     chance = random.Random(f"faults {seed}")  # noqa: S311 - no secret
-    at, faults, dealt, boundaries = (
-        _QUIET_S,
-        list[Fault](),
-        _deal(chance, plain=plain),
-        _in_turn(chance, list(BOUNDARIES)),
-    )
+    at, faults, dealt = _QUIET_S, list[Fault](), _deal(chance, plain=plain)
+    records = {"boundary": _in_turn(chance, list(BOUNDARIES)), "zombie": _in_turn(chance, _ZOMBIE_AT)}
     # A fault's own duration counts too: it must be over before the load is.
     while True:
         kind, target = next(dealt)
-        fault = _fault(chance, at, kind, next(boundaries) if kind == "boundary" else target, nodes)
-        if at + fault.lasts_s > minutes * 60 - _QUIET_S:
+        fault = _fault(chance, at, kind, next(records[kind]) if kind in records else target, nodes)
+        if at + fault.takes_s > minutes * 60 - _QUIET_S:
             return faults
         faults.append(fault)
         # The next may come while this one still lasts; what nothing goes on beside is let end.
         beside = 1.0 if kind in _RARE else chance.choice((0.3, 1.0))
-        at = round(at + chance.uniform(*_PAUSE_S) + fault.lasts_s * beside, 2)
+        at = round(at + chance.uniform(*_PAUSE_S) + fault.takes_s * beside, 2)
 
 
 def _deal(chance: random.Random, *, plain: bool) -> Iterator[tuple[Kind, str]]:
@@ -111,6 +119,8 @@ def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int
     match kind:
         case "stop":
             return Fault(at, kind, target, which, round(chance.uniform(*ZOMBIE_S), 2))
+        case "zombie":
+            return Fault(at, kind, target, which, round(chance.uniform(0.0, 0.5), 2))
         case "scale":
             return Fault(at, kind, target, count=chance.choice((1, 2, 4, 4)))
         case "broker":
@@ -136,4 +146,6 @@ def faults_of(listed: Sequence[Mapping[str, Any]]) -> list[Fault]:
             raise ValueError(f"{fault.kind!r} is no kind of fault")
         if fault.kind == "boundary" and fault.target not in BOUNDARIES:
             raise ValueError(f"{fault.target!r} is no boundary: one of {', '.join(BOUNDARIES)}")
+        if fault.kind == "zombie" and fault.target not in _ZOMBIE_AT:
+            raise ValueError(f"{fault.target!r} is no boundary of a stage that is succeeded: {', '.join(_ZOMBIE_AT)}")
     return faults

@@ -8,14 +8,14 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 from klatch_schemas.records import Record
 from klatch_streams.log import Log, LogError
-from klatch_workers.torture.boundaries import BOUNDARIES, Boundary, appears
+from klatch_workers.torture.boundaries import BOUNDARIES, TAKEN_OVER, Boundary, appears
 from klatch_workers.torture.evidence import Struck
 from klatch_workers.torture.owners import Owners
 from klatch_workers.torture.rig import START_S, Rig, Say
@@ -29,6 +29,8 @@ _AWAKE_S: Final = 4.0
 _PATIENCE_S: Final = 30.0
 """How long the record of a boundary is waited for."""
 _AGAIN_S: Final = 0.3
+_ON_ITS_WAY_S: Final = 1.0
+"""How long records of a process that was stopped may still come: it had sent them. No group gives it up so soon."""
 
 
 @dataclass(slots=True)
@@ -65,7 +67,9 @@ class Striker:
         if since_ms is None:
             self.say(f"{fault.at_s:6.1f} s: nobody was left to {what}")
         else:
-            self.struck.append(Struck(f"{fault.kind} {fault.target}".strip(), since_ms, _now_ms(), began_ms))
+            # Of zombies the stage is told: how deaf one was does not hang on where it was stopped.
+            target = BOUNDARIES[fault.target].stage if fault.kind == "zombie" else fault.target
+            self.struck.append(Struck(f"{fault.kind} {target}".strip(), since_ms, _now_ms(), began_ms))
 
     async def _strike(self, fault: Fault) -> float | None:
         """Returns, when it is over, from when on there was something to recover from; None: nobody was struck."""
@@ -80,6 +84,8 @@ class Striker:
                 return await self._kill_nodes(fault, (len(self.rig.cluster.nodes) + 1) // 2)
             case "boundary":
                 return await self._kill_at(fault)
+            case "zombie":
+                return await self._zombie(fault)
             case "scale":
                 async with self._changing[fault.target]:
                     self._wanted[fault.target] = fault.count
@@ -94,19 +100,49 @@ class Striker:
         return since_ms
 
     async def _kill_at(self, fault: Fault) -> float | None:
+        owners = await self._met_at(BOUNDARIES[fault.target])
+        for child in owners:
+            _kill_process(child)
+        return _now_ms() if owners else None
+
+    async def _zombie(self, fault: Fault) -> float | None:
         boundary = BOUNDARIES[fault.target]
+        met = await self._met_at(boundary)
+        if not met:
+            return None
+        zombie = met[fault.which % len(met)]
+        since_ms = _now_ms()
+
+        async def taken_over(_: asyncio.Task[Child]) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_S):
+                    await self._succeeded(boundary.stage, self._owners.of(zombie.log_file))
+                    await asyncio.sleep(fault.lasts_s)
+
+        await self._freeze(fault, boundary.stage, zombie, taken_over)
+        return since_ms
+
+    async def _succeeded(self, stage: str, numbers: Collection[int]) -> None:
+        """Until somebody writes what the owner of one of these partitions writes, and it is stopped."""
+        await asyncio.sleep(_ON_ITS_WAY_S)
+        begins = BOUNDARIES[TAKEN_OVER[stage]]
+
+        def appeared(record: Record) -> bool:
+            return begins.appeared(record) and (not numbers or begins.partition(record) in numbers)
+
+        await self._appears(begins._replace(appeared=appeared))
+
+    async def _met_at(self, boundary: Boundary) -> list[Child]:
+        """Waits for the boundary's next record; returns the processes that it may come from, or go to."""
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 record = await self._appears(boundary)
         except TimeoutError:
-            return None
+            return []
         there = self._there(boundary.stage)
         number = boundary.partition(record)
         # A stage without partitions has one worker; where nobody is known to own it, it is one of all.
-        owners = [child for child in there if number in self._owners.of(child.log_file)] or there
-        for child in owners:
-            _kill_process(child)
-        return _now_ms() if owners else None
+        return [child for child in there if number in self._owners.of(child.log_file)] or there
 
     async def _appears(self, boundary: Boundary) -> Record:
         while True:
@@ -132,23 +168,33 @@ class Striker:
             await self._resize(fault.target)
 
     async def _stop(self, fault: Fault, child: Child) -> None:
+        # Somebody must be there to take over.
+        await self._freeze(
+            fault, fault.target, child, lambda adding: asyncio.gather(adding, asyncio.sleep(fault.lasts_s))
+        )
+
+    async def _freeze(
+        self, fault: Fault, stage: str, child: Child, until: Callable[[asyncio.Task[Child]], Awaitable[object]]
+    ) -> None:
+        """Stop a process, start another beside it, and let it go on after `until`, which is given the start."""
         zombie = child.pid
         try:
             os.kill(zombie, signal.SIGSTOP)
         except ProcessLookupError:
             return  # It has just died of something else.
         self._stopped.add(child.name)
-        try:
-            # Somebody must be there to take over.
-            successor, _ = await asyncio.gather(self._add(fault.target), asyncio.sleep(fault.lasts_s))
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(zombie, signal.SIGCONT)
-            self._stopped.discard(child.name)
+        async with asyncio.TaskGroup() as beside:
+            adding = beside.create_task(self._add(stage))
+            try:
+                await until(adding)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.kill(zombie, signal.SIGCONT)
+                self._stopped.discard(child.name)
         await asyncio.sleep(_AWAKE_S)
-        async with self._changing[fault.target]:
-            await self.rig.retire(fault.target, successor if fault.which % 2 else child)
-            await self._resize(fault.target)
+        async with self._changing[stage]:
+            await self.rig.retire(stage, adding.result() if fault.which % 2 else child)
+            await self._resize(stage)
 
     async def _add(self, stage: str) -> Child:
         async with self._changing[stage]:

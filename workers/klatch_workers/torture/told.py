@@ -28,7 +28,8 @@ ENDS: Final = {
     "conversation_busy": "rejected",
     "stream_broken": "broken",
 }
-"""Codes of errors that are the end of a stream, as clients are told of them."""
+"""Codes of errors that mean one end, whatever else is said: who is told `deadline_exceeded` of a stream that was
+cancelled was told of another end. What other codes mean, such as `unavailable`, only the status beside them says."""
 
 
 @dataclass(slots=True)
@@ -115,12 +116,15 @@ def fold_stream(entries: Sequence[Entry]) -> Told:
 
 def outcome_told(ended: Ended) -> str:
     """How a stream ended for a reader that goes by the error it is told of, as clients do."""
-    return ENDS.get(ended.error.code, ended.status) if ended.error else ended.status
+    return outcome_of(ended.error.code if ended.error else ended.status, ended.status) or ended.status
 
 
-def outcome_of(code: str) -> str:
-    """How a stream ended whose reader was told of this error."""
-    return ENDS.get(code, f"error {code}")
+def outcome_of(code: str, ended: str | None) -> str | None:
+    """How a stream ended whose reader was told of this error; None: it was no end, and the reader asks again.
+
+    `ended` is the status that the error names beside its code, if it says that it is the end of a stream.
+    """
+    return ENDS.get(code, ended)
 
 
 def content_of(chunk: bytes) -> str:
