@@ -166,12 +166,8 @@ BOUNDARIES: Final[dict[str, Boundary]] = {
 }
 """Every boundary by its name: the record that appears, and the stage that is killed then."""
 
-TAKEN_OVER: Final[dict[str, str]] = {
-    "admission": "admitted/admission",
-    "screening": "verdict/screening",
-    "generation": "attempt/generation",
-}
-"""By stage with partitions, the boundary whose record is the first that a successor writes."""
+TAKEN_OVER: Final = ("admission", "screening", "generation")
+"""Stages with partitions: whoever stops is succeeded."""
 
 
 async def appears(log: Log, namespace: Namespace, boundary: Boundary) -> Record:
