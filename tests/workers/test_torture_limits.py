@@ -17,7 +17,7 @@ from klatch_schemas.events import (
     Usage,
     UsageSettled,
 )
-from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.ids import Conversation, Person, RequestId, Tenant
 from klatch_streams.admission import Admission
 from klatch_streams.kernel import Input
 from klatch_workers.torture.evidence import Entry, Evidence
@@ -27,7 +27,7 @@ ACME = Tenant("acme")
 NOON = 1_800_014_400_000
 
 
-def asked(number: int, person: str | None = None) -> ChatRequested:
+def asked(number: int, person: Person | None = None) -> ChatRequested:
     return ChatRequested(
         request=RequestId(f"r{number}"),
         tenant=ACME,
@@ -111,7 +111,7 @@ def test_a_run_that_forgot_its_limits_is_found_by_both_checks(limits: Limits, ov
     assert any("admitted, where its tenant's log says refused by" in one.what for one in redecided(lied))
 
 
-ANN, BOB = "ann", "bob"
+ANN, BOB = Person("ann"), Person("bob")
 EACH = LimitRule(person="*", limits=Limits(concurrent_requests=1))
 BOBS = LimitRule(person=BOB, limits=Limits(concurrent_requests=2))
 

@@ -107,7 +107,7 @@ class _Tenant:
         if self.set is None:
             return {_WHOLE: Limits()}
         names = (asked.use_case, asked.person or "", str(asked.body.get("model") or ""))
-        found = {_WHOLE: self.set.limits}
+        found: dict[Scope, Limits] = {_WHOLE: self.set.limits}
         # Those that name more come later, and replace what named less.
         for rule in sorted(self.set.rules, key=_how_much_it_names):
             pattern = _pattern(rule)
@@ -162,9 +162,10 @@ def exceeded(evidence: Evidence) -> Iterator[Violation]:
     }
     tenants = defaultdict[str, _Tenant](_Tenant)
     for entry in evidence.requests:
-        if isinstance(entry.said, QuotaLimitSet | UsageSettled | ChatRequested):
-            tenant = tenants[entry.said.tenant]
-            tenant.now_ms = max(tenant.now_ms, entry.timestamp_ms)
+        if not isinstance(entry.said, QuotaLimitSet | UsageSettled | ChatRequested):
+            continue
+        tenant = tenants[entry.said.tenant]
+        tenant.now_ms = max(tenant.now_ms, entry.timestamp_ms)
         match entry.said:
             case QuotaLimitSet():
                 tenant.set = entry.said

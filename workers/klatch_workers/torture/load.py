@@ -12,7 +12,7 @@ from typing import Final, Literal
 from urllib.parse import urlencode
 
 from klatch_schemas.events import IfBusy, OnCrash
-from klatch_schemas.ids import Conversation, RequestId, Tenant, request_id_for_key
+from klatch_schemas.ids import Conversation, Person, RequestId, Tenant, request_id_for_key
 from klatch_workers.torture.tenants import (
     FREE,
     LIMITED,
@@ -109,7 +109,7 @@ class Turn:
     if_busy: IfBusy = "enqueue"
     interrupted: bool = False
     """Whether a later turn cancels it if that finds it unfinished."""
-    person: str | None = None
+    person: Person | None = None
     """Who asks, where that is limited."""
     limited: bool = False
     """Whether limits may refuse it, or a budget stop its reply."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from klatch_schemas.events import Deployment, LimitRule, Limits, ModelRouted, Prices, TenantConfigured
-from klatch_schemas.ids import Tenant
+from klatch_schemas.ids import Person, Tenant
 from klatch_workers.quotas import Change
 from klatch_workers.tenants import tenant_configured
 
@@ -21,7 +21,7 @@ TENANTS: Final = (*FREE, *LIMITED)
 SHARES: Final = (41, 41, 10, 8)
 """Of the conversations, by tenant."""
 
-PERSONS: Final = ("ann", "bob", "eve")
+PERSONS: Final = (Person("ann"), Person("bob"), Person("eve"))
 PRICED: Final = "priced"
 """The model of `PEOPLE`: the one that has a price."""
 PRICED_TOKENS: Final = 30
