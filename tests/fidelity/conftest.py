@@ -146,7 +146,7 @@ async def serving(log: MemoryLog, terms: Terms, drain_s: float = 1.0) -> AsyncGe
     keys = {hashlib.sha256(key.encode()).hexdigest(): tenant for tenant, key in KEYS.items()}
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
     door = Door(log=log, keys=keys, terms=terms)
-    running = asyncio.create_task(serve(door, stop, port=0, drain_s=drain_s, ready=port.set_result))
+    running = asyncio.create_task(serve(door, stop, drain_s=drain_s, ready=port.set_result))
     await asyncio.wait([port, running], return_when=asyncio.FIRST_COMPLETED)
     kit = Kit(log, Stages(log, PARTITIONS), port.result(), stop)
     try:

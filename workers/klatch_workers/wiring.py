@@ -16,9 +16,10 @@ import structlog
 from klatch_schemas.events import Event
 from klatch_schemas.topics import MODELS, PROMPTS, TENANTS, Namespace, Topic
 from klatch_streams.ledger import Ledger
-from klatch_streams.log import Log
+from klatch_streams.log import Log, LogError
 from klatch_streams.owner import Stage
 from klatch_streams.runner import Runner, RunnerSettings
+from klatch_streams.supervise import supervise
 from klatch_workers.settings import Settings, host_port
 
 log = structlog.get_logger(__name__)
@@ -141,14 +142,18 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     """The OpenAI-compatible door."""
     from klatch_schemas.events import ModelRouted, TenantConfigured
     from klatch_workers.books import KeyBook, RouteBook
-    from klatch_workers.http.app import serve
+    from klatch_workers.http.app import listen, serve
+    from klatch_workers.http.closed import closed_door
     from klatch_workers.http.door import Door, Terms
     from klatch_workers.http.embeddings import RoutedEmbeddings, TextEmbeddings
 
     settings = await begin()
     host, port = host_port(settings.http)
     async with AsyncExitStack() as open_parts:
-        kafka = await open_parts.enter_async_context(_log(settings))
+        listening = open_parts.enter_context(listen(host, port))
+        async with closed_door(listening):
+            if (kafka := await _log_in_time(settings, open_parts, stop)) is None:
+                return
         namespace = Namespace.named(settings.namespace)
         # While the log does not answer the door stays, and says so: a client that is refused knows when to come again.
         tenants = await open_parts.enter_async_context(await _ledger(kafka, TENANTS, settings, TenantConfigured, inf))
@@ -168,8 +173,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
         serving = serve(
             door,
             stop,
-            host=host,
-            port=port,
+            listening=listening,
             drain_s=settings.drain_s,
             ready=lambda bound: ready({"url": f"http://{host}:{bound}"}),
         )
@@ -244,6 +248,27 @@ async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
         yield kafka
     finally:
         await kafka.close()
+
+
+async def _log_in_time(settings: Settings, parts: AsyncExitStack, stop: asyncio.Event) -> Log | None:
+    """The log, as soon as Kafka answers; None if `stop` was set before. Raises WrongSetup."""
+    opened = list[Log]()
+
+    async def open_log() -> None:
+        opened.append(await parts.enter_async_context(_log(settings)))
+
+    opening = asyncio.ensure_future(
+        supervise(open_log, name="http", gives_up=lambda error: not isinstance(error, LogError))
+    )
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not opening.done():
+        opening.cancel()
+        await asyncio.wait({opening})
+        return None
+    opening.result()
+    return opened[0]
 
 
 async def _ledger(kafka: Log, topic: Topic, settings: Settings, of: type[E], patience_s: float = 0) -> Ledger[E]:

@@ -326,7 +326,7 @@ class Kit:
 @asynccontextmanager
 async def _serving(door: Door, stages: Stages, drain_s: float) -> AsyncGenerator[Kit]:
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(serve(door, stop, port=0, drain_s=drain_s, ready=port.set_result))
+    serving = asyncio.create_task(serve(door, stop, drain_s=drain_s, ready=port.set_result))
     await asyncio.wait([port, serving], return_when=asyncio.FIRST_COMPLETED)
     kit = Kit(stages.log, stages, port.result(), stop)
     try:

@@ -8,12 +8,12 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 import uvicorn
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from klatch_schemas.errors import KlatchError, NotFound, Unavailable
 from klatch_workers.http import chat, embeddings, other, streams
@@ -135,43 +135,48 @@ async def serve(
     door: Door,
     stop: asyncio.Event,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8080,
+    listening: socket.socket | None = None,
     drain_s: float = 10.0,
     ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until `stop` is set: then accept no more, let streams finish for `drain_s`, and end the rest politely.
 
-    `ready` is called with the port once the door listens.
+    On `listening`, a socket that listens already; by default on a free port of this machine. `ready` is called with
+    the port once the door listens.
     """
     app = create_app(door)
-    server = Server(_config(app, host, port, drain_s))
-    serving = asyncio.create_task(server.serve(), name="http-server")
-    listening = asyncio.create_task(server.listening.wait(), name="http-listening")
+    server = Server(config_of(app, drain_s))
+    serving = asyncio.create_task(server.serve([listening or listen("127.0.0.1", 0)]), name="http-server")
+    opened = asyncio.create_task(server.listening.wait(), name="http-listening")
     stopping = asyncio.create_task(stop.wait(), name="http-stop")
     try:
-        await asyncio.wait([serving, listening], return_when=asyncio.FIRST_COMPLETED)
-        if ready and listening.done():
+        await asyncio.wait([serving, opened], return_when=asyncio.FIRST_COMPLETED)
+        if ready and opened.done():
             ready(server.port)
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     finally:
         # 1. Accept no more. 2. Let streams finish. 3. End the rest with an error event and their resume link.
         server.should_exit = True
-        listening.cancel()
+        opened.cancel()
         stopping.cancel()
         await asyncio.wait([serving], timeout=drain_s)
         app.end_streams()
         await serving
 
 
-def _config(app: App, host: str, port: int, drain_s: float) -> uvicorn.Config:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def config_of(app: ASGIApp, drain_s: float, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
+    """How all of klatch's doors are served."""
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http="httptools",
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         interface="asgi3",
         access_log=False,
         # Facts are logged here; uvicorn would only add that clients hang up.
