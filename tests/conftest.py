@@ -14,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this project's own."""
     parser.addoption("--model-size", type=int, default=1, help="How large the small model is (tests/model): 1, 2 or 3.")
     parser.addoption(
+        "--reply-minutes",
+        type=float,
+        default=0.5,
+        help="How long the long reply lasts (tests/broker/test_long_generation.py).",
+    )
+    parser.addoption(
         "--vllm",
         metavar="PYTHON|URL",
         help="Run tests/vllm with the vLLM of this Python, or against this server; `make vllm` does.",
