@@ -234,11 +234,12 @@ async def _first_of(main: Awaitable[None], *watched: Awaitable[None]) -> None:
 
 @asynccontextmanager
 async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
-    from klatch_streams.kafka.options import KafkaOptions
+    from klatch_streams.kafka.options import KafkaOptions, rebalance_ms_for
     from klatch_streams.kafka_log import KafkaLog
     from klatch_streams.topic_admin import check_topics
 
-    options = KafkaOptions(settings.kafka, instance_id=settings.instance)
+    patience_ms = rebalance_ms_for(settings.drain_s)
+    options = KafkaOptions(settings.kafka, instance_id=settings.instance, rebalance_ms=patience_ms)
     problems = await check_topics(options, Namespace.named(settings.namespace))
     # Topics that are missing may be made any moment, and are asked for again; those that differ stay so.
     if differing := [problem.says for problem in problems if problem.what != "missing"]:

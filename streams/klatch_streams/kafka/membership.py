@@ -10,12 +10,15 @@ would be somebody else if it joined again, and its owners must know.
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from aiokafka import ConsumerRebalanceListener
 from aiokafka import errors as kafka
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from klatch_schemas.records import Partition, Record
@@ -25,6 +28,8 @@ from klatch_streams.kafka.wire import EARLIEST, Wire
 from klatch_streams.log import Listener, LogError, MembershipLost
 
 _NOBODY = ""
+_LEAVING: Any = "leaving"
+_LEAVING_S = 2.0
 
 
 class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc, unused-ignore]
@@ -123,11 +128,33 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc, unused-i
             self._telling.cancel()
         await self._revoke()
         self._lose(LogError("this membership was closed"))
+        await self._stop_joining()
         await self._coordinator.close()
         if (ended := self._coordinator._coordination_task).done() and not ended.cancelled():  # noqa: SLF001
             ended.exception()  # retrieved: it was told by `read`, or is of no interest any more
         await self._fetcher.close()
         await self._wire.close()
+
+    async def _stop_joining(self) -> None:
+        """Leave in the middle of joining.
+
+        Brokers answer a join once all others have joined; until then aiokafka would wait, and a member that waits for
+        nothing would be given a share, be it the leader's, and hold the others up for a session.
+        """
+        coordinator, joining = self._coordinator, self._coordinator._coordination_task  # noqa: SLF001
+        if self._unassigned_since is None:
+            return
+        while not joining.done():
+            # Again: the end of a heartbeat swallows it.
+            joining.cancel()
+            await asyncio.wait({joining}, timeout=0.1)
+        node, member, group = coordinator.coordinator_id, coordinator.member_id, self._group
+        if node is not None and member != _NOBODY and self._options.instance_id is None:
+            # On a connection of its own: on the coordinator's it would wait behind the join.
+            with suppress(kafka.KafkaError, TimeoutError):
+                async with asyncio.timeout(_LEAVING_S):
+                    await self._wire.client.send(node, LeaveGroupRequest(group, member), group=_LEAVING)
+        coordinator.reset_generation()
 
     # What aiokafka's coordinator calls, one at a time.
 
@@ -229,7 +256,8 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc, unused-i
             raise self._lose(
                 MembershipLost(f"the group {self._group} has no place for this member: {error!r}")
             ) from error
-        since, patience = self._unassigned_since, self._options.session_ms + self._options.rebalance_ms
+        # Twice: a rebalance may wait for one that hangs, and have another one follow it for a leader that has died.
+        since, patience = self._unassigned_since, 2 * (self._options.session_ms + self._options.rebalance_ms)
         if since is not None and self._telling is None and (time.monotonic() - since) * 1000 > patience:
             raise self._lose(
                 MembershipLost(f"the group {self._group} has not given this member a share for {patience} ms")

@@ -2,9 +2,21 @@
 
 import ssl
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from klatch_schemas.topics import MAX_RECORD_BYTES
+
+_HANDING_OVER_S: Final = 15.0
+
+
+def rebalance_ms_for(drain_s: float) -> int:
+    """How long a group waits in a rebalance for members that drain for `drain_s`; in ms.
+
+    To hear of the rebalance takes a heartbeat (3 s), and to write state and offsets behind the drain may take as long
+    as a partition's new leader (8-9 s). A member that takes longer, while its heartbeats go on, is left behind: until
+    then nobody in the group has any partition.
+    """
+    return int((drain_s + _HANDING_OVER_S) * 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +54,8 @@ class KafkaOptions:
 
     session_ms: int = 10_000
     heartbeat_ms: int = 3_000
-    rebalance_ms: int = 60_000
-    """The group's patience with `revoked` (and `assigned`) of its members."""
+    rebalance_ms: int = 25_000
+    """The group's patience with `revoked` (and `assigned`) of its members, see `rebalance_ms_for`."""
     instance_id: str | None = None
     """Static membership: stable for a slot, so that a restart within `session_ms` costs no rebalance."""
 
