@@ -18,6 +18,7 @@ from pathlib import Path
 from klatch_schemas import codec
 from klatch_schemas.client import Stream
 from klatch_schemas.events import ChatAdmitted, ChatRequested, Reservation, TrustVerdict
+from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Cause, Partition, partition_of
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, TRUST_VERDICTS, Namespace
 from klatch_streams.kafka_log import KafkaLog
@@ -46,7 +47,7 @@ async def ask(log: KafkaLog, namespace: Namespace, name: str, model: str, partit
             codec.draft(namespace.of(CHAT_ADMITTED), name, admitted, cause=cause),
         ]
     )
-    return Stream(TENANT, name, name, partition_of(name.encode(), partitions), 0)
+    return Stream(Tenant(TENANT), RequestId(name), Conversation(name), partition_of(name.encode(), partitions), 0)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -36,13 +37,15 @@ PARTITIONS = 2
 @pytest.fixture
 def reply_s(request: pytest.FixtureRequest) -> float:
     """How long the reply lasts."""
-    return float(request.config.getoption("--reply-minutes", default=0.5)) * 60
+    minutes = request.config.getoption("--reply-minutes", default=0.5)
+    assert isinstance(minutes, float)
+    return minutes * 60
 
 
 async def members(bootstrap: str, group: str) -> dict[str, bytes]:
     """The members of a group and what each is assigned, as the group's coordinator has it."""
     async with cluster_admin(KafkaOptions(bootstrap)) as admin:
-        response = (await admin.describe_consumer_groups([group]))[0]
+        response: Any = (await admin.describe_consumer_groups([group]))[0]
     return {member[0]: member[-1] for member in response.groups[0][5]}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from tests.broker.generation_process import ask, generation
+from tests.broker.generation_process import Generation, ask, generation
 
 from klatch_agents.testing.upstream import Call, Upstream
 from klatch_schemas import codec
@@ -57,7 +57,7 @@ class Told:
                         name = str(getattr(said, "request", ""))
                         self.openings[name] += isinstance(said, StreamAttempt)
                         self.ends[name] += [record.timestamp_ms] if isinstance(said, StreamEnd) else []
-                        self.folds[name].hear(record.offset, said)  # type: ignore[arg-type]
+                        self.folds[name].hear(record.offset, said)
                     self._news.notify_all()
         finally:
             await tail.close()
@@ -111,7 +111,7 @@ async def test_two_processes_restarted_in_turn_finish_redo_nothing_and_hand_over
     async with AsyncExitStack() as running:
         upstream = await running.enter_async_context(Upstream())
 
-        async def start(number: int):  # noqa: ANN202 - a process
+        async def start(number: int) -> Generation:
             settings = {"drain_s": str(DRAIN_S)}
             worker = generation(kafka.bootstrap, name, upstream.url, tmp_path / f"{number}.log", **settings)
             return await running.enter_async_context(worker)
