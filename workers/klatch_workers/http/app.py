@@ -167,7 +167,16 @@ async def serve(
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    # The protocol is named: asyncio turns Nagle's algorithm off only where it is.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 def config_of(app: ASGIApp, drain_s: float, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
