@@ -166,8 +166,12 @@ BOUNDARIES: Final[dict[str, Boundary]] = {
 }
 """Every boundary by its name: the record that appears, and the stage that is killed then."""
 
-TAKEN_OVER: Final = ("admission", "screening", "generation")
-"""Stages with partitions: whoever stops is succeeded."""
+TAKEN_OVER: Final[dict[str, str]] = {
+    "admission": "admitted/admission",
+    "screening": "verdict/screening",
+    "generation": "attempt/generation",
+}
+"""By stage with partitions, the boundary whose record is the first that a successor writes."""
 
 
 async def appears(log: Log, namespace: Namespace, boundary: Boundary) -> Record:

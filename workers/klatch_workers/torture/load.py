@@ -59,8 +59,6 @@ class Shape:
 
     slow: float = 0.1
     """How many of the turns speak for so long that several faults meet them."""
-    slow_rate: float = 15.0
-    """Tokens a second of those."""
     waits: float = 0.6
     """How many of the turns are waited for by the turn after them."""
     continues: float = 0.3
@@ -220,7 +218,7 @@ def _meeting(chance: random.Random, turns: list[Turn]) -> list[Turn]:
 
 def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, number: int, shape: Shape) -> Turn:
     tokens = chance.randint(20, 40)
-    tokens, rate = (3 * tokens, shape.slow_rate) if chance.random() < shape.slow else (tokens, 40.0)
+    tokens, rate = (3 * tokens, 15.0) if chance.random() < shape.slow else (tokens, 40.0)
     key = f"{conversation}.{number}"
     return Turn(
         number=number,

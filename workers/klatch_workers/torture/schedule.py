@@ -31,7 +31,7 @@ class Fault:
     boundary    SIGKILL of the worker that the boundary `target` names, at the next record of it
     stop        SIGSTOP of one for `lasts_s` seconds, with another beside it, then SIGCONT: a zombie
     zombie      SIGSTOP of the worker that the boundary `target` names, at its next record, with another beside it,
-                then SIGCONT `lasts_s` seconds after its successor got its partitions: both are at the same work
+                then SIGCONT `lasts_s` seconds after its successor's first record: both are at the same work
     roll        SIGTERM of one, and a new one in its place, as a rolling restart does
     scale       `count` workers of the stage from now on: a rebalance
     broker      SIGKILL of node `which`, started again after `lasts_s` seconds
@@ -120,7 +120,7 @@ def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int
         case "stop":
             return Fault(at, kind, target, which, round(chance.uniform(*ZOMBIE_S), 2))
         case "zombie":
-            return Fault(at, kind, target, which, round(chance.uniform(0.0, 0.8), 2))
+            return Fault(at, kind, target, which, round(chance.uniform(0.0, 0.5), 2))
         case "scale":
             return Fault(at, kind, target, count=chance.choice((1, 2, 4, 4)))
         case "broker":

@@ -8,15 +8,14 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, assert_never
 
 from klatch_schemas.records import Record
 from klatch_streams.log import Log, LogError
-from klatch_workers.torture.boundaries import BOUNDARIES, Boundary, appears
+from klatch_workers.torture.boundaries import BOUNDARIES, TAKEN_OVER, Boundary, appears
 from klatch_workers.torture.evidence import Struck
 from klatch_workers.torture.owners import Owners
 from klatch_workers.torture.rig import START_S, Rig, Say
@@ -30,8 +29,8 @@ _AWAKE_S: Final = 4.0
 _PATIENCE_S: Final = 30.0
 """How long the record of a boundary is waited for."""
 _AGAIN_S: Final = 0.3
-_LOOKS_S: Final = 0.02
-"""How often it is looked whether a zombie has been succeeded."""
+_ON_ITS_WAY_S: Final = 1.0
+"""How long records of a process that was stopped may still come: it had sent them. No group gives it up so soon."""
 
 
 @dataclass(slots=True)
@@ -117,24 +116,21 @@ class Striker:
         async def taken_over(_: asyncio.Task[Child]) -> None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_PATIENCE_S):
-                    await self._succeeded(boundary.stage, zombie)
+                    await self._succeeded(boundary.stage, self._owners.of(zombie.log_file))
                     await asyncio.sleep(fault.lasts_s)
 
         await self._freeze(fault, boundary.stage, zombie, taken_over)
         return since_ms
 
-    async def _succeeded(self, stage: str, zombie: Child) -> None:
-        """Until another worker says that it has got one of the zombie's partitions."""
-        numbers, before = self._owners.of(zombie.log_file), self._owned_beside(stage, zombie)
-        while not any(  # noqa: ASYNC110 - a log file has no event
-            owned & numbers and owned != before.get(log) for log, owned in self._owned_beside(stage, zombie).items()
-        ):
-            await asyncio.sleep(_LOOKS_S)
+    async def _succeeded(self, stage: str, numbers: Collection[int]) -> None:
+        """Until somebody writes what the owner of one of these partitions writes, and it is stopped."""
+        await asyncio.sleep(_ON_ITS_WAY_S)
+        begins = BOUNDARIES[TAKEN_OVER[stage]]
 
-    def _owned_beside(self, stage: str, zombie: Child) -> dict[Path, frozenset[int]]:
-        # A worker that does not serve yet, having just got partitions, is in no pool: its log is there.
-        logs = [log for log in self.rig.folder.glob(f"{stage}-*.log") if log != zombie.log_file]
-        return {log: self._owners.of(log) for log in logs}
+        def appeared(record: Record) -> bool:
+            return begins.appeared(record) and (not numbers or begins.partition(record) in numbers)
+
+        await self._appears(begins._replace(appeared=appeared))
 
     async def _met_at(self, boundary: Boundary) -> list[Child]:
         """Waits for the boundary's next record; returns the processes that it may come from, or go to."""
