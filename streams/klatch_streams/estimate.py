@@ -4,7 +4,7 @@ An estimate, not a promise: admission counts it until the real usage is known. I
 for text in any script and cheap to compute (one walk over the body), and it is total: a body may hold anything.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -76,36 +76,33 @@ class Estimate:
         return min(tokens - (-text // self.bytes_per_token), _MOST_TOKENS)
 
     def _prompt(self, body: Mapping[str, JsonValue]) -> int:
-        text = media = 0
-        for found in _walk(body):
-            if found is None:
-                media += 1
-            else:
-                text += _utf8_length(found)
+        text, media = _text_and_media(body)
         messages = body.get("messages")
         count = len(messages) if isinstance(messages, list) else 0
         return self.overhead + count * self.per_message + media * self.per_media - (-text // self.bytes_per_token)
 
 
-def _walk(body: Mapping[str, JsonValue]) -> Iterator[str | None]:
-    """Every text in what a model reads, with object keys (they count in tools), and None for each medium."""
+def _text_and_media(body: Mapping[str, JsonValue]) -> tuple[int, int]:
+    """Bytes of text in what a model reads, object keys among them (they count in tools), and how many media."""
+    text = media = 0
     # An explicit stack: a body nested deeper than Python's recursion limit must not stop admission.
     stack: list[JsonValue] = [body[name] for name in _READ if name in body]
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            yield value
+            text += _utf8_length(value)
         elif isinstance(value, list):
             stack.extend(value)
         elif isinstance(value, dict):
             for name, member in value.items():
                 if name in _MEDIA:
-                    yield None
+                    media += 1
                 else:
-                    yield name
+                    text += _utf8_length(name)
                     stack.append(member)
         elif value is not None:
-            yield _NUMBER
+            text += len(_NUMBER)
+    return text, media
 
 
 def _utf8_length(text: str) -> int:

@@ -5,6 +5,8 @@ ever holds more than what was counted when its last amount was added, and an amo
 are record times and never go back.
 """
 
+from bisect import bisect_left
+
 import msgspec
 
 SLOT_MS = 1_000
@@ -49,11 +51,12 @@ class Window(msgspec.Struct, frozen=True, array_like=True):
         then = then_ms // self.slot_ms
         if then_ms <= self.since_ms:
             return self
-        for at, (slot, amount) in enumerate(self.slots):
-            if slot == then:
-                slots = (*self.slots[:at], (slot, amount + by), *self.slots[at + 1 :])
-                return Window(slots, self.total + by, self.slot_ms, self.since_ms)
-        return self
+        slots = self.slots
+        at = bisect_left(slots, (then,))
+        if at == len(slots) or slots[at][0] != then:
+            return self
+        corrected = (*slots[:at], (then, slots[at][1] + by), *slots[at + 1 :])
+        return Window(corrected, self.total + by, self.slot_ms, self.since_ms)
 
     def wait_for(self, now_ms: int, amount: int, limit: int) -> int | None:
         """Milliseconds until `amount` fits under `limit` if nothing else comes; None: it never will."""

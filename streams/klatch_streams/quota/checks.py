@@ -130,14 +130,9 @@ def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | 
 # --- what clients are told ------------------------------------------------------------------------------------------
 
 
-class _Standing(NamedTuple):
-    """How a scope stands with one limit. Compared by what is left."""
-
-    left: int
-    name: str
-    most: int
-    place: int
-    """Of the scope among those of the request."""
+_Standing = tuple[int, str, int, int]
+"""How a scope stands with one limit: what is left, by which it is compared; the limit; its height; and which of the
+request's scopes it is."""
 
 
 def rate_limits(counted: Sequence[Counted], now: Moment) -> RateLimits | None:
@@ -147,15 +142,15 @@ def rate_limits(counted: Sequence[Counted], now: Moment) -> RateLimits | None:
         limits = scope.limits
         if (most := limits.requests_per_minute) is not None:
             most += limits.burst_requests or 0
-            requests.append(_Standing(most - counter.requests.total, "requests_per_minute", most, place))
+            requests.append((most - counter.requests.total, "requests_per_minute", most, place))
         if (most := limits.concurrent_requests) is not None:
-            requests.append(_Standing(most - counter.running, "concurrent_requests", most, place))
+            requests.append((most - counter.running, "concurrent_requests", most, place))
         if (most := limits.tokens_per_minute) is not None:
             most += limits.burst_tokens or 0
-            tokens.append(_Standing(most - counter.tokens.total, "tokens_per_minute", most, place))
+            tokens.append((most - counter.tokens.total, "tokens_per_minute", most, place))
         for budget in scope.budgets:
             if not budget.money:
-                tokens.append(_Standing(budget.most - budget.used(counter), budget.name, budget.most, place))
+                tokens.append((budget.most - budget.used(counter), budget.name, budget.most, place))
     if not requests and not tokens:
         return None
     return RateLimits(requests=_tightest(requests, counted, now), tokens=_tightest(tokens, counted, now))

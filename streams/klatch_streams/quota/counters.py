@@ -149,10 +149,13 @@ class Counters(msgspec.Struct, frozen=True):
 
     def put(self, key: str, counter: Counter) -> Counters:
         """With a scope's counter changed."""
-        place = self._place(key)
-        number = _shard(place)
-        old = self.shards.get(number) or {}
-        return self._with(number, old, {**old, place: counter})
+        number = _shard(key)
+        old = self.shards.get(number)
+        if old is None or key not in old:  # it is new, or counted with others
+            key = self._place(key)
+            number = _shard(key)
+            old = self.shards.get(number) or {}
+        return self._with(number, old, {**old, key: counter})
 
     def sweep(self, number: int, now: Moment) -> Counters:
         """Forget what one shard need not keep."""
