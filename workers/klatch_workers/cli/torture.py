@@ -57,12 +57,16 @@ _RUN = "run.json"
     help="Plant known bugs instead, one run each, and tell whether each was found; or list them. Only --schedule and "
     "--shrink say something about their runs.",
 )
+@click.option(
+    "--unplanted", is_flag=True, help="With --mutants: the same load and faults without the bug; nothing may be found."
+)
 @click.option("--keep", is_flag=True, help="Keep Kafka's data and the logs of all workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def torture(
     *,
     shrink: int | None,
     mutants: str | None,
+    unplanted: bool,
     keep: bool,
     as_json: bool,
     **run: Any,
@@ -80,7 +84,9 @@ def torture(
     # Of the model server, whose callers are killed while it writes.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if mutants is not None:
-        raise SystemExit(_plant(mutants, run["schedule_file"], shrink, as_json=as_json))
+        raise SystemExit(_plant(mutants, run["schedule_file"], shrink, unplanted=unplanted, as_json=as_json))
+    if unplanted:
+        raise click.UsageError("--unplanted goes with --mutants")
     raise SystemExit(_torture(_orders(**run), shrink, keep=keep, as_json=as_json))
 
 
@@ -219,7 +225,7 @@ def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
 # --- planted bugs ----------------------------------------------------------------------------------------------------
 
 
-def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, as_json: bool) -> int:
+def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, unplanted: bool, as_json: bool) -> int:
     from klatch_workers.torture import saved
     from klatch_workers.torture.mutants import mutants
 
@@ -231,7 +237,7 @@ def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, as_jso
     names = list(known) if asked == "all" else [name.strip() for name in asked.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"no such mutant: {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = [known[name] for name in names]
+    chosen = [known[name].unplanted() if unplanted else known[name] for name in names]
     if schedule_file:
         try:
             faults = saved.faults_in(schedule_file.read_text())

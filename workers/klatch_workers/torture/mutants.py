@@ -23,7 +23,9 @@ from klatch_workers.torture.system import Command, Klatch, Place, Read
 from klatch_workers.up.everything import PARTITIONS
 
 PACKAGES: Final = ("klatch_schemas", "klatch_streams", "klatch_agents", "klatch_workers")
-_FAULT: Final = re.compile(r"^(?P<at>[\d.]+) (?P<kind>\w+)(?: (?P<target>[a-z/-]+))?(?: for (?P<lasts>[\d.]+) s)?$")
+_FAULT: Final = re.compile(
+    r"^(?P<at>[\d.]+) (?P<kind>\w+)(?: (?P<target>[a-z/-]+))?(?: x (?P<count>\d+))?(?: for (?P<lasts>[\d.]+) s)?$"
+)
 _PATIENCE_S: Final = 60.0
 """A run that loses requests need not wait for them as long as one that must not; but longer than a recovery takes."""
 
@@ -57,6 +59,10 @@ class Mutant:
     def control(self) -> bool:
         """Whether nothing is planted: the run has to stay green."""
         return not self.module
+
+    def unplanted(self) -> "Mutant":
+        """Its load and its faults without the bug: the control of this one."""
+        return replace(self, breaks="nothing: no bug is planted, and nothing may be found", module="", old="", new="")
 
     def orders(self, packages: Path) -> Orders:
         """The run that has to turn red, on workers that import from `packages`; that of the control, to stay green."""
@@ -119,11 +125,18 @@ def _mutant(name: str, fields: Mapping[str, Any]) -> Mutant:
 
 
 def fault_of(text: str) -> Fault:
-    """`12 stop generation for 12.5 s` as a fault. Raises ValueError."""
+    """`12 stop generation for 12.5 s`, or `9 twin generation x 3 for 1 s`, as a fault. Raises ValueError."""
     found = _FAULT.match(text)
     if found is None or found["kind"] not in get_args(Kind):
         raise ValueError(f"{text!r} is no fault")
-    return Fault(float(found["at"]), found["kind"], found["target"] or "", lasts_s=float(found["lasts"] or 0))  # type: ignore[arg-type]  # checked just above
+    kind: Any = found["kind"]
+    return Fault(
+        float(found["at"]),
+        kind,
+        found["target"] or "",
+        lasts_s=float(found["lasts"] or 0),
+        count=int(found["count"] or 0),
+    )
 
 
 def changed(mutant: Mutant, source: str) -> str:

@@ -38,6 +38,7 @@ START_S: Final = 120.0
 _BROKER_S: Final = 180.0
 """Three nodes come back at once, beside everything that waits for them."""
 _CALLS: Final = 1_000_000
+_INSTANCE: Final = f"{PREFIX}INSTANCE"
 
 Say = Callable[[str], None]
 """Told in a few words what goes on."""
@@ -64,11 +65,11 @@ class Rig:
     def __post_init__(self) -> None:
         self.pools = {stage: [] for stage in self.system.stages}
 
-    async def add(self, stage: str, *, again_for_s: float = 0.0) -> Child:
+    async def add(self, stage: str, *, again_for_s: float = 0.0, twin_of: Child | None = None) -> Child:
         """Start one more worker of a stage; returns when it serves.
 
-        One that ends before it serves, such as without a broker, is started again for `again_for_s`: supervisors do.
-        Raises ChildFailed.
+        `twin_of` another it has the same name in their group, if they have any. One that ends before it serves, such
+        as without a broker, is started again for `again_for_s`: supervisors do. Raises ChildFailed.
         """
         name = f"{stage}-{next(self._numbers)}"
         command = self.system.worker(stage, self._place(name))
@@ -76,7 +77,7 @@ class Rig:
             name=name,
             module=command.module,
             arguments=command.arguments,
-            environment={**_others_environment(), **command.settings},
+            environment={**_others_environment(), **command.settings, **_name_in_group(twin_of)},
             log_file=self.folder / f"{name}.log",
             patience_s=START_S,
         )
@@ -115,6 +116,11 @@ class Rig:
             REMEMBERS_S,
             self.static,
         )
+
+
+def _name_in_group(child: Child | None) -> dict[str, str]:
+    name = child.environment.get(_INSTANCE) if child else None
+    return {_INSTANCE: name} if name else {}
 
 
 def _others_environment() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, assert_never, get_args
 
 from klatch_workers.torture.boundaries import BOUNDARIES, TAKEN_OVER
 
-Kind = Literal["kill", "boundary", "stop", "zombie", "roll", "scale", "broker", "cluster", "leaderless"]
+Kind = Literal["kill", "boundary", "stop", "zombie", "twin", "roll", "scale", "broker", "cluster", "leaderless"]
 
 ZOMBIE_S: Final = (12.0, 15.0)
 """How long a stopped process stays stopped: past the group's session time-out of 10 s."""
@@ -32,6 +32,10 @@ class Fault:
     stop        SIGSTOP of one for `lasts_s` seconds, with another beside it, then SIGCONT: a zombie
     zombie      SIGSTOP of the worker that the boundary `target` names, at its next record, with another beside it,
                 then SIGCONT `lasts_s` seconds after its successor's first record: both are at the same work
+    twin        another worker (`count` of them at once) of the same name beside one of `target`, where names are
+                static: the last to come gets the partitions, and as long as the others do not hear of it, all are at
+                the same work; after `lasts_s` seconds SIGTERM of the first. Never drawn: it is a roll that begins
+                the new before it ends the old
     roll        SIGTERM of one, and a new one in its place, as a rolling restart does
     scale       `count` workers of the stage from now on: a rebalance
     broker      SIGKILL of node `which`, started again after `lasts_s` seconds
@@ -121,6 +125,8 @@ def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int
             return Fault(at, kind, target, which, round(chance.uniform(*ZOMBIE_S), 2))
         case "zombie":
             return Fault(at, kind, target, which, round(chance.uniform(0.0, 0.5), 2))
+        case "twin":
+            return Fault(at, kind, target, which, round(chance.uniform(0.0, 3.0), 2))
         case "scale":
             return Fault(at, kind, target, count=chance.choice((1, 2, 4, 4)))
         case "broker":

@@ -90,11 +90,12 @@ class Striker:
                 async with self._changing[fault.target]:
                     self._wanted[fault.target] = fault.count
                     await self._resize(fault.target)
-            case "kill" | "stop" | "roll":
+            case "kill" | "stop" | "twin" | "roll":
                 child = self._chosen(fault)
                 if child is None:
                     return None
-                await {"kill": self._kill, "stop": self._stop, "roll": self._roll}[fault.kind](fault, child)
+                done = {"kill": self._kill, "stop": self._stop, "twin": self._twin, "roll": self._roll}
+                await done[fault.kind](fault, child)
             case _:
                 assert_never(fault.kind)
         return since_ms
@@ -161,6 +162,15 @@ class Striker:
 
     async def _kill(self, _: Fault, child: Child) -> None:
         _kill_process(child)
+
+    async def _twin(self, fault: Fault, child: Child) -> None:
+        async with self._changing[fault.target]:
+            async with asyncio.TaskGroup() as starting:
+                for _ in range(max(1, fault.count)):
+                    starting.create_task(self.rig.add(fault.target, again_for_s=_SUPERVISED_S, twin_of=child))
+            await asyncio.sleep(fault.lasts_s)
+            await self.rig.retire(fault.target, child)
+            await self._resize(fault.target)
 
     async def _roll(self, fault: Fault, child: Child) -> None:
         async with self._changing[fault.target]:
