@@ -43,7 +43,7 @@ from tests.workers.honest_run import (
 from klatch_schemas.codec import Delta
 from klatch_schemas.events import Event, StreamRetract, Usage
 from klatch_schemas.ids import Writer
-from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Struck
+from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Stall, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.report import BROKEN
 
@@ -193,6 +193,12 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
         lambda: honest(calls=[ModelCall("c1", ONE, 0.0), ModelCall("c5", ONE, 2_000.0)]),
         {"redone": 1},
     ),
+    "a model is called for what has ended, and the kit slept for less than that": (
+        lambda: replace(
+            honest(calls=[ModelCall("c1", ONE, 0.0), ModelCall("c5", ONE, 2_000.0)]), stalls=[Stall(1_700.0, 1_950.0)]
+        ),
+        {"redone": 1},
+    ),
     "a model is called for what was cancelled before": (
         lambda: replace(
             cancelled_late_billed(2), calls=[ModelCall("c1", ONE, 0.0, 320.0), ModelCall("c5", ONE, 1_500.0, 1_600.0)]
@@ -297,6 +303,13 @@ def test_a_worker_that_is_stopped_need_not_hear_of_a_cancel() -> None:
     report = judge(late)
     assert list(report.violations) == []
     assert report.cancels == {"under_way": 1, "undisturbed": 0}
+
+
+def test_a_call_that_the_kit_slept_through_is_not_late() -> None:
+    calls = [ModelCall("c1", ONE, 0.0), ModelCall("c5", ONE, 2_000.0)]
+    report = judge(replace(honest(calls=calls), stalls=[Stall(800.0, 1_400.0), Stall(1_500.0, 2_100.0)]))
+    assert list(report.violations) == []
+    assert report.checked["stalled_ms"] == 1_200
 
 
 def test_it_counts_how_often_each_boundary_was_struck() -> None:

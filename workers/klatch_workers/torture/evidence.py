@@ -74,6 +74,14 @@ class Struck:
 
 
 @dataclass(frozen=True, slots=True)
+class Stall:
+    """Time in which the kit, and so perhaps nobody on this machine, got a processor."""
+
+    from_ms: float
+    until_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """A request as the load planned it."""
 
@@ -98,5 +106,6 @@ class Evidence:
     observations: Sequence[Observation] = ()
     calls: Sequence[ModelCall] = ()
     struck: Sequence[Struck] = field(default=())
+    stalls: Sequence[Stall] = ()
     bare: bool = False
     """Whether the system keeps only requests and streams: no decisions, turns or settlements are to be found."""

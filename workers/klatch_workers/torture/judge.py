@@ -13,10 +13,11 @@ from klatch_schemas.events import ChatAdmitted, ChatRefused, ChatRequested, Turn
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
-from klatch_workers.torture.evidence import Evidence
+from klatch_workers.torture.evidence import Evidence, Stall
 from klatch_workers.torture.limits import broken_limits
 from klatch_workers.torture.recovery import Speaking, recoveries
 from klatch_workers.torture.report import Report, Violation
+from klatch_workers.torture.stalls import stalled_ms
 from klatch_workers.torture.tokens import faults_of, tokens_of
 from klatch_workers.torture.told import resumed
 
@@ -29,7 +30,7 @@ LATE_CLOSE_MS: Final = 3_000.0
 def judge(evidence: Evidence) -> Report:
     """What the evidence comes to."""
     cases = cases_of(evidence)
-    violations = [violation for case in cases.values() for violation in _of_one(case)]
+    violations = [violation for case in cases.values() for violation in _of_one(case, evidence.stalls)]
     violations += _of_conversations(cases)
     violations += broken_limits(evidence)
     closed = closings(cases.values(), evidence.struck)
@@ -62,6 +63,7 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         **{f"readers: {name}": number for name, number in Counter(one.reader for one in evidence.observations).items()},
         "voided": sum(len(one.voided) for one in evidence.observations),
         "model_calls": len(evidence.calls),
+        "stalled_ms": round(sum(one.until_ms - one.from_ms for one in evidence.stalls)),
         "published_twice": sum(len(case.published) > 1 for case in cases.values()),
         "raced": sum(one.raced for one in told),
         "superseded": sum(one.attempts > 1 for one in told),
@@ -96,12 +98,12 @@ def _script(case: Case) -> Mapping[str, object]:
 # --- one request -----------------------------------------------------------------------------------------------------
 
 
-def _of_one(case: Case) -> Iterator[Violation]:
+def _of_one(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
     yield from _lost(case)
     yield from _ended_twice(case)
     yield from _outcome(case)
     yield from _text(case)
-    yield from _redone(case)
+    yield from _redone(case, stalls)
     if not case.bare:
         yield from _missettled(case)
 
@@ -169,16 +171,16 @@ def _text(case: Case) -> Iterator[Violation]:
             yield case.broke(fault, f"{what}, for its {reader} reader", *case.told.entries[:1])
 
 
-def _redone(case: Case) -> Iterator[Violation]:
-    ended = case.told.ended
+def _redone(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
+    ended, deadline_ms = case.told.ended, _deadline_ms(case)
+    over = [(ended.timestamp_ms, f"it was {case.told.outcome}")] if ended else []
+    over += [(deadline_ms, "its deadline")] if deadline_ms is not None else []
     for call in case.calls:
-        if ended and call.started_ms > ended.timestamp_ms + GRACE_MS:
-            late = (call.started_ms - ended.timestamp_ms) / 1000
-            yield case.broke("redone", f"model call {call.id} began {late:.1f} s after it was {case.told.outcome}")
-        deadline = _deadline_ms(case)
-        if deadline is not None and call.started_ms > deadline + GRACE_MS:
-            late = (call.started_ms - deadline) / 1000
-            yield case.broke("redone", f"model call {call.id} began {late:.1f} s after its deadline")
+        for at_ms, what in over:
+            # What the kit slept through is not the worker's: the model server that dates the call is the kit's.
+            late_ms = call.started_ms - at_ms - stalled_ms(stalls, at_ms, call.started_ms)
+            if late_ms > GRACE_MS:
+                yield case.broke("redone", f"model call {call.id} began {late_ms / 1000:.1f} s after {what}")
 
 
 def _deadline_ms(case: Case) -> int | None:

@@ -23,7 +23,7 @@ from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_streams.log import Log
 from klatch_workers.torture.asking import PATIENCE_S, Load
-from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Struck
+from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Stall, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.live import LiveLog
 from klatch_workers.torture.load import USUAL, Shape, plan
@@ -31,6 +31,7 @@ from klatch_workers.torture.readback import entries, read_back
 from klatch_workers.torture.report import Report
 from klatch_workers.torture.rig import REMEMBERS_S, Rig, Say, rig
 from klatch_workers.torture.schedule import Fault
+from klatch_workers.torture.stalls import watch
 from klatch_workers.torture.strike import Striker
 from klatch_workers.torture.system import Klatch, System
 from klatch_workers.up.everything import PARTITIONS
@@ -68,7 +69,8 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
         plain, shape = orders.plain, orders.shape
         talks = plan(orders.seed, orders.minutes, orders.requests_per_second, plain=plain, shape=shape)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
-        telling = asyncio.create_task(_tell(load, say))
+        stalls = list[Stall]()
+        watching = [asyncio.create_task(_tell(load, say)), asyncio.create_task(watch(stalls))]
         async with asyncio.TaskGroup() as going:
             going.create_task(load.run(talks))
             if not plain:
@@ -76,10 +78,11 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
             going.create_task(striker.run(orders.faults))
         await _rest(load, say)
         late = await _late_readers(load, orders.seed) if "http" in orders.system.stages else []
-        telling.cancel()
+        for one in watching:
+            one.cancel()
         await tortured.stop()
         say("reading everything back")
-        found = await _evidence(load, tortured, striker.struck, late)
+        found = await _evidence(load, tortured, striker.struck, late, stalls)
     report, *others = [await asyncio.to_thread(judge, evidence) for evidence in found.values()]
     checked = {
         **report.checked,
@@ -157,7 +160,7 @@ async def _late_readers(load: Load, seed: int) -> list[Observation]:
 
 
 async def _evidence(
-    load: Load, tortured: Rig, struck: Sequence[Struck], late: Sequence[Observation]
+    load: Load, tortured: Rig, struck: Sequence[Struck], late: Sequence[Observation], stalls: Sequence[Stall]
 ) -> dict[str, Evidence]:
     """By the way in which streams were read: clients and live readers know only the first."""
     log: Log = load.log
@@ -176,6 +179,7 @@ async def _evidence(
         observations=[*live, *load.seen, *late],
         calls=[_call(call) for call in tortured.upstream.calls],
         struck=struck,
+        stalls=stalls,
         bare=tortured.system.bare,
     )
     otherwise = {
