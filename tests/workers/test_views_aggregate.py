@@ -10,6 +10,7 @@ from klatch_schemas.events import (
     ChatAdmitted,
     ChatRefused,
     ChatRequested,
+    EmbeddingRequested,
     Event,
     Limits,
     QuotaLimitSet,
@@ -47,6 +48,12 @@ def verdict(**said: Any) -> TrustVerdict:
 
 ADDS: list[tuple[str, Event, Group, Tally]] = [
     ("a request is one request", requested(), Group("acme", "m"), Tally(requests=1)),
+    (
+        "a request for embeddings is one request",
+        EmbeddingRequested(request=R1, tenant=ACME, conversation=C1, model="m"),
+        Group("acme", "m"),
+        Tally(requests=1),
+    ),
     ("a request may name no model", requested(None), Group("acme", ""), Tally(requests=1)),
     ("a model's name is cut", requested("x" * 999), Group("acme", "x" * MODEL_LENGTH), Tally(requests=1)),
     ("a model's name is printable", requested("a\nb\x00c"), Group("acme", "abc"), Tally(requests=1)),

@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from klatch_schemas.events import ChatRefused, ChatRequested, Event, Status, TrustVerdict, UsageSettled
+from klatch_schemas.events import (
+    ChatRefused,
+    ChatRequested,
+    EmbeddingRequested,
+    Event,
+    Status,
+    TrustVerdict,
+    UsageSettled,
+)
 from klatch_workers.views.histogram import Histogram
 
 Counts = Mapping[str, int]
@@ -72,11 +80,17 @@ class Row(msgspec.Struct, frozen=True):
     tally: Tally
 
 
+COUNTED = (ChatRequested, EmbeddingRequested, UsageSettled, ChatRefused, TrustVerdict)
+"""What `measure` counts: all else need not be decoded."""
+
+
 def measure(event: Event) -> tuple[Group, Tally] | None:
     """What an event adds to which group; None for an event that views do not count."""
     match event:
         case ChatRequested():
             return Group(event.tenant, _model(event.body.get("model"))), Tally(requests=1)
+        case EmbeddingRequested():
+            return Group(event.tenant, _model(event.model)), Tally(requests=1)
         case UsageSettled():
             return Group(event.tenant, _model(event.model)), _settled(event)
         case ChatRefused():

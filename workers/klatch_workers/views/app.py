@@ -21,9 +21,9 @@ import structlog
 from mode.utils.queues import FlowControlEvent
 
 from klatch_schemas import codec
-from klatch_schemas.events import ChatRefused, ChatRequested, Event, TrustVerdict, UsageSettled
+from klatch_schemas.events import Event
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, TRUST_VERDICTS, Namespace, Topic
-from klatch_workers.views.aggregate import Group, Tally, measure
+from klatch_workers.views.aggregate import COUNTED, Group, Tally, measure
 from klatch_workers.views.calm import CalmTransport
 from klatch_workers.views.offsets import Offsets
 from klatch_workers.views.progress import Progress
@@ -38,9 +38,8 @@ SOURCES: Mapping[str, Topic] = {"usage": CHAT_REQUESTS, "refusals": CHAT_ADMITTE
 WRITE_S = 1.0
 """How often what was counted is written and committed: what a killed process counts again."""
 
-_COUNTED = (ChatRequested, UsageSettled, ChatRefused, TrustVerdict)
 _UNCOUNTED = {
-    event.KIND.encode() for topic in SOURCES.values() for event in topic.holds if not issubclass(event, _COUNTED)
+    event.KIND.encode() for topic in SOURCES.values() for event in topic.holds if not issubclass(event, COUNTED)
 }
 
 
