@@ -2,7 +2,7 @@
 
 Open, read back, then speak: an owner opens the next attempt and waits until it reads its own opening. By then it knows
 exactly which text stands, and whether somebody else's opening won. A first attempt speaks at once: nothing can stand
-that the model would have to know.
+that the model would have to know; but after a stall, such as of a zombie that wakes, the log is read first.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import structlog
 from klatch_agents.gateway.port import ModelCall
 from klatch_schemas.events import ChatAdmitted, StreamAttempt
 from klatch_schemas.ids import Writer
+from klatch_schemas.records import Partition
 from klatch_schemas.topics import CHAT_STREAM
 from klatch_streams.continuing import Begun, begun
 from klatch_workers.generation.credit import credit_of
@@ -62,6 +63,8 @@ class Attempts:
             await self.means.table.passed(await self.present.written.durable())
             if self.in_force() and not self.present.seq:
                 return self.present
+        elif self.means.stalls.lately:
+            await self._read_on()
         if self._must_be_watched():
             return None
         while True:
@@ -87,6 +90,11 @@ class Attempts:
         if self._must_be_watched():
             return False
         return await self._open("restart" if self.tracked.assembly.gap else "continue") is not None
+
+    async def _read_on(self) -> None:
+        """Read what stands by now: what a process knew before it was stopped is old, and it may be nobody any more."""
+        _, end = await self.means.log.bounds(Partition(self.means.namespace.of(CHAT_STREAM), self.means.partition))
+        await self.means.table.passed(end - 1)
 
     def _begun(self, call: ModelCall) -> Begun | None:
         stands = begun(call.body, self.admitted.request.on_crash, self.tracked.assembly)

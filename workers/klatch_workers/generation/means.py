@@ -10,6 +10,7 @@ from klatch_schemas.records import Cause, Draft
 from klatch_schemas.topics import CHAT_REQUESTS, Namespace, Topic
 from klatch_streams.batches import Batches
 from klatch_streams.log import Log
+from klatch_streams.stalls import Stalls
 from klatch_workers.generation.conclude import PriceOf
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.table import Table
@@ -42,6 +43,7 @@ class Means:
     tries: int
     """How often the model is asked for one request, if another try may mend its failures."""
     prices: PriceOf
+    stalls: Stalls
     owner: str
     """Unique to this owner of the partition: writers are named after it."""
 

@@ -5,6 +5,7 @@ every stream and verdict that is not concluded; nothing is fed before that is co
 the runner's: what is done stands in the log, then the snapshot, then the offset.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from klatch_streams.generation import TRIES
 from klatch_streams.keyed_owner import Doing, GivenBack, KeyedOwner
 from klatch_streams.log import Log, LogError
 from klatch_streams.snapshots import Snapshots
+from klatch_streams.stalls import Stalls
 from klatch_workers.generation.conclude import PriceOf
 from klatch_workers.generation.lines import Lines
 from klatch_workers.generation.means import Means
@@ -75,10 +77,14 @@ class GenerationStage:
         self.max_in_flight, self.tries, self.prices = max_in_flight, tries, prices
         self.follower = Follower(log)
         self.batches = Batches(log)
+        self.stalls = Stalls()
+        self._watching: asyncio.Task[None] | None = None
         self._turns = TurnReader(log)
 
     async def own(self, partition: Partition, committed: int) -> "GenerationOwner":
         """Restore a partition. Raises LogError, StateLost."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self.stalls.run(), name="stalls")
         number = partition.number
         snapshots = await Snapshots.open(self.log, self._beside(GENERATION_STATE, number), committed)
         position = _Position.load(snapshots)
@@ -97,6 +103,7 @@ class GenerationStage:
             preparer=self.preparer,
             tries=self.tries,
             prices=self.prices,
+            stalls=self.stalls,
             # Not the process's: what it wrote when it owned the partition before may still be on its way.
             owner=uuid4().hex[:12],
         )
@@ -119,6 +126,9 @@ class GenerationStage:
 
     async def close(self) -> None:
         """Flush and give back connections."""
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
         await self.batches.close()
         await self.follower.close()
         await self._turns.close()

@@ -1,0 +1,84 @@
+"""A worker that was stopped reads what stands by now before it calls a model: it may have been cancelled long since."""
+# pyright: basic, reportArgumentType=false
+# Events are made of plain strings, as a producer would; pydantic checks them.
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from tests.workers.generation.conftest import Generation
+
+from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.events import StreamCancel
+from klatch_schemas.records import Partition, Record
+from klatch_schemas.topics import CHAT_STREAM, TOPICS
+from klatch_streams.memory_log import MemoryLog, MemoryTail
+
+STALL_S = 1.3
+
+
+class SlowLog(MemoryLog):
+    """A log that keeps back what comes to `chat.stream` while `hearing` is not set."""
+
+    def __init__(self) -> None:
+        super().__init__({str(topic.name): 1 for topic in TOPICS})
+        self.hearing = asyncio.Event()
+        self.hearing.set()
+        self.end_asked = asyncio.Event()
+        """Somebody asked where `chat.stream` ends."""
+
+    async def tail(self) -> MemoryTail:
+        return _SlowTail(self, self.hearing)
+
+    async def bounds(self, partition: Partition) -> tuple[int, int]:
+        if partition.topic == CHAT_STREAM.name:
+            self.end_asked.set()
+        return await super().bounds(partition)
+
+
+class _SlowTail(MemoryTail):
+    def __init__(self, log: MemoryLog, hearing: asyncio.Event) -> None:
+        super().__init__(log)
+        self._hearing = hearing
+        self._kept = list[Record]()
+
+    async def read(self, wait_ms: int) -> Sequence[Record]:
+        records = [*self._kept, *await super().read(min(wait_ms, 10))]
+        if self._hearing.is_set():
+            self._kept = []
+            return records
+        self._kept = [record for record in records if record.partition.topic == CHAT_STREAM.name]
+        return [record for record in records if record.partition.topic != CHAT_STREAM.name]
+
+
+@pytest.fixture
+async def slow() -> AsyncIterator[Generation]:
+    async with Upstream() as upstream:
+        yield Generation(SlowLog(), upstream)
+
+
+@pytest.mark.parametrize("stalled", [True, False])
+async def test_a_worker_that_was_stopped_calls_no_model_for_what_was_cancelled_meanwhile(
+    slow: Generation, stalled: bool
+) -> None:
+    log = slow.log
+    assert isinstance(log, SlowLog)
+    async with slow.worker():
+        log.hearing.clear()
+        log.end_asked.clear()
+        request = slow.request("fake?text=hello")
+        cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+        await slow.write(CHAT_STREAM, "c1", cancel)
+        if stalled:
+            time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
+        await slow.write_verdict(request)
+        await slow.write_admission(request)
+        if stalled:
+            await log.end_asked.wait()
+        else:
+            # Nobody asks: what was read is at most a moment old.
+            await slow.upstream.changed(lambda: bool(slow.upstream.calls))
+        log.hearing.set()
+        assert (await slow.settled(request)).status == "cancelled"
+    assert len(slow.upstream.calls) == (0 if stalled else 1)
