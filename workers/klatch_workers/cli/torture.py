@@ -189,12 +189,13 @@ def _save(shrunk: "Shrunk", of: "Sequence[Fault]", found: str, path: Path) -> No
 
 
 def _run(work: Coroutine[Any, Any, T], folder: Path) -> T:
+    from klatch_streams.log import LogError
     from klatch_workers.kafka import KafkaChildError
     from klatch_workers.up.children import ChildFailed
 
     try:
         return asyncio.run(work)
-    except* (KafkaChildError, ChildFailed) as errors:
+    except* (KafkaChildError, ChildFailed, LogError) as errors:
         raise click.ClickException(f"{_first(errors)}\n(see {folder})") from errors
 
 
@@ -227,6 +228,7 @@ def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
 
 def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, unplanted: bool, as_json: bool) -> int:
     from klatch_workers.torture import saved
+    from klatch_workers.torture.campaign import Verdict
     from klatch_workers.torture.mutants import mutants
 
     known = {mutant.name: mutant for mutant in mutants()}
@@ -244,9 +246,16 @@ def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, unplan
         except ValueError as error:
             raise click.UsageError(f"{schedule_file}: {error}") from error
         chosen = [replace(mutant, faults=faults) for mutant in chosen]
-    verdicts = [_hunt(mutant, shrink or 0) for mutant in chosen]
-    click.echo("\n".join(map(_line, verdicts)))
-    missed = [one.mutant.name for one in verdicts if not one.as_meant]
+    verdicts, not_run = list[Verdict](), list[str]()
+    for mutant in chosen:
+        try:
+            verdicts.append(_hunt(mutant, shrink or 0))
+        except click.ClickException as error:
+            # What the others came to is worth more than to end here.
+            _say(f"{mutant.name} was not run: {error.message}")
+            not_run.append(mutant.name)
+    click.echo("\n".join([*map(_line, verdicts), *(f"{name:>27}  not run" for name in not_run)]))
+    missed = [*(one.mutant.name for one in verdicts if not one.as_meant), *not_run]
     if as_json:
         facts = [{"name": one.mutant.name, "counts": one.counts, "seconds": one.seconds} for one in verdicts]
         click.echo(json.dumps({"mutants": facts, "missed": missed}))
