@@ -9,7 +9,7 @@ connection at once. No finish_reason is ever invented, and nothing is retried be
 back once a byte of the reply has come.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -61,6 +61,8 @@ class ModelCall:
     prefix: str = ""
     avoid: frozenset[str] = frozenset()
     """Deployments that failed this request before: taken only where there is no other."""
+    before_try: Callable[[], Awaitable[None]] | None = None
+    """Awaited before each try of a stream, behind whatever was waited for; what it raises is the end of the call."""
 
 
 class Usage(msgspec.Struct, frozen=True):

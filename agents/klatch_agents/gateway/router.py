@@ -210,6 +210,8 @@ async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitSta
     """Have a place, call, and wait for a word; all of it is left when `held` is."""
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(line.places.hold(asked.claim))
+        if call.before_try:
+            await call.before_try()
         run = line.begin()
         opened.callback(run.left)
         try:

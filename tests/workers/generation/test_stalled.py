@@ -82,3 +82,22 @@ async def test_a_worker_that_was_stopped_calls_no_model_for_what_was_cancelled_m
         log.hearing.set()
         assert (await slow.settled(request)).status == "cancelled"
     assert len(slow.upstream.calls) == (0 if stalled else 1)
+
+
+async def test_a_worker_that_was_stopped_between_two_tries_does_not_try_again_for_what_was_cancelled(
+    slow: Generation,
+) -> None:
+    log = slow.log
+    assert isinstance(log, SlowLog)
+    async with slow.worker():
+        request = await slow.admit("fake?status=503&retry_after=1")
+        await slow.upstream.changed(lambda: bool(slow.upstream.calls))
+        log.hearing.clear()
+        log.end_asked.clear()
+        cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+        await slow.write(CHAT_STREAM, "c1", cancel)
+        time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
+        await log.end_asked.wait()
+        log.hearing.set()
+        assert (await slow.settled(request)).status == "cancelled"
+    assert len(slow.upstream.calls) == 1

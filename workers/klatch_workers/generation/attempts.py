@@ -26,6 +26,10 @@ log = structlog.get_logger(__name__)
 Mode = Literal["restart", "continue"]
 
 
+class Overtaken(Exception):
+    """The stream has ended, or somebody else answers."""
+
+
 @dataclass(slots=True)
 class Attempts:
     """Those of one request."""
@@ -63,8 +67,6 @@ class Attempts:
             await self.means.table.passed(await self.present.written.durable())
             if self.in_force() and not self.present.seq:
                 return self.present
-        elif self.means.stalls.lately:
-            await self._read_on()
         if self._must_be_watched():
             return None
         while True:
@@ -91,10 +93,18 @@ class Attempts:
             return False
         return await self._open("restart" if self.tracked.assembly.gap else "continue") is not None
 
-    async def _read_on(self) -> None:
-        """Read what stands by now: what a process knew before it was stopped is old, and it may be nobody any more."""
+    async def still_wanted(self) -> None:
+        """Before a model is called, again or for the first time: raises Overtaken where nobody wants its answer.
+
+        After a stall the log is read to its present end first: what a process knew before it was stopped is old, and it
+        may be nobody any more. Raises LogError.
+        """
+        if not self.means.stalls.lately:
+            return
         _, end = await self.means.log.bounds(Partition(self.means.namespace.of(CHAT_STREAM), self.means.partition))
         await self.means.table.passed(end - 1)
+        if self.tracked.assembly.state.status is not None or self.is_anothers():
+            raise Overtaken
 
     def _begun(self, call: ModelCall) -> Begun | None:
         stands = begun(call.body, self.admitted.request.on_crash, self.tracked.assembly)

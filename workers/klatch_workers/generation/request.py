@@ -42,7 +42,7 @@ from klatch_streams.generation import (
     when_met,
 )
 from klatch_streams.log import LogError, RecordTooLarge
-from klatch_workers.generation.attempts import Attempts
+from klatch_workers.generation.attempts import Attempts, Overtaken
 from klatch_workers.generation.conclude import (
     Asked,
     Timing,
@@ -201,10 +201,16 @@ class RequestUnderWay:
         if attempt.begun and attempt.begun.whole:
             return Spoken()
         self.spoke = True
-        call = self.prepared.call
-        named = f"{call.request}.{attempt.opening.attempt}"
+        call = replace(
+            self.prepared.call,
+            request=f"{self.prepared.call.request}.{attempt.opening.attempt}",
+            avoid=frozenset(self.failed_on),
+            before_try=self.attempts.still_wanted,
+        )
         try:
-            await attempt.stream(self.means.gateway, replace(call, request=named, avoid=frozenset(self.failed_on)))
+            await attempt.stream(self.means.gateway, call)
+        except Overtaken:
+            return Interrupted("superseded")
         except ModelError as error:
             self.failed_on.add(attempt.deployment)
             broken = broken_by(error)
