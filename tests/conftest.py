@@ -1,5 +1,6 @@
 """Fixtures that every test folder may use."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import pytest_asyncio
 import structlog
 
 from klatch_workers.kafka import Cluster
+
+# A run that a shell began in the background has SIGINT ignored, and so would have the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
