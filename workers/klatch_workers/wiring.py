@@ -143,7 +143,7 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     from klatch_schemas.events import ModelRouted, TenantConfigured
     from klatch_workers.books import KeyBook, RouteBook
     from klatch_workers.http.app import listen, serve
-    from klatch_workers.http.closed import closed_door
+    from klatch_workers.http.closed import closed_until
     from klatch_workers.http.door import Door, Terms
     from klatch_workers.http.embeddings import RoutedEmbeddings, TextEmbeddings
 
@@ -151,9 +151,8 @@ async def run_http(begin: Begin, stop: asyncio.Event, ready: Ready) -> None:
     host, port = host_port(settings.http)
     async with AsyncExitStack() as open_parts:
         listening = open_parts.enter_context(listen(host, port))
-        async with closed_door(listening):
-            if (kafka := await _log_in_time(settings, open_parts, stop)) is None:
-                return
+        if (kafka := await closed_until(_log_in_time(settings, open_parts, stop), listening)) is None:
+            return
         namespace = Namespace.named(settings.namespace)
         # While the log does not answer the door stays, and says so: a client that is refused knows when to come again.
         tenants = await open_parts.enter_async_context(await _ledger(kafka, TENANTS, settings, TenantConfigured, inf))
@@ -262,14 +261,16 @@ async def _log_in_time(settings: Settings, parts: AsyncExitStack, stop: asyncio.
         supervise(open_log, name="http", gives_up=lambda error: not isinstance(error, LogError))
     )
     stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not opening.done():
+    try:
+        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not opening.done():
+            return None
+        opening.result()
+        return opened[0]
+    finally:
         opening.cancel()
-        await asyncio.wait({opening})
-        return None
-    opening.result()
-    return opened[0]
+        stopping.cancel()
+        await asyncio.wait({opening, stopping})
 
 
 async def _ledger(kafka: Log, topic: Topic, settings: Settings, of: type[E], patience_s: float = 0) -> Ledger[E]:

@@ -36,6 +36,7 @@ from klatch_workers.http.call import DEPLOYMENT, Call, header_value
 from klatch_workers.http.door import Embeddings, TextEmbedder
 from klatch_workers.http.envelope import invalid, read_json
 from klatch_workers.http.errors import error_of_end
+from klatch_workers.http.intake import RETRY_AFTER_MS
 from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
 from klatch_workers.http.reader import Reader, Stream
 from klatch_workers.http.runtime import Runtime
@@ -140,7 +141,7 @@ async def _decision(call: Call, reader: Reader, patience_s: float) -> EmbeddingA
                     if isinstance(said, StreamEnd) and (error := error_of_end(Ended(said.status, said))):
                         raise error
     except TimeoutError:
-        raise Unavailable("no admission worker answers; try again", retry_after_ms=1_000) from None
+        raise Unavailable("no admission worker answers; try again", retry_after_ms=RETRY_AFTER_MS) from None
 
 
 async def _settle(runtime: Runtime, event: EmbeddingRequested, paid: _Paid, total_ms: int) -> None:
