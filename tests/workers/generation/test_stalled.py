@@ -10,7 +10,7 @@ import pytest
 from tests.workers.generation.conftest import Generation
 
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import StreamCancel
+from klatch_schemas.events import StreamCancel, Usage
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import CHAT_STREAM, TOPICS
 from klatch_streams.memory_log import MemoryLog, MemoryTail
@@ -80,7 +80,9 @@ async def test_a_worker_that_was_stopped_calls_no_model_for_what_was_cancelled_m
             # Nobody asks: what was read is at most a moment old.
             await slow.upstream.changed(lambda: bool(slow.upstream.calls))
         log.hearing.set()
-        assert (await slow.settled(request)).status == "cancelled"
+        settled = await slow.settled(request)
+    assert settled.status == "cancelled"
+    assert (settled.usage == Usage()) == stalled
     assert len(slow.upstream.calls) == (0 if stalled else 1)
 
 

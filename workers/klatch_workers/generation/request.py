@@ -200,16 +200,25 @@ class RequestUnderWay:
             return Interrupted("superseded")
         if attempt.begun and attempt.begun.whole:
             return Spoken()
+        asked = self.spoke
+
+        async def before_try() -> None:
+            nonlocal asked
+            await self.attempts.still_wanted()
+            asked = True
+
         self.spoke = True
         call = replace(
             self.prepared.call,
             request=f"{self.prepared.call.request}.{attempt.opening.attempt}",
             avoid=frozenset(self.failed_on),
-            before_try=self.attempts.still_wanted,
+            before_try=before_try,
         )
         try:
             await attempt.stream(self.means.gateway, call)
         except Overtaken:
+            # What never reached a model costs nothing.
+            self.spoke = asked
             return Interrupted("superseded")
         except ModelError as error:
             self.failed_on.add(attempt.deployment)
