@@ -2,20 +2,26 @@
 
 Only calls that were under way at that time count. A worker that is stopped, or has no broker to read from, cannot
 hear of a cancel: calls that a fault of that kind overlaps are told apart. One that was killed has closed its
-connection by that.
+connection by that. Time in which the kit itself did not run is not the worker's: the kit's model server dates the
+close, and the kit's clients send most of the cancels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from klatch_schemas.events import StreamCancel
 from klatch_schemas.ids import RequestId
 from klatch_workers.torture.case import Case
-from klatch_workers.torture.evidence import Struck
+from klatch_workers.torture.evidence import Evidence, Stall, Struck
+from klatch_workers.torture.stalls import stalled_ms
 
 _DEAFENING: Final = ("stop generation", "zombie generation", "broker", "cluster", "leaderless")
 _AFTERMATH_MS: Final = 15_000.0
 """How long after such a fault a worker may still be deaf: a session time-out, and a new start."""
+
+
+_TOLD: Final = 10
+"""So many of the slowest are told one by one."""
 
 
 class Closing(NamedTuple):
@@ -24,20 +30,31 @@ class Closing(NamedTuple):
     request: RequestId
     call: str
     ms: float
-    """From the cancel to its end; infinite if it never ended."""
+    """From the cancel to its end, less what the kit slept of it; infinite if it never ended."""
     disturbed: bool
     """Whether a fault may have kept its worker from hearing of the cancel."""
+    stalled_ms: float = 0.0
+    """What the kit slept between the two."""
+    near: Sequence[tuple[str, float]] = ()
+    """Faults that were on or just over, with the seconds from the beginning of each to the cancel."""
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "request": self.request,
+            "call": self.call,
+            "ms": round(self.ms, 1),
+            "stalled_ms": round(self.stalled_ms, 1),
+            "near": [{"struck": what, "s_before": round(seconds, 1)} for what, seconds in self.near],
+        }
 
 
-def closings(cases: Iterable[Case], struck: Sequence[Struck]) -> list[Closing]:
+def closings(cases: Iterable[Case], evidence: Evidence) -> list[Closing]:
     """Of every cancel that ended a stream, the calls that it found under way."""
-    deaf = [
-        (fault.began_ms or fault.at_ms, fault.until_ms + _AFTERMATH_MS) for fault in struck if fault.what in _DEAFENING
-    ]
-    return [closing for case in cases for closing in _of_one(case, deaf)]
+    return [closing for case in cases for closing in _of_one(case, evidence.struck, evidence.stalls)]
 
 
-def _of_one(case: Case, deaf: Sequence[tuple[float, float]]) -> Iterator[Closing]:
+def _of_one(case: Case, struck: Sequence[Struck], stalls: Sequence[Stall]) -> Iterator[Closing]:
     ended = case.told.ended
     if ended is None or not isinstance(ended.said, StreamCancel):
         return
@@ -45,19 +62,36 @@ def _of_one(case: Case, deaf: Sequence[tuple[float, float]]) -> Iterator[Closing
     for call in case.calls:
         closed_ms = call.ended_ms or float("inf")
         if call.started_ms < cancelled_ms < closed_ms:
-            disturbed = any(began < closed_ms and cancelled_ms < until for began, until in deaf)
-            yield Closing(case.request, call.id, closed_ms - cancelled_ms, disturbed)
+            near = [fault for fault in struck if _began_ms(fault) < closed_ms and cancelled_ms < _over_ms(fault)]
+            slept_ms = stalled_ms(stalls, cancelled_ms, closed_ms)
+            yield Closing(
+                case.request,
+                call.id,
+                closed_ms - cancelled_ms - slept_ms,
+                any(fault.what in _DEAFENING for fault in near),
+                slept_ms,
+                [(fault.what, (cancelled_ms - _began_ms(fault)) / 1000) for fault in near],
+            )
 
 
-def figures(closed: Sequence[Closing]) -> Mapping[str, float]:
-    """How many there were, and of those that nothing disturbed percentiles in milliseconds."""
-    heard = sorted(one.ms for one in closed if not one.disturbed)
+def _began_ms(fault: Struck) -> float:
+    return fault.began_ms or fault.at_ms
+
+
+def _over_ms(fault: Struck) -> float:
+    return fault.until_ms + _AFTERMATH_MS
+
+
+def figures(closed: Sequence[Closing]) -> Mapping[str, Any]:
+    """How many there were; of those that nothing disturbed percentiles in milliseconds, and the slowest one by one."""
+    heard = sorted((one for one in closed if not one.disturbed), key=lambda one: one.ms)
     if not heard:
         return {"under_way": len(closed), "undisturbed": 0}
     return {
         "under_way": len(closed),
         "undisturbed": len(heard),
-        "p50_ms": round(heard[len(heard) // 2], 1),
-        "p99_ms": round(heard[len(heard) * 99 // 100], 1),
-        "max_ms": round(heard[-1], 1),
+        "p50_ms": round(heard[len(heard) // 2].ms, 1),
+        "p99_ms": round(heard[len(heard) * 99 // 100].ms, 1),
+        "max_ms": round(heard[-1].ms, 1),
+        "slowest": [one.facts() for one in heard[: -_TOLD - 1 : -1]],
     }

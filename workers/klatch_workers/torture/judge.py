@@ -33,7 +33,7 @@ def judge(evidence: Evidence) -> Report:
     violations = [violation for case in cases.values() for violation in _of_one(case, evidence.stalls)]
     violations += _of_conversations(cases)
     violations += broken_limits(evidence)
-    closed = closings(cases.values(), evidence.struck)
+    closed = closings(cases.values(), evidence)
     violations += [
         cases[one.request].broke("redone", f"model call {one.call} went on for {one.ms / 1000:.1f} s after the cancel")
         for one in closed

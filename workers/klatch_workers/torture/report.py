@@ -54,8 +54,8 @@ class Report:
     """How much was looked at: a run that met nothing proves nothing."""
     struck: Mapping[str, int] = field(default_factory=dict[str, int])
     """How often each sort of fault was carried out."""
-    cancels: Mapping[str, float] = field(default_factory=dict[str, float])
-    """How soon model calls ended after a cancel, see `cancelling.figures`."""
+    cancels: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """How soon model calls ended after a cancel, and which were the slowest, see `cancelling.figures`."""
     readings: Mapping[str, "Report"] = field(default_factory=dict[str, "Report"])
     """What the same records come to for consumers that read them otherwise."""
 
