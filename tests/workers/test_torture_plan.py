@@ -59,6 +59,15 @@ def test_some_zombies_are_made_at_boundaries_of_stages_that_are_succeeded_and_wa
     assert Fault(1, "stop", "generation", lasts_s=12).takes_s == 12
 
 
+def test_some_zombies_outlive_their_successors() -> None:
+    outliving = [fault for fault in schedule(1, 20) if fault.kind == "outlive"]
+    assert outliving
+    assert {fault.target for fault in outliving} <= {name for name in BOUNDARIES if not name.endswith("/http")}
+    assert all(fault.takes_s == AWAITED_S + fault.lasts_s for fault in outliving)
+    with pytest.raises(ValueError, match="no boundary of a stage that is succeeded"):
+        faults_of([{"at_s": 1, "kind": "outlive", "target": "end/http"}])
+
+
 def test_some_conversations_are_those_of_tenants_with_limits_that_operators_change_meanwhile() -> None:
     talks = plan(3, 10, 5)
     assert {talk.tenant for talk in talks} == set(TENANTS)
@@ -85,6 +94,15 @@ def test_a_load_can_be_made_of_what_is_rare() -> None:
     assert {turn.on_crash for turn in slow} == {"continue"}
     assert not any(turn.waits for turn in slow)
     assert {talk.at_s for talk in plan(3, 1, 5, shape=Shape(every_s=20.0))} == {0.0, 20.0, 40.0}
+    assert {talk.tenant for talk in plan(3, 1, 5, shape=Shape(limited=1.0))} == set(LIMITED)
+
+
+def test_a_load_can_begin_with_two_long_replies_that_hold_every_commit_back() -> None:
+    first, *others = plan(3, 1, 5, shape=Shape(holds_s=9.0))
+    assert others == plan(3, 1, 5)
+    assert first.at_s == 0
+    assert [(turn.waits, turn.tokens / turn.rate) for turn in first.turns] == [(False, 9.0), (True, 9.0)]
+    assert all(turn.plain for turn in first.turns)
 
 
 def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:

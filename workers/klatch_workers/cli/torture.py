@@ -284,7 +284,7 @@ def _line(verdict: "Verdict") -> str:
     if verdict.mutant.control:
         found = f"FOUND WITHOUT A BUG: {found}" if found else "nothing found"
     elif not found:
-        found = f"MISSED: {verdict.mutant.missed}" if verdict.mutant.missed else "MISSED"
+        found = "MISSED"
     return f"{verdict.mutant.name:>27}  {verdict.seconds:6.1f} s  {found}"
 
 

@@ -15,7 +15,7 @@ from klatch_workers.torture.case import Case
 from klatch_workers.torture.evidence import Evidence, Stall, Struck
 from klatch_workers.torture.stalls import stalled_ms
 
-_DEAFENING: Final = ("stop generation", "zombie generation", "broker", "cluster", "leaderless")
+_DEAFENING: Final = ("stop generation", "zombie generation", "outlive generation", "broker", "cluster", "leaderless")
 _AFTERMATH_MS: Final = 15_000.0
 """How long after such a fault a worker may still be deaf: a session time-out, and a new start."""
 

@@ -21,8 +21,8 @@ from klatch_workers.torture.tenants import (
     PRICED,
     PRICED_RATE,
     PRICED_TOKENS,
-    SHARES,
     TENANTS,
+    shares,
 )
 
 Edge = Literal["kafka", "http"]
@@ -33,6 +33,8 @@ _IF_BUSY: Final[tuple[IfBusy, ...]] = ("reject", "interrupt", "rollback")
 _IMPATIENT: Final = 0.12
 """How many of the turns that follow another do not wait for it."""
 _TURNS: Final = (1, 2, 2, 3, 4, 6)
+_SLOWLY: Final = 15.0
+"""Tokens a second of replies that take long."""
 _FAULTS: Final[tuple[dict[str, object], ...]] = (
     {"status": 500},
     {"status": 429, "retry_after": "0"},
@@ -65,6 +67,11 @@ class Shape:
     """How many of the turns ask to be continued after a crash."""
     every_s: float = 0.0
     """Conversations begin together, so often; 0: each by itself."""
+    limited: float = 0.18
+    """How many of the conversations are those of tenants with limits."""
+    holds_s: float = 0.0
+    """How long each of two replies takes that are asked one behind the other before all others, by a conversation of
+    their own: until the first has ended, their partition commits nothing that came after it. 0: nobody asks them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,7 @@ def plan(
     while (at := at + chance.expovariate(1 / every)) < minutes * 60:
         begins = at // shape.every_s * shape.every_s if shape.every_s else at
         talks.append(_talk(chance, seed, len(talks), round(begins, 3), shape))
+    talks = [_holding(seed, shape.holds_s), *talks] if shape.holds_s else talks
     return [_plain(talk) for talk in talks] if plain else talks
 
 
@@ -180,8 +188,17 @@ def _plain(talk: Talk) -> Talk:
     return replace(talk, tenant=tenant, edge="kafka", turns=tuple(turns))
 
 
+def _holding(seed: int, lasts_s: float) -> Talk:
+    conversation = Conversation(f"talk-{seed}-holding")
+    tokens = round(lasts_s * _SLOWLY)
+    turns = [
+        Turn(number, RequestId(f"{conversation}.{number}"), tokens, _SLOWLY, waits=bool(number)) for number in range(2)
+    ]
+    return Talk(0.0, FREE[0], conversation, "kafka", tuple(turns))
+
+
 def _talk(chance: random.Random, seed: int, number: int, at: float, shape: Shape) -> Talk:
-    [tenant] = chance.choices(TENANTS, SHARES)
+    [tenant] = chance.choices(TENANTS, shares(shape.limited))
     conversation = Conversation(f"talk-{seed}-{number}")
     edge = chance.choice(_EDGES)
     turns = [_turn(chance, tenant, conversation, edge, number, shape) for number in range(chance.choice(_TURNS))]
@@ -218,7 +235,7 @@ def _meeting(chance: random.Random, turns: list[Turn]) -> list[Turn]:
 
 def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, number: int, shape: Shape) -> Turn:
     tokens = chance.randint(20, 40)
-    tokens, rate = (3 * tokens, 15.0) if chance.random() < shape.slow else (tokens, 40.0)
+    tokens, rate = (3 * tokens, _SLOWLY) if chance.random() < shape.slow else (tokens, 40.0)
     key = f"{conversation}.{number}"
     return Turn(
         number=number,

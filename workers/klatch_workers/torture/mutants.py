@@ -52,8 +52,6 @@ class Mutant:
     requests_per_second: float = 8.0
     partitions: int = PARTITIONS
     shape: Shape = USUAL
-    missed: str = ""
-    """Why the kit does not find it, if it does not."""
 
     @property
     def control(self) -> bool:
@@ -120,7 +118,6 @@ def _mutant(name: str, fields: Mapping[str, Any]) -> Mutant:
         requests_per_second=fields.get("requests_per_second", 8.0),
         partitions=fields.get("partitions", PARTITIONS),
         shape=Shape(**fields.get("shape", {})),
-        missed=fields.get("missed", ""),
     )
 
 

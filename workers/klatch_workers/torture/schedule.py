@@ -12,7 +12,11 @@ from typing import Any, Final, Literal, assert_never, get_args
 
 from klatch_workers.torture.boundaries import BOUNDARIES, TAKEN_OVER
 
-Kind = Literal["kill", "boundary", "stop", "zombie", "twin", "roll", "scale", "broker", "cluster", "leaderless"]
+Kind = Literal[
+    "kill", "boundary", "stop", "zombie", "outlive", "twin", "roll", "scale", "broker", "cluster", "leaderless"
+]
+ZOMBIES: Final[tuple[Kind, ...]] = ("zombie", "outlive")
+"""Kinds that make a zombie at a boundary."""
 
 ZOMBIE_S: Final = (12.0, 15.0)
 """How long a stopped process stays stopped: past the group's session time-out of 10 s."""
@@ -32,6 +36,9 @@ class Fault:
     stop        SIGSTOP of one for `lasts_s` seconds, with another beside it, then SIGCONT: a zombie
     zombie      SIGSTOP of the worker that the boundary `target` names, at its next record, with another beside it,
                 then SIGCONT `lasts_s` seconds after its successor's first record: both are at the same work
+    outlive     SIGSTOP of the worker that the boundary `target` names, at its next record, with another beside it, of
+                the same name where names are static; `lasts_s` seconds after its successor's first commit SIGKILL of
+                that one and SIGCONT: what the zombie still writes stands last, and a third owner finds it
     twin        another worker (`count` of them at once) of the same name beside one of `target`, where names are
                 static: the last to come gets the partitions, and as long as the others do not hear of it, all are at
                 the same work; after `lasts_s` seconds SIGTERM of the first. Never drawn: it is a roll that begins
@@ -55,7 +62,7 @@ class Fault:
     @property
     def takes_s(self) -> float:
         """How long it lasts, with what it waits for."""
-        return self.lasts_s + (AWAITED_S if self.kind == "zombie" else 0.0)
+        return self.lasts_s + (AWAITED_S if self.kind in ZOMBIES else 0.0)
 
 
 _AT_A_BOUNDARY: Final[tuple[Kind, str]] = ("boundary", "")
@@ -79,6 +86,7 @@ _DECK: Final[tuple[tuple[Kind, str], ...]] = (
     *(_AT_A_BOUNDARY,) * 8,
     ("zombie", ""),
     ("zombie", ""),
+    ("outlive", ""),
 )
 """What is dealt, again and again: generation, which holds the most, is struck most."""
 _RARE: Final[tuple[Kind, ...]] = ("cluster", "leaderless")
@@ -93,7 +101,8 @@ def schedule(seed: int, minutes: float, nodes: int = 1, *, plain: bool = False) 
     """
     chance = random.Random(f"faults {seed}")  # noqa: S311 - no secret
     at, faults, dealt = _QUIET_S, list[Fault](), _deal(chance, plain=plain)
-    records = {"boundary": _in_turn(chance, list(BOUNDARIES)), "zombie": _in_turn(chance, _ZOMBIE_AT)}
+    records = {kind: _in_turn(chance, _ZOMBIE_AT) for kind in ZOMBIES}
+    records["boundary"] = _in_turn(chance, list(BOUNDARIES))
     # A fault's own duration counts too: it must be over before the load is.
     while True:
         kind, target = next(dealt)
@@ -125,6 +134,8 @@ def _fault(chance: random.Random, at: float, kind: Kind, target: str, nodes: int
             return Fault(at, kind, target, which, round(chance.uniform(*ZOMBIE_S), 2))
         case "zombie":
             return Fault(at, kind, target, which, round(chance.uniform(0.0, 0.5), 2))
+        case "outlive":
+            return Fault(at, kind, target, which, round(chance.uniform(0.0, 2.0), 2))
         case "twin":
             return Fault(at, kind, target, which, round(chance.uniform(0.0, 3.0), 2))
         case "scale":
@@ -152,6 +163,6 @@ def faults_of(listed: Sequence[Mapping[str, Any]]) -> list[Fault]:
             raise ValueError(f"{fault.kind!r} is no kind of fault")
         if fault.kind == "boundary" and fault.target not in BOUNDARIES:
             raise ValueError(f"{fault.target!r} is no boundary: one of {', '.join(BOUNDARIES)}")
-        if fault.kind == "zombie" and fault.target not in _ZOMBIE_AT:
+        if fault.kind in ZOMBIES and fault.target not in _ZOMBIE_AT:
             raise ValueError(f"{fault.target!r} is no boundary of a stage that is succeeded: {', '.join(_ZOMBIE_AT)}")
     return faults

@@ -19,7 +19,7 @@ from klatch_workers.torture.boundaries import BOUNDARIES, TAKEN_OVER, Boundary, 
 from klatch_workers.torture.evidence import Struck
 from klatch_workers.torture.owners import Owners
 from klatch_workers.torture.rig import START_S, Rig, Say
-from klatch_workers.torture.schedule import Fault
+from klatch_workers.torture.schedule import ZOMBIES, Fault
 from klatch_workers.up.children import Child
 
 _SUPERVISED_S: Final = 3 * START_S
@@ -68,7 +68,7 @@ class Striker:
             self.say(f"{fault.at_s:6.1f} s: nobody was left to {what}")
         else:
             # Of zombies the stage is told: how deaf one was does not hang on where it was stopped.
-            target = BOUNDARIES[fault.target].stage if fault.kind == "zombie" else fault.target
+            target = BOUNDARIES[fault.target].stage if fault.kind in ZOMBIES else fault.target
             self.struck.append(Struck(f"{fault.kind} {target}".strip(), since_ms, _now_ms(), began_ms))
 
     async def _strike(self, fault: Fault) -> float | None:
@@ -84,7 +84,7 @@ class Striker:
                 return await self._kill_nodes(fault, (len(self.rig.cluster.nodes) + 1) // 2)
             case "boundary":
                 return await self._kill_at(fault)
-            case "zombie":
+            case "zombie" | "outlive":
                 return await self._zombie(fault)
             case "scale":
                 async with self._changing[fault.target]:
@@ -111,22 +111,25 @@ class Striker:
         met = await self._met_at(boundary)
         if not met:
             return None
-        zombie = met[fault.which % len(met)]
+        zombie, stage, outlives = met[fault.which % len(met)], boundary.stage, fault.kind == "outlive"
         since_ms = _now_ms()
 
-        async def taken_over(_: asyncio.Task[Child]) -> None:
+        async def taken_over(adding: asyncio.Task[Child]) -> None:
+            begins = BOUNDARIES[f"commit/{stage}" if outlives else TAKEN_OVER[stage]]
             with suppress(TimeoutError):
                 async with asyncio.timeout(_PATIENCE_S):
-                    await self._succeeded(boundary.stage, self._owners.of(zombie.log_file))
+                    await self._succeeded(begins, self._owners.of(zombie.log_file))
                     await asyncio.sleep(fault.lasts_s)
+                    if outlives:
+                        await asyncio.wait({adding})
+                        _kill_process(adding.result())
 
-        await self._freeze(fault, boundary.stage, zombie, taken_over)
+        await self._freeze(fault, stage, zombie, taken_over, twin=outlives)
         return since_ms
 
-    async def _succeeded(self, stage: str, numbers: Collection[int]) -> None:
-        """Until somebody writes what the owner of one of these partitions writes, and it is stopped."""
+    async def _succeeded(self, begins: Boundary, numbers: Collection[int]) -> None:
+        """Until such a record of one of these partitions is written, by another than who has just been stopped."""
         await asyncio.sleep(_ON_ITS_WAY_S)
-        begins = BOUNDARIES[TAKEN_OVER[stage]]
 
         def appeared(record: Record) -> bool:
             return begins.appeared(record) and (not numbers or begins.partition(record) in numbers)
@@ -184,7 +187,13 @@ class Striker:
         )
 
     async def _freeze(
-        self, fault: Fault, stage: str, child: Child, until: Callable[[asyncio.Task[Child]], Awaitable[object]]
+        self,
+        fault: Fault,
+        stage: str,
+        child: Child,
+        until: Callable[[asyncio.Task[Child]], Awaitable[object]],
+        *,
+        twin: bool = False,
     ) -> None:
         """Stop a process, start another beside it, and let it go on after `until`, which is given the start."""
         zombie = child.pid
@@ -194,7 +203,7 @@ class Striker:
             return  # It has just died of something else.
         self._stopped.add(child.name)
         async with asyncio.TaskGroup() as beside:
-            adding = beside.create_task(self._add(stage))
+            adding = beside.create_task(self._add(stage, child if twin else None))
             try:
                 await until(adding)
             finally:
@@ -206,9 +215,9 @@ class Striker:
             await self.rig.retire(stage, adding.result() if fault.which % 2 else child)
             await self._resize(stage)
 
-    async def _add(self, stage: str) -> Child:
+    async def _add(self, stage: str, twin_of: Child | None) -> Child:
         async with self._changing[stage]:
-            return await self.rig.add(stage, again_for_s=_SUPERVISED_S)
+            return await self.rig.add(stage, again_for_s=_SUPERVISED_S, twin_of=twin_of)
 
     async def _resize(self, stage: str) -> None:
         """As many workers as are wanted, not counting those that are stopped."""

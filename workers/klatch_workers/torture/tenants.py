@@ -18,8 +18,6 @@ PEOPLE: Final = Tenant("torture-people")
 LIMITED: Final = (TIGHT, PEOPLE)
 """Being refused by a limit is what they are here for."""
 TENANTS: Final = (*FREE, *LIMITED)
-SHARES: Final = (41, 41, 10, 8)
-"""Of the conversations, by tenant."""
 
 PERSONS: Final = (Person("ann"), Person("bob"), Person("eve"))
 PRICED: Final = "priced"
@@ -33,6 +31,12 @@ _FREELY: Final = Limits(requests_per_minute=10**6, tokens_per_day=10**12, concur
 _TIGHTLY: Final = Limits(requests_per_minute=20, tokens_per_minute=2_500, tokens_per_day=6_000, concurrent_requests=3)
 _A_PERSON: Final = Limits(requests_per_minute=6, burst_requests=3, concurrent_requests=2, tokens_per_month=3_000)
 _MONEY: Final = Limits(cost_micros_per_day=30_000, cost_micros_per_month=90_000)
+
+
+def shares(limited: float) -> tuple[float, ...]:
+    """Of the conversations, by tenant, if so many are those of tenants with limits."""
+    free = (1 - limited) / len(FREE)
+    return (free, free, limited * 10 / 18, limited * 8 / 18)
 
 
 def configured(tenant: Tenant, key: str) -> TenantConfigured:
