@@ -20,7 +20,10 @@ from klatch_streams.log import LogError, OffsetGone, UnknownTopic
 # Connections to one node, opened when needed: so many partitions may be followed one by one within `fetch_wait_ms`
 # on an idle node without waiting.
 _LANES = 16
-# So many fetches in a row go without a rest: a request and the first tokens of its reply are not held up.
+# After a fetch that brought something its reader gets the processor first: asking again at once would have its process
+# and the broker at work for the next record while this one waits.
+_BREATH_S = 0.002
+# So many fetches in a row go without a longer rest: a request and the first tokens of its reply are not held up.
 _BURST = 4
 _BACKOFF_S = 0.1
 _UNKNOWN_S = 1.0
@@ -252,14 +255,14 @@ class Fetcher:
         self._bell.ring()
 
     def _rest(self, answer: list[Fetched]) -> None:
-        """Under load, let more arrive before the next poll; what comes now and then is fetched at once.
+        """Take a breath; under load, let more arrive before the next poll.
 
         A fetch that brings something owes a pause; pauses are taken only for what is owed beyond `_BURST` of them.
         """
         if any(fetched.records for fetched in answer):
             now = self._loop.time()
             self._owed_until = max(now, self._owed_until) + self._pause_s
-            self._rest_until = self._owed_until - _BURST * self._pause_s
+            self._rest_until = max(now + _BREATH_S, self._owed_until - _BURST * self._pause_s)
 
     def _heard(self, cursor: Cursor, fetched: Fetched) -> None:
         if fetched.error is None:

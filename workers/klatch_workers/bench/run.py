@@ -25,6 +25,7 @@ from klatch_workers.bench.relay import ThreeHops
 from klatch_workers.bench.report import (
     BROKER,
     DIRECT,
+    KLATCH,
     PEER,
     FirstToken,
     Quantiles,
@@ -53,6 +54,7 @@ class Plan:
     """How much of everything."""
 
     name: str
+    warm_up_requests: int
     starts: int
     idle_requests: int
     turns: int
@@ -71,9 +73,9 @@ class Plan:
     """In simulated time."""
 
 
-FULL = Plan("full", 2, 60, 3, 2.5, (16, 64), 64, 4.0, 2.5, 16, 5.0, 40_000, 16, 1000.0)
-QUICK = Plan("quick", 1, 20, 2, 2.0, (16,), 64, 3.0, 2.0, 16, 2.0, 10_000, 8, 300.0)
-TINY = Plan("tiny", 0, 2, 1, 0.3, (2,), 2, 0.5, 0.3, 1, 0.2, 200, 0, 20.0)
+FULL = Plan("full", 4000, 2, 60, 3, 2.5, (16, 64), 64, 4.0, 2.5, 16, 5.0, 40_000, 16, 1000.0)
+QUICK = Plan("quick", 3000, 1, 20, 2, 2.0, (16,), 64, 3.0, 2.0, 16, 2.0, 10_000, 8, 300.0)
+TINY = Plan("tiny", 8, 0, 2, 1, 0.3, (2,), 2, 0.5, 0.3, 1, 0.2, 200, 0, 20.0)
 
 
 async def measure(folder: Path, plan: Plan, say: Say, peer_cache: Path | None = None) -> Report:
@@ -88,7 +90,7 @@ async def measure(folder: Path, plan: Plan, say: Say, peer_cache: Path | None = 
     say("sharing places at a model")
     flooded = await asyncio.to_thread(fairness.worst, plan.fairness_s)
     async with rig(folder, say, peer_cache=peer_cache) as running:
-        await _warm_up(running, say)
+        await _warm_up(running, plan, say)
         rss_start = rss_mb(running.pids())
         idle = await _idle(running, plan)
         hops, first = await _first_tokens_idle(running, plan, say)
@@ -144,10 +146,21 @@ async def _admission(requests: int) -> dict[str, float]:
 # --- on the rig
 
 
-async def _warm_up(running: Rig, say: Say) -> None:
-    say("warming up")
+async def _warm_up(running: Rig, plan: Plan, say: Say) -> None:
+    """Every side a little; klatch until the broker's JIT has settled, as that of a broker that runs for weeks has.
+
+    Until then its compiler takes more of the processors than klatch does (docs/performance.md).
+    """
+    say("warming up the broker")
     for target in running.targets.values():
         await asyncio.gather(*(one(target, f"{MODEL}?tokens=20&rate={RATE:g}") for _ in range(16)))
+    requests = iter(range(plan.warm_up_requests))
+
+    async def ask() -> None:
+        for _ in requests:
+            await one(running.targets[KLATCH], f"{MODEL}?tokens=2")
+
+    await asyncio.gather(*(ask() for _ in range(8)))
     await asyncio.sleep(_REST_S)
 
 
