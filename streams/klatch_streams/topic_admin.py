@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from klatch_schemas.topics import TOPICS, Namespace, Topic
-from klatch_streams.kafka.admin import administrator
+from klatch_streams.kafka.admin import Wanted, administrator
 from klatch_streams.kafka.options import KafkaOptions
 
 _NAMESPACE = Namespace()
@@ -67,11 +67,12 @@ async def create_topics(
     async with administrator(_options(where)) as admin:
         names = {namespace.of(topic): topic for topic in TOPICS}
         there = await admin.topics(list(names))
-        made = [
-            name
+        missing = [
+            Wanted(name, counts.of(topic), replication, topic.config)
             for name, topic in names.items()
-            if name not in there and await admin.create(name, counts.of(topic), replication, topic.config)
+            if name not in there
         ]
+        made = await admin.create(missing) if missing else []
         await admin.until_led(list(names))
     return made
 

@@ -26,7 +26,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from klatch_agents.gateway.openai_compatible import Endpoint
 from klatch_schemas.codec import explain
 from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted, RouteTimeouts
 from klatch_schemas.ids import LabelField, NameField
@@ -89,6 +88,9 @@ def read_models(path: Path, by: str = "") -> list[ModelRouted]:
 
 def checked(fields: dict[str, Any]) -> Deployment:
     """A deployment that a worker will be able to open. Raises ModelsFileError, naming it."""
+    # With it comes an HTTP client: 0.2 s that a start without a models file need not wait.
+    from klatch_agents.gateway.openai_compatible import Endpoint  # noqa: PLC0415
+
     name = fields.get("name")
     try:
         deployment = Deployment.model_validate(fields)

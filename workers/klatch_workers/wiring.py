@@ -15,11 +15,14 @@ import structlog
 
 from klatch_schemas.events import Event
 from klatch_schemas.topics import MODELS, PROMPTS, TENANTS, Namespace, Topic
+from klatch_streams.kafka.options import KafkaOptions, rebalance_ms_for
+from klatch_streams.kafka_log import KafkaLog
 from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log, LogError
 from klatch_streams.owner import Stage
 from klatch_streams.runner import Runner, RunnerSettings
 from klatch_streams.supervise import supervise
+from klatch_streams.topic_admin import check_topics
 from klatch_workers.settings import Settings, host_port
 
 log = structlog.get_logger(__name__)
@@ -233,10 +236,6 @@ async def _first_of(main: Awaitable[None], *watched: Awaitable[None]) -> None:
 
 @asynccontextmanager
 async def _log(settings: Settings) -> AsyncGenerator[Log, None]:
-    from klatch_streams.kafka.options import KafkaOptions, rebalance_ms_for
-    from klatch_streams.kafka_log import KafkaLog
-    from klatch_streams.topic_admin import check_topics
-
     patience_ms = rebalance_ms_for(settings.drain_s)
     options = KafkaOptions(settings.kafka, instance_id=settings.instance, rebalance_ms=patience_ms)
     problems = await check_topics(options, Namespace.named(settings.namespace))

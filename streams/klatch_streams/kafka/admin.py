@@ -28,6 +28,15 @@ class Found(NamedTuple):
     """Whether every partition has a leader."""
 
 
+class Wanted(NamedTuple):
+    """A topic as it shall be."""
+
+    name: str
+    partitions: int
+    replication: int
+    config: Mapping[str, str]
+
+
 class Admin:
     """An administrator of one cluster."""
 
@@ -62,17 +71,15 @@ class Admin:
                 found[name] = {entry[0]: entry[1] for entry in entries}
         return found
 
-    async def create(self, name: str, partitions: int, replication: int, configs: Mapping[str, str]) -> bool:
-        """Create a topic and wait until it has leaders; False if it was there already."""
-        new = NewTopic(name, partitions, replication, topic_configs=dict(configs))
-        response: Any = await self._client.create_topics([new])
-        for _, code, *message in response.topic_errors:
-            error = kafka.for_code(code)
-            if error is kafka.TopicAlreadyExistsError:
-                return False
-            if error is not kafka.NoError:
+    async def create(self, wanted: Sequence[Wanted]) -> list[str]:
+        """Create topics, all in one request; returns the names of those that were not there already."""
+        topics = [NewTopic(one.name, one.partitions, one.replication, topic_configs=dict(one.config)) for one in wanted]
+        response: Any = await self._client.create_topics(topics)
+        errors = {name: (kafka.for_code(code), message) for name, code, *message in response.topic_errors}
+        for name, (error, message) in errors.items():
+            if error not in {kafka.NoError, kafka.TopicAlreadyExistsError}:
                 raise LogError(f"{name} was not created: {(message or [None])[0] or error.__name__}")
-        return True
+        return [one.name for one in wanted if errors[one.name][0] is kafka.NoError]
 
     async def until_led(self, names: Sequence[str]) -> None:
         """Wait until every partition of `names` has a leader that the brokers know of."""

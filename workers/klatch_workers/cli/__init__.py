@@ -9,6 +9,8 @@ from typing import Final
 
 import click
 
+from klatch_workers.imports import import_structlog
+
 _COMMANDS: Final = {
     "up": ("klatch_workers.cli.up", "Run everything on this machine: Kafka, all stages, the HTTP door, a local model."),
     "chat": ("klatch_workers.cli.chat", "Chat in the terminal."),
@@ -42,6 +44,7 @@ class _Commands(click.Group):
             return None
         module, _ = _COMMANDS[cmd_name]
         try:
+            import_structlog()
             command: click.Command = getattr(import_module(module), cmd_name)
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith("klatch_"):

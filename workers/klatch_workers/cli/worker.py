@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -24,7 +25,7 @@ from klatch_workers.wiring import STAGES, Begin, MissingSetting, WrongSetup, run
 log = structlog.get_logger(__name__)
 
 NICENESS = {"views": 10}
-"""Of stages that nobody waits for: where all share a machine, requests come first."""
+"""Of stages that nobody waits for once they serve: where all share a machine, requests come first."""
 
 
 @click.command()
@@ -49,10 +50,15 @@ def worker(stage: str, once: bool, as_json: bool, wait: bool, **options: Any) ->
         raise click.UsageError(str(error)) from error
     configure_logs(settings.log_level)
     names = list(STAGES) if stage == "all" else [stage]
-    os.nice(NICENESS.get(stage, 0))
+
+    def ready(name: str, facts: dict[str, Any]) -> None:
+        _say_ready(name, facts, as_json)
+        # Not before: while everything starts, who is nicer than the others serves a second after them.
+        os.nice(max(0, NICENESS.get(stage, 0) - os.nice(0)))
+
     try:
         begin = _told(settings) if wait else _at_once(settings)
-        event_loop.run(_work(names, begin, settings.drain_s, once=once, as_json=as_json))
+        event_loop.run(_work(names, begin, ready, settings.drain_s, once=once))
     except* MissingSetting as errors:
         _fail(stage, errors, 2)
     except* WrongSetup as errors:
@@ -90,13 +96,15 @@ async def _line_of_stdin() -> bytes:
     return line
 
 
-async def _work(names: list[str], begin: Begin, drain_s: float, *, once: bool, as_json: bool) -> None:
+async def _work(
+    names: list[str], begin: Begin, ready: Callable[[str, dict[str, Any]], None], drain_s: float, *, once: bool
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
     async def run(name: str) -> None:
-        await run_stage(name, begin, stop, lambda facts: _say_ready(name, facts, as_json))
+        await run_stage(name, begin, stop, lambda facts: ready(name, facts))
 
     async def keep_running(name: str) -> None:
         await supervise(lambda: run(name), name=name, gives_up=gives_up)
