@@ -16,7 +16,7 @@ def imported(*arguments: str) -> set[str]:
 @pytest.mark.parametrize("command", ["up", "worker", "top"])
 def test_logging_does_not_bring_a_terminal_library(command: str) -> None:
     modules = imported(command, "--help")
-    assert "structlog" in modules
+    assert "structlog.dev" in modules
     # A trial to import `rich` itself is listed as well.
     assert modules.isdisjoint({"rich.console", "rich.traceback", "pygments"})
 
