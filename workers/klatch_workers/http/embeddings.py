@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas import codec
@@ -34,7 +34,7 @@ from klatch_workers.generation.conclude import cost_micros
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import DEPLOYMENT, Call, header_value
 from klatch_workers.http.door import Embeddings, TextEmbedder
-from klatch_workers.http.envelope import invalid, read_json
+from klatch_workers.http.envelope import checked, read_json, without_klatch
 from klatch_workers.http.errors import error_of_end
 from klatch_workers.http.intake import RETRY_AFTER_MS
 from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
@@ -78,16 +78,12 @@ async def embeddings(runtime: Runtime, call: Call) -> None:
         raise NotFound("this klatch serves no embeddings: start it with an embedding model")
     terms = runtime.door.terms
     body = await read_json(await call.body(terms.max_body_bytes), terms.off_loop_bytes)
-    try:
-        asked = _Asked.model_validate(body)
-    except ValidationError as error:
-        raise invalid(error) from error
-    event = _event(runtime, call, asked)
+    event = _event(runtime, call, checked(_Asked, body))
     admitted = await _admitted(runtime, call, event)
     began, paid = time.monotonic(), _Paid()
     try:
         model_call = ModelCall(
-            {name: value for name, value in body.items() if name != "klatch"},
+            without_klatch(body),
             request=call.request,
             tenant=call.tenant,
             weight=admitted.weight,

@@ -7,7 +7,7 @@ misspelt one is an error that names it. Of the rest only what klatch itself acts
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -16,6 +16,8 @@ from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import InvalidRequest
 from klatch_schemas.events import ChatRequested, MemoryPolicy, PromptReference, RequestContext
 from klatch_schemas.ids import Conversation, ConversationField, NameField, PersonField, RequestId, Tenant
+
+M = TypeVar("M", bound=BaseModel)
 
 _TURNS, _MEMORIES = 20, 4
 _DAY_MS = 86_400_000
@@ -134,14 +136,23 @@ async def read_json(raw: bytes, off_loop_bytes: int) -> dict[str, Any]:
 
 def asked_in(body: Mapping[str, Any]) -> Asked:
     """Check a body. Raises InvalidRequest, naming the field."""
+    return Asked.model_construct(body=without_klatch(body), fields=checked(ChatFields, body))
+
+
+def checked(fields: type[M], body: Mapping[str, Any]) -> M:
+    """What klatch acts on in a body. Raises InvalidRequest, naming the field."""
     try:
-        fields = ChatFields.model_validate(body)
+        return fields.model_validate(body)
     except ValidationError as error:
-        raise invalid(error) from error
-    return Asked.model_construct(body={k: v for k, v in body.items() if k != "klatch"}, fields=fields)
+        raise _invalid(error) from error
 
 
-def invalid(error: ValidationError) -> InvalidRequest:
+def without_klatch(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a body is the model server's."""
+    return {name: value for name, value in body.items() if name != "klatch"}
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
     """The first problem of a body, named by its field."""
     problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
     field = ".".join(map(str, problem["loc"]))
