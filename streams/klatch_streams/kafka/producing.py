@@ -176,6 +176,9 @@ class Producer:
 
     async def _deliver(self, producer: AIOKafkaProducer, batch: object, partition: Partition) -> int:
         where, patience = f"{partition.topic}/{partition.number}", self._options.delivery_s
+        # Who leads it is asked for as long as we write to it: once told of one topic, aiokafka forgets all it was not
+        # told of, and a batch that waits for one of these waits for ever.
+        producer.client.add_topic(partition.topic)
         try:
             delivery = await producer.send_batch(batch, partition.topic, partition=partition.number)
             await asyncio.wait([delivery], timeout=patience)
