@@ -21,7 +21,7 @@ from klatch_schemas.events import (
     UsageSettled,
 )
 from klatch_schemas.ids import Conversation, RequestId, Tenant
-from klatch_workers.views.aggregate import MODEL_LENGTH, Group, Row, Tally, by_group, count, measure
+from klatch_workers.views.aggregate import NAME_LENGTH, Group, Row, Tally, by_group, count, measure
 from klatch_workers.views.histogram import Histogram
 from klatch_workers.views.tables import decode_row, encode_row
 
@@ -55,7 +55,7 @@ ADDS: list[tuple[str, Event, Group, Tally]] = [
         Tally(requests=1),
     ),
     ("a request may name no model", requested(None), Group("acme", ""), Tally(requests=1)),
-    ("a model's name is cut", requested("x" * 999), Group("acme", "x" * MODEL_LENGTH), Tally(requests=1)),
+    ("a model's name is cut", requested("x" * 999), Group("acme", "x" * NAME_LENGTH), Tally(requests=1)),
     ("a model's name is printable", requested("a\nb\x00c"), Group("acme", "abc"), Tally(requests=1)),
     (
         "a settlement ends a request, with its tokens and times",
@@ -67,6 +67,19 @@ ADDS: list[tuple[str, Event, Group, Tally]] = [
             completion_tokens=5,
             first_token=Histogram.of(80),
             total=Histogram.of(900),
+        ),
+    ),
+    (
+        "a settlement tells who served, and for how much",
+        settled(deployment="east", cost_micros=40),
+        Group("acme", "m"),
+        Tally(
+            ended={"completed": 1},
+            served={"east": 1},
+            prompt_tokens=7,
+            completion_tokens=5,
+            cost_micros=40,
+            total=Histogram.of(0),
         ),
     ),
     (
@@ -132,8 +145,10 @@ tallies = st.builds(
     verdicts=counts,
     blocks=counts,
     redactions=counts,
+    served=counts,
     prompt_tokens=numbers,
     completion_tokens=numbers,
+    cost_micros=numbers,
     estimated=numbers,
     first_token=histograms,
     total=histograms,

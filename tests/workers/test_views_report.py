@@ -20,7 +20,9 @@ TALLIES = {
     Group("acme", "m"): Tally(
         requests=12_345,
         ended={"completed": 9, "rejected": 2},
+        served={"east": 7, "west": 2},
         prompt_tokens=2_500_000,
+        cost_micros=31,
         first_token=Histogram.of(80),
         total=Histogram.of(2_000).merge(Histogram.of(900)),
     ),
@@ -31,6 +33,7 @@ def test_rows_are_sorted_and_have_every_status() -> None:
     first, second = rows_of(TALLIES)
     assert (first["tenant"], second["tenant"]) == ("acme", "zeta")
     assert [first[status] for status in ("completed", "rejected", "failed")] == [9, 2, 0]
+    assert (first["served"], first["cost_micros"]) == ({"east": 7, "west": 2}, 31)
     assert second["first_token_ms"] == {"count": 0, "p50": None, "p95": None}
 
 
@@ -39,6 +42,8 @@ def test_metrics_are_counters_with_labels() -> None:
     assert 'klatch_requests_total{tenant="acme",model="m"} 12345' in lines
     assert 'klatch_ended_total{tenant="acme",model="m",status="rejected"} 2' in lines
     assert 'klatch_blocks_total{tenant="zeta",model="",category="injection"} 3' in lines
+    assert 'klatch_served_total{tenant="acme",model="m",deployment="west"} 2' in lines
+    assert 'klatch_cost_micros_total{tenant="acme",model="m"} 31' in lines
     assert "klatch_views_skipped_total 2" in lines
 
 

@@ -23,8 +23,8 @@ from klatch_workers.views.histogram import Histogram
 
 Counts = Mapping[str, int]
 
-MODEL_LENGTH = 100
-"""A model's name is whatever a producer wrote, and becomes part of every key: longer ones are cut."""
+NAME_LENGTH = 100
+"""A model's name is whatever a producer wrote, and becomes part of every key: longer names are cut."""
 
 
 class Tally(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -41,8 +41,12 @@ class Tally(msgspec.Struct, frozen=True, omit_defaults=True):
     """By category; a verdict counts in each of its categories."""
     redactions: Counts = {}
     """Likewise."""
+    served: Counts = {}
+    """By the deployment that answered last; a request that reached none is not in it."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost_micros: int = 0
+    """Millionths of a US dollar."""
     estimated: int = 0
     """How many settlements klatch counted itself."""
     first_token: Histogram = Histogram()
@@ -57,8 +61,10 @@ class Tally(msgspec.Struct, frozen=True, omit_defaults=True):
             verdicts=_add(self.verdicts, other.verdicts),
             blocks=_add(self.blocks, other.blocks),
             redactions=_add(self.redactions, other.redactions),
+            served=_add(self.served, other.served),
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
+            cost_micros=self.cost_micros + other.cost_micros,
             estimated=self.estimated + other.estimated,
             first_token=self.first_token.merge(other.first_token),
             total=self.total.merge(other.total),
@@ -88,15 +94,15 @@ def measure(event: Event) -> tuple[Group, Tally] | None:
     """What an event adds to which group; None for an event that views do not count."""
     match event:
         case ChatRequested():
-            return Group(event.tenant, _model(event.body.get("model"))), Tally(requests=1)
+            return Group(event.tenant, _name(event.body.get("model"))), Tally(requests=1)
         case EmbeddingRequested():
-            return Group(event.tenant, _model(event.model)), Tally(requests=1)
+            return Group(event.tenant, _name(event.model)), Tally(requests=1)
         case UsageSettled():
-            return Group(event.tenant, _model(event.model)), _settled(event)
+            return Group(event.tenant, _name(event.model)), _settled(event)
         case ChatRefused():
             rejected: Status = "rejected"
             refusals = {event.refusal.limit or event.refusal.code: 1}
-            return Group(event.tenant, _model(event.model)), Tally(ended={rejected: 1}, refusals=refusals)
+            return Group(event.tenant, _name(event.model)), Tally(ended={rejected: 1}, refusals=refusals)
         case TrustVerdict():
             return Group(event.tenant, ""), _judged(event)
         case _:
@@ -124,8 +130,10 @@ def _settled(event: UsageSettled) -> Tally:
     first = event.first_token_ms
     return Tally(
         ended={event.status: 1},
+        served={_name(event.deployment): 1} if event.deployment else {},
         prompt_tokens=event.usage.prompt_tokens,
         completion_tokens=event.usage.completion_tokens,
+        cost_micros=event.cost_micros,
         estimated=int(event.usage.estimated),
         first_token=Histogram() if first is None else Histogram.of(first),
         total=Histogram.of(event.total_ms),
@@ -141,8 +149,8 @@ def _judged(event: TrustVerdict) -> Tally:
     )
 
 
-def _model(name: object) -> str:
-    return "".join(filter(str.isprintable, name))[:MODEL_LENGTH] if isinstance(name, str) else ""
+def _name(name: object) -> str:
+    return "".join(filter(str.isprintable, name))[:NAME_LENGTH] if isinstance(name, str) else ""
 
 
 def _add(one: Counts, two: Counts) -> Counts:
