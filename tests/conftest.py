@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import structlog
+from hypothesis import settings
 
 from klatch_workers.kafka import Cluster
 
 # A run that a shell began in the background has SIGINT ignored, and so would have the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("klatch", settings.default, deadline=None)
+settings.load_profile("klatch")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
