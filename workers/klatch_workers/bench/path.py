@@ -36,7 +36,7 @@ async def path(rig: Rig, requests: int) -> dict[str, Quantiles]:
             reply = await (await rig.targets[KLATCH].ask(f"{MODEL}?tokens=2")).whole()
             took["client"].append(reply.first_token_ms)
             await asyncio.sleep(_REST_S)
-            for step, at in (await _steps(log, starts)).items():
+            for step, at in (await _steps(log, starts, await _ends(log, namespace))).items():
                 took[step].append(at - sent_ms)
     finally:
         await log.close()
@@ -53,13 +53,15 @@ async def _ends(log: Log, namespace: Namespace) -> dict[Partition, int]:
     return ends
 
 
-async def _steps(log: Log, starts: Mapping[Partition, int]) -> dict[str, int]:
+async def _steps(log: Log, starts: Mapping[Partition, int], ends: Mapping[Partition, int]) -> dict[str, int]:
     tail = await log.tail()
+    left = {partition: ends[partition] - start for partition, start in starts.items()}
     for partition, start in starts.items():
         tail.follow(partition, start)
     found = dict[str, int]()
-    while records := await tail.read(300):
-        for record in records:
+    while any(count > 0 for count in left.values()):
+        for record in await tail.read(1_000):
+            left[record.partition] = ends[record.partition] - record.offset - 1
             if step := _step(record):
                 found[step] = min(found.get(step, record.timestamp_ms), record.timestamp_ms)
     await tail.close()
