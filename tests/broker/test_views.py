@@ -216,27 +216,21 @@ async def test_a_worker_that_is_killed_while_it_counts_counts_every_record_once(
 
 
 async def test_what_waits_to_be_written_leaves_though_another_topic_is_new_to_the_producer(kafka: Cluster) -> None:
-    known, new = (f"views-{uuid4().hex[:8]}" for _ in range(2))
+    town = Town(kafka.bootstrap, Namespace.named(f"views-{uuid4().hex[:8]}"))
+    known, new = town.namespace.group("known"), town.namespace.of(CHAT_REQUESTS)
     app = faust.App("views", broker=f"kafka://{kafka.bootstrap}")
     producer: Any = CalmTransport(app.conf.broker_producer, app).create_producer()
     await producer.start()
     await producer.create_topic(known, 1, 1)
-    await create(kafka, new)
-    meeting = asyncio.create_task(producer.send(new, b"k", b"v", 0, None, None))
-    await asyncio.sleep(0)
-    # The first is on its way when the producer hears of `new`; what comes behind it waits.
-    writing = [await producer.send(known, b"k", b"v" * 10_000, 0, None, None) for _ in range(20)]
-    writing.append(await meeting)
+    await town.build()
     async with asyncio.timeout(10):
+        meeting = asyncio.create_task(producer.send(new, b"k", b"v", 0, None, None))
+        await asyncio.sleep(0)
+        # The first is on its way when the producer hears of `new`; what comes behind it waits.
+        writing = [await producer.send(known, b"k", b"v" * 10_000, 0, None, None) for _ in range(20)]
+        writing.append(await meeting)
         assert {(await one).topic for one in writing} == {known, new}
     await producer.stop()
-
-
-async def create(kafka: Cluster, topic: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    await admin.start()
-    await admin.create_topics([NewTopic(topic, 1, 1)])
-    await admin.close()
 
 
 async def test_the_reading_side_answers_those_who_know_the_key(town: Town, tmp_path: Path) -> None:
