@@ -11,6 +11,7 @@ A reader's position is taken before the request is published, so no delta is mis
 late or resumed, sees the same text or a clear error. One consumer a reader: for many readers use the HTTP door.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -146,7 +147,8 @@ class Client:
     async def read(self, stream: Stream, *, after: int | None = None) -> AsyncIterator[Shown]:
         """The chunks that stand, in order, until the reply is complete.
 
-        Raises the KlatchError that the stream ended with, Superseded, StreamBroken or LogMoved.
+        Raises the KlatchError that the stream ended with, Superseded, StreamBroken or LogMoved; and aiokafka's
+        KafkaError where Kafka cannot be asked: read on after the last chunk's offset.
         """
         place = TopicPartition(self._namespace.of(CHAT_STREAM), stream.partition)
         consumer = AIOKafkaConsumer(
@@ -161,7 +163,7 @@ class Client:
             async for shown in _read(consumer, place, stream, live_from, after):
                 yield shown
         finally:
-            await consumer.stop()
+            await _stop(consumer)
 
     async def _place(self, request: ChatRequested) -> Stream:
         topic = self._namespace.of(CHAT_STREAM)
@@ -183,6 +185,25 @@ class Client:
         if self._producer is None:
             raise RuntimeError("use the client as `async with Client(...) as client:`")
         return self._producer
+
+
+async def _stop(consumer: AIOKafkaConsumer) -> None:
+    """Stop, and raise nothing that is not for the reader.
+
+    Where a fetch has failed and rests before the next, aiokafka's `stop` cancels it, and the CancelledError of that
+    task comes out of `stop`, before its connections are closed; the reader's own task would end by it.
+    """
+    stopping = asyncio.create_task(_stopped(consumer))
+    await asyncio.wait({stopping})
+    if not stopping.cancelled():
+        stopping.result()
+
+
+async def _stopped(consumer: AIOKafkaConsumer) -> None:
+    try:
+        await consumer.stop()
+    finally:
+        await consumer._client.close()  # noqa: SLF001
 
 
 async def _read(

@@ -76,6 +76,21 @@ async def test_whoever_comes_while_somebody_tries_the_log_is_refused_at_once(kit
         assert await text(kit, await kit.chat()) == "Hello wörld"
 
 
+async def test_a_door_that_ends_while_the_log_is_silent_refuses_whoever_waits_for_it(kits: "Kits") -> None:
+    entered = asyncio.Event()
+
+    async def silent(drafts: Sequence[Draft]) -> None:
+        if drafts[0].topic == "chat.requests":
+            entered.set()
+            await asyncio.Event().wait()
+
+    async with kits.serving(Terms(append_timeout_s=3600), appending=silent, drain_s=0.2) as kit:
+        trying = asyncio.create_task(kit.chat())
+        await entered.wait()
+        kit.stop.set()
+        await refused(await trying)
+
+
 async def test_a_partition_that_is_silent_holds_up_nobody_in_another(kits: "Kits") -> None:
     down = asyncio.Event()
 

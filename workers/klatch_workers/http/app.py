@@ -20,6 +20,7 @@ from klatch_workers.http import chat, embeddings, other, streams
 from klatch_workers.http.call import Call, Disconnected
 from klatch_workers.http.door import Door
 from klatch_workers.http.errors import MethodNotAllowed, as_klatch_error
+from klatch_workers.http.intake import RETRY_AFTER_MS
 from klatch_workers.http.runtime import Runtime
 
 log = structlog.get_logger("klatch.http")
@@ -38,9 +39,13 @@ class Endpoint:
         """Answer one call."""
         call = Call(scope, receive, send)
         try:
-            await self._handler(call.method)(self._runtime, call)
+            with self._runtime.answering(call):
+                await self._handler(call.method)(self._runtime, call)
         except Disconnected:
             return
+        except asyncio.CancelledError:
+            # The door ends, and this call has waited longer than it lets calls wait: bare, this would be a plain 500.
+            await _refuse(call, Unavailable("this door is closing; ask again", retry_after_ms=RETRY_AFTER_MS))
         except Exception as error:  # noqa: BLE001 - the boundary: one call's error must not end the door
             await _refuse(call, error)
         finally:
@@ -91,9 +96,14 @@ class App:
         """See ASGI 3."""
         await self._router(scope, receive, send)
 
-    def end_streams(self) -> None:
-        """Tell every open stream that this door closes: its client gets an error event with the resume link."""
+    def end_calls(self) -> None:
+        """Tell every open call that this door closes.
+
+        A stream's client gets an error event with the resume link; whoever has no answer yet, because the log does
+        not answer, gets 503.
+        """
         self._runtime.hub.fail_all(Unavailable("this door is closing; read on at the resume link", retry_after_ms=0))
+        self._runtime.end_unanswered()
 
     @asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncGenerator[None]:
@@ -155,12 +165,12 @@ async def serve(
             ready(server.port)
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        # 1. Accept no more. 2. Let streams finish. 3. End the rest with an error event and their resume link.
+        # 1. Accept no more. 2. Let streams finish. 3. End the rest with an error, and their resume link.
         server.should_exit = True
         opened.cancel()
         stopping.cancel()
         await asyncio.wait([serving], timeout=drain_s)
-        app.end_streams()
+        app.end_calls()
         await serving
 
 

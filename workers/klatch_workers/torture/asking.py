@@ -109,6 +109,7 @@ class Load:
             if request in self.accepted:
                 await asyncio.wait({reading}, timeout=self.patience_s)
                 self.troubles["python: gave up"] += not reading.done()
+                self.troubles["python: cancelled, and not by the kit"] += reading.done() and reading.cancelled()
         finally:
             reading.cancel()
             ending.cancel()
