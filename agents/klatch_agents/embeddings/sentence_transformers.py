@@ -32,12 +32,18 @@ class SentenceTransformersEmbedder:
     @classmethod
     def _load(cls, name: str, device: str | None) -> "SentenceTransformersEmbedder":
         try:
+            from safetensors import SafetensorError  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - see above
             from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - see above
         except ImportError as error:
             raise EmbeddingFailed(
                 "sentence-transformers is not installed: pip install 'klatch[sentence-transformers]'"
             ) from error
-        return cls(SentenceTransformer(name, device=device), name)
+        try:
+            return cls(SentenceTransformer(name, device=device), name)
+        # Without a way to the hub it is a RuntimeError of the hub's closed client, or an OSError if told to be offline;
+        # of a folder that holds no model it is a ValueError.
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise EmbeddingFailed(f"sentence-transformers cannot load {name!r}: {error}") from error
 
     async def embed(self, texts: Sequence[str]) -> list[Vector]:
         """One vector a text; see `Embedder`."""
