@@ -1,10 +1,10 @@
 """Self-clocked batches: many small records become few appends, without a timer a record.
 
 Records are collected per partition. A batch leaves when the one before it is acknowledged and the next beat has come
-(every `interval_s`, the same for all partitions), or at once after a pause; an urgent record (a reply's first delta, an
-end) does not wait for the beat. A record that others may follow soon (the opening of an attempt) can be held for a few
-milliseconds, to leave with them. The cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so
-they are spent on purpose.
+(the same for all partitions), or at once after a pause; an urgent record (a reply's first delta, an end) does not wait
+for the beat. A record that others may follow soon (the opening of an attempt) can be held for a few milliseconds, to
+leave with them. The cost of a token is wake-ups and requests, not bytes (`docs/performance.md`), so they are spent on
+purpose: where many records leave at every beat, beats are longer.
 """
 
 import asyncio
@@ -20,14 +20,42 @@ Place = tuple[Partition, int]
 _CLOSE_S = 0.000_5
 
 
+class Beat:
+    """When batches leave: every `quick_s`, or every `calm_s` while `many` records or more leave at every beat.
+
+    Beats are the same for whoever asks: then one request carries what they have, and one fetch brings it.
+    """
+
+    def __init__(self, quick_s: float = 0.020, calm_s: float = 0.030, many: int = 32) -> None:
+        self._quick_s, self._calm_s, self._many = quick_s, calm_s, many
+        self.interval_s = quick_s
+        self._left = 0
+        """How many records have left in the interval that ends at `_until`."""
+        self._until = float("-inf")
+
+    def after(self, now: float) -> float:
+        """The first beat after `now`."""
+        return (now // self.interval_s + 1) * self.interval_s
+
+    def leave(self, now: float, records: int) -> None:
+        """So many records leave at `now`."""
+        now += _CLOSE_S  # who leaves a little early leaves at the beat
+        if now >= self._until:
+            # The interval is over; if another has passed since without a record, nothing is busy any more.
+            busy = self._left >= self._many and now < self._until + self.interval_s
+            self.interval_s = self._calm_s if busy else self._quick_s
+            self._until, self._left = self.after(now), 0
+        self._left += records
+
+
 class Batches:
     """Appends to the partitions of one topic, in the order of `write`, each draft naming its partition."""
 
-    def __init__(self, log: Log, interval_s: float = 0.020, most: int = 500, room_bytes: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, log: Log, beat: Beat | None = None, most: int = 500, room_bytes: int = 4 * 1024 * 1024) -> None:
         """`room_bytes` may wait or be on their way for each partition before `room` makes writers wait."""
         self._log = log
         self._room_bytes = room_bytes
-        self._interval_s = interval_s
+        self._beat = beat or Beat()
         self._most = most
         self._lanes: dict[int, _Lane] = {}
 
@@ -39,7 +67,7 @@ class Batches:
         assert draft.partition is not None  # noqa: S101 - a caller's mistake, seen in the first test
         lane = self._lanes.get(draft.partition)
         if lane is None:
-            lane = self._lanes[draft.partition] = _Lane(self._log, self._interval_s, self._most)
+            lane = self._lanes[draft.partition] = _Lane(self._log, self._beat, self._most)
         return lane.write(draft, urgent, hold_s)
 
     async def room(self, partition: int) -> None:
@@ -85,8 +113,8 @@ class _Batch:
 class _Lane:
     """The records of one partition, and the task that appends them while there are any."""
 
-    def __init__(self, log: Log, interval_s: float, most: int) -> None:
-        self._log, self._interval_s, self._most = log, interval_s, most
+    def __init__(self, log: Log, beat: Beat, most: int) -> None:
+        self._log, self._beat, self._most = log, beat, most
         self._waiting: list[_Batch] = []
         self._hurry = asyncio.Event()
         self._closing = False
@@ -148,13 +176,13 @@ class _Lane:
             if (held := self._waiting[0].leaves_at) is not None:  # it may have come meanwhile
                 until = min(until, held)
         self._left_at = loop.time()
+        self._beat.leave(self._left_at, len(self._waiting[0].drafts))
 
     def _departure(self, now: float) -> float:
         if (held := self._waiting[0].leaves_at) is not None:
             return held
-        if now < self._left_at + self._interval_s:
-            # All lanes leave at the same beats: then one request carries what they have, and one fetch brings it.
-            return (now // self._interval_s + 1) * self._interval_s
+        if now < self._left_at + self._beat.interval_s:
+            return self._beat.after(now)
         return now
 
     def _in_a_hurry(self) -> bool:

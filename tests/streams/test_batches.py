@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from klatch_schemas.records import Draft, Partition
-from klatch_streams.batches import Batches, Place
+from klatch_streams.batches import Batches, Beat, Place
 from klatch_streams.log import AppendFailed
 from klatch_streams.memory_log import MemoryLog
 
@@ -32,7 +32,7 @@ def draft(partition: int, value: bytes = b"v") -> Draft:
 
 async def test_what_comes_within_a_beat_leaves_in_one_append_a_partition_all_at_the_same_time() -> None:
     log = Watched()
-    batches = Batches(log, interval_s=0.2)
+    batches = Batches(log, Beat(0.2))
     for partition in (0, 1):
         # Each has left at a time of its own; from the next beat on they leave together.
         await asyncio.sleep(partition * 0.07)
@@ -48,7 +48,7 @@ async def test_what_comes_within_a_beat_leaves_in_one_append_a_partition_all_at_
 
 async def test_an_urgent_record_leaves_at_once_and_takes_along_what_waits() -> None:
     log = Watched()
-    batches = Batches(log, interval_s=3600)
+    batches = Batches(log, Beat(3600))
     await batches.write(draft(0)).durable()
     waiting = batches.write(draft(0))
     urgent = batches.write(draft(0), urgent=True)
@@ -100,3 +100,27 @@ async def test_room_that_never_comes_is_told() -> None:
     log.lose_patience()
     with pytest.raises(AppendFailed):
         await asyncio.wait_for(waiting, 10)
+
+
+def beats(beat: Beat, *leaving: tuple[float, int]) -> list[float]:
+    """The interval after each departure."""
+    intervals = list[float]()
+    for now, records in leaving:
+        beat.leave(now, records)
+        intervals.append(beat.interval_s)
+    return intervals
+
+
+def test_beats_are_longer_while_many_records_leave_at_each_whoever_they_are_of() -> None:
+    beat = Beat(1, 4, many=10)
+    # Two partitions leave together, with ten records in all; so they do again four later; then with nine.
+    assert beats(beat, (100, 5), (100, 5), (101, 6), (101, 6), (104, 9)) == [1, 1, 4, 4, 4]
+    assert [beat.after(104), beat.after(107.9)] == [108, 108]
+    assert beats(beat, (108, 50), (109, 50)) == [1, 4]
+
+
+def test_beats_are_quick_again_after_a_pause() -> None:
+    beat = Beat(1, 4, many=10)
+    assert beats(beat, (100, 50), (101, 50), (104, 50), (111.9, 1)) == [1, 4, 4, 4]
+    beat = Beat(1, 4, many=10)
+    assert beats(beat, (100, 50), (101, 50), (104, 50), (112, 1)) == [1, 4, 4, 1]

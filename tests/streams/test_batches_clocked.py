@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from klatch_schemas.records import Draft, Partition
-from klatch_streams.batches import Batches, Written
+from klatch_streams.batches import Batches, Beat, Written
 from klatch_streams.log import AppendFailed, RecordTooLarge
 from klatch_streams.memory_log import MemoryLog
 
@@ -42,7 +42,7 @@ class Watched:
 
     def __init__(self, takes_s: float = 0.001, most: int = 4) -> None:
         self.log = MemoryLog({"t": 2}, appending=self._append)
-        self.batches = Batches(self.log, INTERVAL_S, most)
+        self.batches = Batches(self.log, Beat(INTERVAL_S), most)
         self.appends: list[tuple[float, int, list[str]]] = []
         self.under_way: list[int] = []
         self.takes_s = takes_s
