@@ -329,7 +329,7 @@ async def _embedder(settings: Settings) -> Any:
         from klatch_agents.embeddings.onnx import OnnxMiniLM
 
         return await OnnxMiniLM.load()
-    if kind == "sentence-transformers":
+    if kind == "sentence-transformers" and name:
         from klatch_agents.embeddings.sentence_transformers import SentenceTransformersEmbedder
 
         return await SentenceTransformersEmbedder.load(name)
