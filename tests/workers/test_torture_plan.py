@@ -4,7 +4,7 @@ import pytest
 
 from klatch_workers.torture.boundaries import BOUNDARIES
 from klatch_workers.torture.evidence import Struck
-from klatch_workers.torture.load import ONCE_OPENED, Shape, plan
+from klatch_workers.torture.load import ONCE_ENDED, ONCE_OPENED, Shape, plan
 from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
 from klatch_workers.torture.schedule import AWAITED_S, Fault, faults_of, schedule
 from klatch_workers.torture.tenants import LIMITED, PEOPLE, PERSONS, PRICED, TENANTS, changes, configured
@@ -112,7 +112,7 @@ def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
     assert {turn.trouble.cancel for turn in turns} == {None, "record", "delete", "disconnect"}
     assert {turn.trouble.upstream.get("fault") for turn in turns} >= {"drop", "reset", "stall", "garbage"}
     assert {turn.trouble.upstream.get("status") for turn in turns} >= {429, 500}
-    assert {turn.trouble.cancel_after for turn in turns if turn.trouble.cancel} >= {0, ONCE_OPENED, 5}
+    assert {turn.trouble.cancel_after for turn in turns if turn.trouble.cancel} >= {0, ONCE_OPENED, ONCE_ENDED, 5}
     assert {turn.if_busy for turn in turns} == {"enqueue", "reject", "interrupt", "rollback"}
     assert {turn.on_crash for turn in turns} == {"restart", "continue"}
     assert {turn.trouble.upstream.get("fails") for turn in turns} == {None, 1, 2}

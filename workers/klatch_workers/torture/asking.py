@@ -24,7 +24,7 @@ from klatch_workers.quotas import set_quota
 from klatch_workers.torture.door import HttpReader, body_of
 from klatch_workers.torture.evidence import Asked, Observation
 from klatch_workers.torture.live import LiveLog
-from klatch_workers.torture.load import ONCE_OPENED, Talk, Trouble
+from klatch_workers.torture.load import ONCE_ENDED, ONCE_OPENED, Talk, Trouble
 from klatch_workers.torture.python_client import ClientReader
 from klatch_workers.torture.tenants import changes
 
@@ -200,9 +200,11 @@ class Load:
         trouble = reader.asked.turn.trouble
         if trouble.cancel is None:
             return
+        live = self.live.reader(reader.asked.turn.request)
         if trouble.cancel_after == ONCE_OPENED:
-            live = self.live.reader(reader.asked.turn.request)
             await live.until(lambda: live.over or live.opened)
+        elif trouble.cancel_after == ONCE_ENDED:
+            await live.until(lambda: live.over)
         elif trouble.cancel == "disconnect" and not trouble.cancel_after:
             await asyncio.sleep(_HURRY_S)
         else:
@@ -217,7 +219,9 @@ class Load:
 
 
 def _is_time(trouble: Trouble, chunks: int, *, opened: bool) -> bool:
-    return opened if trouble.cancel_after == ONCE_OPENED else chunks >= trouble.cancel_after
+    if trouble.cancel_after == ONCE_OPENED:
+        return opened
+    return trouble.cancel_after != ONCE_ENDED and chunks >= trouble.cancel_after
 
 
 def _request(asked: Asked) -> ChatRequested:

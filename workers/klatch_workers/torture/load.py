@@ -51,6 +51,7 @@ _MENDED: Final = ("drop", "reset")
 
 
 ONCE_OPENED: Final = -1
+ONCE_ENDED: Final = -2
 _THINKS_S: Final = 6.0
 """Before its first token, where it is to be cancelled meanwhile."""
 
@@ -82,7 +83,8 @@ class Trouble:
     """How the model server fails; empty: it does not."""
     cancel: Cancel | None = None
     cancel_after: int = 0
-    """After so many chunks; 0: as soon as it is published; `ONCE_OPENED`: while the model has said nothing yet."""
+    """After so many chunks; 0: as soon as it is published; `ONCE_OPENED`: while the model has said nothing yet;
+    `ONCE_ENDED`: too late."""
     timeout_ms: int | None = None
     """The deadline, from the moment of asking."""
 
@@ -262,10 +264,13 @@ def _trouble(chance: random.Random, edge: Edge, tokens: int) -> Trouble:
     match chance.choices(("none", "cancel", "deadline", "upstream"), (66, 14, 8, 12))[0]:
         case "cancel":
             ways: tuple[Cancel, ...] = ("record", "delete", "disconnect") if edge == "http" else ("record",)
-            when = chance.choices(("before", "opened", "speaking"), (20, 25, 55))[0]
-            after = {"before": 0, "opened": ONCE_OPENED}.get(when, chance.randint(1, tokens))
+            when = chance.choices(("before", "opened", "speaking", "ended"), (20, 25, 45, 10))[0]
+            marks = {"before": 0, "opened": ONCE_OPENED, "ended": ONCE_ENDED}
+            after = marks.get(when, chance.randint(1, tokens))
             slow: dict[str, object] = {"first_delay": _THINKS_S} if when == "opened" else {}
-            return Trouble(cancel=chance.choice(ways), cancel_after=after, upstream=slow)
+            way = chance.choice(ways)
+            # Who has heard the end has nobody left to hang up on.
+            return Trouble(cancel="record" if when == "ended" else way, cancel_after=after, upstream=slow)
         case "deadline":
             return Trouble(timeout_ms=chance.choice((1, 100, 400, 3_000, 20_000)))
         case "upstream":
