@@ -243,9 +243,11 @@ async def _embed(line: Line, asked: _Asked, body: Mapping[str, object]) -> bytes
         except ModelError as error:
             run.failed(error)
             raise
+        else:
+            run.finished()
+            return answer
         finally:
             run.left()
-        return answer
 
 
 def _alias(call: ModelCall) -> str:
