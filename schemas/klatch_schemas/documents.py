@@ -8,7 +8,7 @@ import ast
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -52,8 +52,16 @@ DEAD_HEADERS: Final = {
     "dead-error": "What was wrong with it, without quoting it.",
     "dead-first-seen": "Milliseconds since the epoch: the record's own time stamp when it first came here.",
     "dead-redriven": "How often it was put back.",
+    "dead-attempts": "How often it was tried, before and after it was put back.",
+    "dead-origin": "`topic/partition/offset` of the record that died first: of this one, unless it was put back.",
     "dead-cut": "Only if it was too large to be kept whole: the size of its value, of which a beginning is kept.",
 }
+RECEIPT_HEADERS: Final = {
+    "dead-receipt": "The offset, in this partition, of the letter that was put back.",
+    "dead-origin": "The letter's own.",
+    "dead-redriven": "How often the letter's record was put back, this time included.",
+}
+"""Of a record that is no letter: `klatch redrive` writes it beside each letter whose record it puts back."""
 
 _EXAMPLE: Final = re.compile(r"^```\w+ (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _END: Final = "<!-- end -->"
@@ -160,18 +168,32 @@ def _messages(topic: Topic) -> Iterator[tuple[str, Json]]:
             },
         )
     if topic is DEAD_LETTERS:
-        headers = {name: {"type": "string", "description": text} for name, text in DEAD_HEADERS.items()}
-        required = [name for name in DEAD_HEADERS if name != "dead-cut"]
+        letter = _headers(DEAD_HEADERS, optional="dead-cut")
         yield (
             "dead.letter",
             {
                 "name": "dead.letter",
                 "summary": "The original record; its own headers come first.",
                 "contentType": "application/octet-stream",
-                "headers": {"type": "object", "properties": headers, "required": required},
+                "headers": letter,
                 "bindings": key,
             },
         )
+        yield (
+            "dead.receipt",
+            {
+                "name": "dead.receipt",
+                "summary": "No letter: it notes that the letter at an offset of this partition was put back.",
+                "headers": _headers(RECEIPT_HEADERS),
+                "payload": {"type": "null"},
+                "bindings": key,
+            },
+        )
+
+
+def _headers(meanings: Mapping[str, str], optional: str = "") -> Json:
+    described = {name: {"type": "string", "description": text} for name, text in meanings.items()}
+    return {"type": "object", "properties": described, "required": [name for name in meanings if name != optional]}
 
 
 def _operations() -> Iterator[tuple[str, Json]]:
@@ -235,9 +257,9 @@ def partition_table() -> str:
     )
 
 
-def header_table() -> str:
-    """What a dead letter carries beside the record itself."""
-    return _table(("header", "holds"), ((f"`{name}`", text) for name, text in DEAD_HEADERS.items()))
+def header_table(meanings: Mapping[str, str]) -> str:
+    """What a dead letter carries beside the record itself, or what a receipt does."""
+    return _table(("header", "holds"), ((f"`{name}`", text) for name, text in meanings.items()))
 
 
 def _link(kind: type[Event]) -> str:
@@ -285,11 +307,12 @@ def _dump(document: Json) -> str:
 
 
 def _with_tables(text: str) -> str:
-    tables = {
+    tables: dict[str, Callable[[], str]] = {
         "topics": topic_table,
         "errors": error_table,
         "partitions": partition_table,
-        "dead headers": header_table,
+        "dead headers": lambda: header_table(DEAD_HEADERS),
+        "receipt headers": lambda: header_table(RECEIPT_HEADERS),
     }
     for name, table in tables.items():
         begin = f"<!-- generated: {name} -->\n"

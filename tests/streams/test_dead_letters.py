@@ -1,9 +1,13 @@
 """A dead letter holds the record as it was, and says why without quoting it."""
 
+import json
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klatch_schemas.documents import ASYNCAPI, ROOT
 from klatch_schemas.events import Limits, QuotaLimitSet
 from klatch_schemas.ids import Tenant
 from klatch_schemas.records import Draft, Partition, Record
@@ -99,3 +103,20 @@ def test_a_letter_that_would_be_too_large_says_how_much_was_cut() -> None:
     letter = cut(dead_letter(RECORD._replace(value=b"x" * 100_000), HERE, "s", DeadLetter("too-large")))
     assert letter.value == b"x" * 65_536
     assert dict(letter.headers)["dead-cut"] == b"100000"
+
+
+def documented(message: str) -> tuple[set[str], set[str]]:
+    """The headers that the AsyncAPI document names for a message of `dead.letters`, and those it requires."""
+    messages = json.loads((ROOT / ASYNCAPI).read_text(encoding="utf-8"))["channels"]["dead.letters"]["messages"]
+    headers: Mapping[str, list[str]] = messages[message]["headers"]
+    return set(headers["properties"]), set(headers["required"])
+
+
+def test_the_documents_name_the_headers_that_letters_and_receipts_have() -> None:
+    whole = dead_letter(RECORD._replace(headers=()), HERE, "s", DeadLetter("r"))
+    named, required = documented("dead.letter")
+    assert {name for name, _ in whole.headers} == required
+    assert {name for name, _ in cut(whole).headers} == named
+    written = {name for name, _ in receipt(read_back(whole)).headers}
+    assert documented("dead.receipt") == (written, written)
+    assert named | written == OURS
