@@ -39,11 +39,12 @@ from tests.workers.honest_run import (
     swapped,
     troubled,
     turn,
+    with_observation,
 )
 
 from klatch_schemas.codec import Delta
 from klatch_schemas.events import Event, StreamRetract, Usage
-from klatch_schemas.ids import Writer
+from klatch_schemas.ids import RequestId, Writer
 from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Stall, Struck
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.report import BROKEN
@@ -258,6 +259,14 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
     ),
     "a turn that was rolled back is remembered": (lambda: rolled_back(remembered=True), {"ended_twice": 1}),
     "a request is rejected that would have waited": (rejected, {"failed": 1}),
+    "a door answered a bare 500": (
+        lambda: http(said("c1", 0, 1, 2), unfit=("POST was answered with a bare 500",)),
+        {"failed": 1},
+    ),
+    "a door answered a bare 500 to one that was never accepted": (
+        lambda: with_observation(Observation("http", RequestId("talk.9"), "", None, left=True, unfit=("500",))),
+        {"failed": 1},
+    ),
     "a record was buried": (lambda: honest(dead=["dead.letters/0/0"]), {"dead": 1}),
 }
 
@@ -347,6 +356,11 @@ def test_a_call_that_the_kit_slept_through_is_not_late() -> None:
     report = judge(replace(honest(calls=calls), stalls=[Stall(800.0, 1_400.0), Stall(1_500.0, 2_100.0)]))
     assert list(report.violations) == []
     assert report.checked["stalled_ms"] == 1_200
+
+
+def test_what_the_doors_of_others_answer_is_not_judged() -> None:
+    evidence = http(said("c1", 0, 1, 2), unfit=("POST was answered with a bare 500",))
+    assert "failed" not in counts(judge(replace(evidence, bare=True)))
 
 
 def test_it_counts_how_often_each_boundary_was_struck() -> None:

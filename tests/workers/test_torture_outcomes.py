@@ -1,5 +1,7 @@
 """Whoever reads a stream to its end is told of one and the same outcome, whatever error the end names."""
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from itertools import product
 from typing import get_args
 
@@ -14,7 +16,7 @@ from klatch_schemas.client import raise_unless_completed
 from klatch_schemas.errors import ERRORS, Blocked, KlatchError, ModelFailed, StreamBroken, Unavailable
 from klatch_schemas.events import Status, StreamEnd, StreamError
 from klatch_schemas.ids import Conversation, RequestId, Tenant
-from klatch_workers.http.errors import as_klatch_error, error_body, error_of_end, status_of
+from klatch_workers.http.errors import as_klatch_error, error_body, error_headers, error_of_end, status_of
 from klatch_workers.torture.door import HttpReader
 from klatch_workers.torture.evidence import Asked
 from klatch_workers.torture.load import Turn
@@ -72,18 +74,50 @@ def test_an_error_that_is_no_end_is_asked_again_about() -> None:
     assert over_http(StreamBroken("a hole")) == "broken"
 
 
-async def test_a_reader_over_http_asks_again_until_it_is_told_of_the_end() -> None:
-    answers = [Unavailable("not now"), at_the_door(ended("failed", Unavailable.code))]
+@asynccontextmanager
+async def reading(answers: list[web.Response]) -> AsyncGenerator[HttpReader, None]:
+    """A reader of a door that gives these answers, one after another."""
 
     async def answer(_: web.Request) -> web.Response:
-        error = answers.pop(0)
-        return web.Response(status=status_of(error), body=error_body(error, REQUEST))
+        return answers.pop(0)
 
     app = web.Application()
     app.router.add_post("/v1/chat/completions", answer)
+    app.router.add_delete("/v1/streams/{id}", answer)
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         url = str(server.make_url("")).rstrip("/")
-        reader = HttpReader(session, url, "key", Asked(TENANT, TALK, Turn(0, REQUEST, 1, 1.0)))
+        yield HttpReader(session, url, "key", Asked(TENANT, TALK, Turn(0, REQUEST, 1, 1.0)))
+    assert answers == []
+
+
+def refusal(error: KlatchError) -> web.Response:
+    headers = {name.decode(): said.decode() for name, said in error_headers(error)}
+    return web.Response(status=status_of(error), body=error_body(error, REQUEST), headers=headers)
+
+
+FAILED = at_the_door(ended("failed", Unavailable.code))
+
+
+async def test_a_reader_over_http_asks_again_until_it_is_told_of_the_end() -> None:
+    async with reading([refusal(Unavailable("not now", retry_after_ms=1)), refusal(FAILED)]) as reader:
         await reader.read()
-    assert (reader.observation().outcome, answers) == ("failed", [])
+    seen = reader.observation()
+    assert (seen.outcome, seen.unfit) == ("failed", ())
     assert reader.troubles == {"unavailable": 1}
+
+
+async def test_a_reader_over_http_notes_answers_that_no_door_may_give() -> None:
+    bare, hasty = web.Response(status=500, text="Internal Server Error"), refusal(Unavailable("not now"))
+    async with reading([bare, hasty, refusal(FAILED)]) as reader:
+        await reader.read()
+    assert reader.observation().unfit == (
+        "POST was answered with a bare 500",
+        "POST was answered with 503 and no Retry-After",
+    )
+
+
+async def test_a_reader_over_http_notes_such_answers_to_its_cancel_too() -> None:
+    bare, later = web.Response(status=500, text="Internal Server Error"), Unavailable("not now", retry_after_ms=1)
+    async with reading([bare, refusal(later), web.Response(status=202)]) as reader:
+        await reader.cancel()
+    assert reader.observation().unfit == ("DELETE was answered with a bare 500",)

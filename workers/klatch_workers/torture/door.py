@@ -22,6 +22,7 @@ _AGAIN_S: Final = 0.3
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=25.0)
 """A keep-alive comes every 15 s."""
 _DONE: Final = b"[DONE]"
+_SERVICE_UNAVAILABLE: Final = 503
 
 
 class Left(Exception):
@@ -50,6 +51,7 @@ class HttpReader:
     _last_id: str | None = None
     _leaves: list[int] = field(default_factory=list[int])
     _left: bool = False
+    _unfit: list[str] = field(default_factory=list[str])
     _leaving: asyncio.Timeout | None = None
     """Ends the connection when it means to go away for good."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -91,20 +93,40 @@ class HttpReader:
         outcomes = tuple(self._outcomes)
         text = "".join(map(content_of, self._shown))
         last = outcomes[-1] if outcomes else None
-        return Observation(self.name, self.asked.turn.request, text, last, tuple(self._voided), outcomes, self._left)
+        return Observation(
+            self.name,
+            self.asked.turn.request,
+            text,
+            last,
+            tuple(self._voided),
+            outcomes,
+            self._left,
+            tuple(self._unfit),
+        )
 
     # --- one connection
 
     async def _once(self) -> None:
         async with self._request() as answer:
             if answer.status != 200:
-                self._error(_error_in(await answer.read()) or {"code": f"HTTP {answer.status}, and no error in JSON"})
+                self._error(await self._refusal(answer))
                 return
             self.acknowledged.set()
             async for name, data in _events(answer.content):
                 self._take(name, data)
                 self._news.set()
                 self._leave_if_meant()
+
+    async def _refusal(self, answer: aiohttp.ClientResponse) -> dict[str, Any]:
+        """The error in an answer that is none of 2xx; notes what no door may answer."""
+        error, status = _error_in(await answer.read()), answer.status
+        if not error:
+            error = {"code": f"HTTP {status}, and no error in JSON"}
+            if status >= 500:
+                self._unfit.append(f"{answer.method} was answered with a bare {status}")
+        elif status == _SERVICE_UNAVAILABLE and not _is_end(error) and "retry-after" not in answer.headers:
+            self._unfit.append(f"{answer.method} was answered with 503 and no Retry-After")
+        return error
 
     def _request(self) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         turn, headers = self.asked.turn, {"authorization": f"Bearer {self.key}"}
@@ -182,6 +204,7 @@ class HttpReader:
                 async with self.session.delete(url, params=query, headers=headers, timeout=_TIMEOUT) as answer:
                     if answer.status == 202:
                         return
+                    await self._refusal(answer)
                     self.troubles[f"DELETE {answer.status}"] += 1
             await asyncio.sleep(_AGAIN_S)
 
@@ -198,6 +221,11 @@ def _error_in(body: bytes) -> dict[str, Any]:
         return dict(json.loads(body)["error"])
     except (ValueError, TypeError, KeyError):
         return {}
+
+
+def _is_end(error: dict[str, Any]) -> bool:
+    """Whether it tells how a stream ended: then there is nothing to come again for."""
+    return error.get("klatch", {}).get("status") is not None
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str | None, bytes]]:

@@ -47,6 +47,8 @@ class Observation:
     """Every end it was told of, if there was more than one."""
     left: bool = False
     """Whether it went away of its own will, and so heard of no end."""
+    unfit: tuple[str, ...] = ()
+    """Answers that no door may give: a bare 500, 503 that does not say when to come again."""
 
 
 @dataclass(frozen=True, slots=True)

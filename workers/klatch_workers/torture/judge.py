@@ -39,6 +39,7 @@ def judge(evidence: Evidence) -> Report:
         for one in closed
         if one.ms > LATE_CLOSE_MS and not one.disturbed
     ]
+    violations += _unfit_answers(evidence)
     violations += [
         Violation("dead", position, "a dead letter: the load has none", (position,)) for position in evidence.dead
     ]
@@ -186,6 +187,13 @@ def _redone(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
 def _deadline_ms(case: Case) -> int | None:
     said = case.published[0].said if case.published else None
     return said.deadline_ms if isinstance(said, ChatRequested) else None
+
+
+def _unfit_answers(evidence: Evidence) -> Iterator[Violation]:
+    """Of all who asked, also of those that nothing was accepted of."""
+    for seen in evidence.observations:
+        for what in () if evidence.bare else seen.unfit:
+            yield Violation("failed", seen.request, f"{what}, to its {seen.reader} reader")
 
 
 # --- money -----------------------------------------------------------------------------------------------------------
