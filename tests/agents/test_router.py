@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
+from tests.agents.conftest import Book, World, routed
 
-from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.errors import (
     ConnectError,
     ExpiredError,
@@ -22,82 +19,11 @@ from klatch_agents.gateway.errors import (
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.port import ModelCall
 from klatch_agents.gateway.router import Router
-from klatch_agents.gateway.routing import how_it_continues
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted, RouteTimeouts
 
 NOWHERE = "http://127.0.0.1:9/v1"
 """The discard port: nobody listens."""
-
-
-@dataclass
-class Book:
-    """Routes, as a ledger would hold them."""
-
-    routes: dict[str, ModelRouted] = field(default_factory=dict[str, ModelRouted])
-
-    def find(self, alias: str) -> ModelRouted | None:
-        return self.routes.get(alias)
-
-    def aliases(self) -> list[str]:
-        return list(self.routes)
-
-
-@dataclass
-class Clock:
-    """Seconds that pass when somebody sleeps, and the naps that were taken."""
-
-    at: float = 0.0
-    naps: list[float] = field(default_factory=list[float])
-
-    def now(self) -> float:
-        return self.at
-
-    async def sleep(self, seconds: float) -> None:
-        self.naps.append(seconds)
-        self.at += seconds
-        await asyncio.sleep(0)
-
-
-@dataclass
-class World:
-    """Two servers, a ledger, a clock, and a router over them."""
-
-    a: Upstream
-    b: Upstream
-    book: Book
-    clock: Clock
-    router: Router
-
-    def route(self, *deployments: Deployment, **fields: Any) -> None:
-        """Route the model `m`."""
-        self.book.routes["m"] = ModelRouted(alias="m", deployments=deployments, **fields)
-
-    def on_a(self, script: str = "", **fields: Any) -> Deployment:
-        return Deployment.model_validate({"name": "a", "url": self.a.url, "model": f"fake?{script}", **fields})
-
-    def on_b(self, script: str = "text=from b", **fields: Any) -> Deployment:
-        return Deployment.model_validate(
-            {"name": "b", "url": self.b.url, "model": f"fake?{script}", "tier": 1, **fields}
-        )
-
-
-def open_server(one: Deployment) -> OpenAICompatible:
-    dialect = Dialect(one.kind) if one.kind != "local" else Dialect()
-    return OpenAICompatible(Endpoint(one.url, dialect=dialect, continues=how_it_continues(one)))
-
-
-@asynccontextmanager
-async def routed(a: Upstream, b: Upstream, default: ModelRouted | None = None) -> AsyncGenerator[World]:
-    book, clock = Book(), Clock()
-    async with Router(book, open_server, default, now=clock.now, sleep=clock.sleep, jitter=lambda: 0.5) as router:
-        yield World(a, b, book, clock, router)
-
-
-@pytest.fixture
-async def world() -> AsyncIterator[World]:
-    async with Upstream() as a, Upstream() as b, routed(a, b) as made:
-        yield made
 
 
 def call(model: str = "m", **fields: Any) -> ModelCall:
@@ -333,44 +259,6 @@ async def test_where_none_can_a_partial_answer_is_not_continued(world: World) ->
     with pytest.raises(UnroutableError):
         await ask(world.router, call(prefix="The quick"))
     assert not world.a.calls
-
-
-async def test_embeddings_take_the_same_way(world: World) -> None:
-    world.route(world.on_a("status=500"), world.on_b("", model="embedder"))
-    embedded = await world.router.embed(ModelCall({"model": "m", "input": "hello"}))
-    assert json.loads(embedded.answer)["data"][0]["embedding"]
-    assert embedded.deployment == "b"
-    assert world.b.calls[-1].body == {"model": "embedder", "input": "hello"}
-
-
-def embedding(**fake: object) -> ModelCall:
-    """A call for an embedding; `fake` says how the server fails."""
-    return ModelCall({"model": "m", "input": "hello"} | ({"x-fake": fake} if fake else {}))
-
-
-async def fails(router: Router, **fake: object) -> None:
-    with pytest.raises(ModelError):
-        await router.embed(embedding(**fake))
-
-
-async def test_an_embedding_ends_the_failures_in_a_row(world: World) -> None:
-    world.route(world.on_a(), tries=1, breaker=CircuitBreaker(failures=2, cool_down_s=60))
-    for _ in range(3):
-        await fails(world.router, status=500)
-        await world.router.embed(embedding())
-    assert len(world.a.calls) == 6
-
-
-async def test_an_embedding_that_probes_closes_the_breaker(world: World) -> None:
-    world.route(world.on_a(), tries=1, breaker=CircuitBreaker(failures=2, cool_down_s=10))
-    await fails(world.router, status=500)
-    await fails(world.router, status=500)
-    world.clock.at += 10
-    await world.router.embed(embedding())
-    await fails(world.router, status=500)
-    together = [world.router.embed(embedding()) for _ in range(3)]
-    assert [one.deployment for one in await asyncio.gather(*together)] == ["a"] * 3
-    assert world.clock.naps == [], "none waits while another probes"
 
 
 async def test_models_are_the_aliases_and_what_the_default_lists_if_it_can_be_asked(world: World) -> None:

@@ -1,0 +1,86 @@
+"""What tests of the router share: two real servers that fail as told, a ledger in memory, and a clock."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from klatch_agents.gateway.dialect import Dialect
+from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.gateway.router import Router
+from klatch_agents.gateway.routing import how_it_continues
+from klatch_agents.testing.upstream import Upstream
+from klatch_schemas.events import Deployment, ModelRouted
+
+
+@dataclass
+class Book:
+    """Routes, as a ledger would hold them."""
+
+    routes: dict[str, ModelRouted] = field(default_factory=dict[str, ModelRouted])
+
+    def find(self, alias: str) -> ModelRouted | None:
+        return self.routes.get(alias)
+
+    def aliases(self) -> list[str]:
+        return list(self.routes)
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when somebody sleeps, and the naps that were taken."""
+
+    at: float = 0.0
+    naps: list[float] = field(default_factory=list[float])
+
+    def now(self) -> float:
+        return self.at
+
+    async def sleep(self, seconds: float) -> None:
+        self.naps.append(seconds)
+        self.at += seconds
+        await asyncio.sleep(0)
+
+
+@dataclass
+class World:
+    """Two servers, a ledger, a clock, and a router over them."""
+
+    a: Upstream
+    b: Upstream
+    book: Book
+    clock: Clock
+    router: Router
+
+    def route(self, *deployments: Deployment, **fields: Any) -> None:
+        """Route the model `m`."""
+        self.book.routes["m"] = ModelRouted(alias="m", deployments=deployments, **fields)
+
+    def on_a(self, script: str = "", **fields: Any) -> Deployment:
+        return Deployment.model_validate({"name": "a", "url": self.a.url, "model": f"fake?{script}", **fields})
+
+    def on_b(self, script: str = "text=from b", **fields: Any) -> Deployment:
+        return Deployment.model_validate(
+            {"name": "b", "url": self.b.url, "model": f"fake?{script}", "tier": 1, **fields}
+        )
+
+
+def open_server(one: Deployment) -> OpenAICompatible:
+    dialect = Dialect(one.kind) if one.kind != "local" else Dialect()
+    return OpenAICompatible(Endpoint(one.url, dialect=dialect, continues=how_it_continues(one)))
+
+
+@asynccontextmanager
+async def routed(a: Upstream, b: Upstream, default: ModelRouted | None = None) -> AsyncGenerator[World]:
+    book, clock = Book(), Clock()
+    async with Router(book, open_server, default, now=clock.now, sleep=clock.sleep, jitter=lambda: 0.5) as router:
+        yield World(a, b, book, clock, router)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with Upstream() as a, Upstream() as b, routed(a, b) as made:
+        yield made

@@ -1,0 +1,50 @@
+"""Embeddings go the way of replies: the same deployments, the same breaker, the same time-outs."""
+
+import asyncio
+import json
+
+import pytest
+from tests.agents.conftest import World
+
+from klatch_agents.gateway.errors import ModelError
+from klatch_agents.gateway.port import ModelCall
+from klatch_agents.gateway.router import Router
+from klatch_schemas.events import CircuitBreaker
+
+
+async def test_embeddings_take_the_same_way(world: World) -> None:
+    world.route(world.on_a("status=500"), world.on_b("", model="embedder"))
+    embedded = await world.router.embed(ModelCall({"model": "m", "input": "hello"}))
+    assert json.loads(embedded.answer)["data"][0]["embedding"]
+    assert embedded.deployment == "b"
+    assert world.b.calls[-1].body == {"model": "embedder", "input": "hello"}
+
+
+def embedding(**fake: object) -> ModelCall:
+    """A call for an embedding; `fake` says how the server fails."""
+    return ModelCall({"model": "m", "input": "hello"} | ({"x-fake": fake} if fake else {}))
+
+
+async def fails(router: Router, **fake: object) -> None:
+    with pytest.raises(ModelError):
+        await router.embed(embedding(**fake))
+
+
+async def test_an_embedding_ends_the_failures_in_a_row(world: World) -> None:
+    world.route(world.on_a(), tries=1, breaker=CircuitBreaker(failures=2, cool_down_s=60))
+    for _ in range(3):
+        await fails(world.router, status=500)
+        await world.router.embed(embedding())
+    assert len(world.a.calls) == 6
+
+
+async def test_an_embedding_that_probes_closes_the_breaker(world: World) -> None:
+    world.route(world.on_a(), tries=1, breaker=CircuitBreaker(failures=2, cool_down_s=10))
+    await fails(world.router, status=500)
+    await fails(world.router, status=500)
+    world.clock.at += 10
+    await world.router.embed(embedding())
+    await fails(world.router, status=500)
+    together = [world.router.embed(embedding()) for _ in range(3)]
+    assert [one.deployment for one in await asyncio.gather(*together)] == ["a"] * 3
+    assert world.clock.naps == [], "none waits while another probes"
