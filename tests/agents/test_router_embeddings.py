@@ -9,7 +9,7 @@ from tests.agents.conftest import World
 from klatch_agents.gateway.errors import ModelError
 from klatch_agents.gateway.port import ModelCall
 from klatch_agents.gateway.router import Router
-from klatch_schemas.events import CircuitBreaker
+from klatch_schemas.events import CircuitBreaker, RouteTimeouts
 
 
 async def test_embeddings_take_the_same_way(world: World) -> None:
@@ -18,6 +18,15 @@ async def test_embeddings_take_the_same_way(world: World) -> None:
     assert json.loads(embedded.answer)["data"][0]["embedding"]
     assert embedded.deployment == "b"
     assert world.b.calls[-1].body == {"model": "embedder", "input": "hello"}
+
+
+async def test_an_embedding_waits_as_long_as_its_route_says(world: World) -> None:
+    world.route(
+        world.on_a("header_delay=30"), world.on_b("", model="embedder"), timeouts=RouteTimeouts(first_token_s=0.2)
+    )
+    async with asyncio.timeout(20):
+        embedded = await world.router.embed(embedding())
+    assert embedded.deployment == "b"
 
 
 def embedding(**fake: object) -> ModelCall:

@@ -1,16 +1,19 @@
 """What the doctor finds about routes: what there is, the keys that are missing, and which deployments answer."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from aiohttp import web
 
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import Deployment, ModelRouted
+from klatch_schemas.events import Deployment, ModelRouted, RouteTimeouts
 from klatch_schemas.topics import Namespace
 from klatch_workers.doctor.findings import Endpoint, Finding, Setup
 from klatch_workers.doctor.routes import routes
+from klatch_workers.model_trial import trials
 from klatch_workers.settings import Settings
 
 NOWHERE = Endpoint(None)
@@ -110,6 +113,15 @@ async def test_a_deployment_for_embeddings_only_is_asked_for_one() -> None:
         await runner.cleanup()
     assert levels(said, "deployment") == ["ok"]
     assert "an embedding of 7 numbers" in said[-1].says
+
+
+@pytest.mark.parametrize("embed", [False, True], ids=["words", "embedding"])
+async def test_a_trial_waits_as_long_as_its_route_says(upstream: Upstream, embed: bool) -> None:
+    slow = Deployment(name="slow", url=upstream.url, model="fake?header_delay=30")
+    routed = ModelRouted(alias="m", deployments=(slow,), timeouts=RouteTimeouts(first_token_s=0.2))
+    async with asyncio.timeout(20):
+        [said] = [one async for one in trials(Settings(), [routed], embed=embed)]
+    assert said.code == "model_stalled"
 
 
 async def test_without_routes_it_says_where_models_go() -> None:

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from klatch_agents.gateway.errors import ModelError
 from klatch_agents.gateway.openai_compatible import OpenAICompatible
-from klatch_agents.gateway.port import ModelCall, Timeouts
+from klatch_agents.gateway.port import ModelCall
+from klatch_agents.gateway.router import timeouts_of
 from klatch_schemas import codec
 from klatch_schemas.chunks import Reply
 from klatch_schemas.events import Deployment, ModelRouted
@@ -78,9 +79,8 @@ async def _trial(
 
 async def _words(server: OpenAICompatible, route: ModelRouted, one: Deployment) -> Trial:
     began, first, said = time.monotonic(), 0.0, Reply()
-    terms = route.timeouts
-    timeouts = Timeouts(terms.connect_s, terms.first_token_s, terms.idle_s)
-    async with server.stream(ModelCall(_BODY, model=one.model or route.alias, timeouts=timeouts)) as reply:
+    call = ModelCall(_BODY, model=one.model or route.alias, timeouts=timeouts_of(route.timeouts))
+    async with server.stream(call) as reply:
         async for chunks in reply:
             for chunk in chunks:
                 first = first or (time.monotonic() if chunk.speaks else 0.0)
@@ -100,6 +100,7 @@ async def _words(server: OpenAICompatible, route: ModelRouted, one: Deployment) 
 
 async def _embedding(server: OpenAICompatible, route: ModelRouted, one: Deployment) -> Trial:
     began = time.monotonic()
-    raw = await server.embed({"model": one.model or route.alias, "input": "hello", "encoding_format": "float"})
+    body = {"model": one.model or route.alias, "input": "hello", "encoding_format": "float"}
+    raw = await server.embed(body, timeouts_of(route.timeouts))
     vector = json.loads(raw)["data"][0]["embedding"]
     return Trial(route.alias, one.name, milliseconds=round(1000 * (time.monotonic() - began)), dimension=len(vector))

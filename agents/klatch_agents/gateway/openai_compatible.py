@@ -62,7 +62,7 @@ class OpenAICompatible:
     or with `close`."""
 
     def __init__(self, endpoint: Endpoint, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
-        """`timeouts` are for `embed` and `models`; a `ModelCall` brings its own."""
+        """`timeouts` are for `models`, and for an `embed` that brings none; a `ModelCall` brings its own."""
         self._endpoint = endpoint
         self._timeouts = timeouts
         self._http = http.Client(endpoint.current_key, endpoint.dialect.key_headers)
@@ -101,10 +101,11 @@ class OpenAICompatible:
         """See `Gateway.continues`."""
         return self._endpoint.continues != "none"
 
-    async def embed(self, body: Mapping[str, object]) -> bytes:
+    async def embed(self, body: Mapping[str, object], timeouts: Timeouts | None = None) -> bytes:
         """See `Catalogue.embed`."""
         url = self._endpoint.url("embeddings", str(body.get("model", "")))
-        return await self._http.fetch("POST", url, self._endpoint.headers, self._timeouts, _encode(dict(body)))
+        within = timeouts or self._timeouts
+        return await self._http.fetch("POST", url, self._endpoint.headers, within, _encode(dict(body)))
 
     async def models(self) -> list[str]:
         """See `Catalogue.models`."""

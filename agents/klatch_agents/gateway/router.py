@@ -44,6 +44,11 @@ class Routes(Protocol):
         ...
 
 
+def timeouts_of(route: RouteTimeouts) -> Timeouts:
+    """A route's time-outs as a call bears them."""
+    return Timeouts(connect=route.connect_s, first_token=route.first_token_s, idle=route.idle_s)
+
+
 class _Asked(NamedTuple):
     """A call as the policy needs to know it."""
 
@@ -239,7 +244,8 @@ async def _embed(line: Line, asked: _Asked, body: Mapping[str, object]) -> bytes
     async with line.places.hold(asked.claim):
         run = line.begin()
         try:
-            answer = await line.server.embed({**body, "model": _model_of(line, asked)})
+            named = {**body, "model": _model_of(line, asked)}
+            answer = await line.server.embed(named, timeouts_of(asked.route.timeouts))
         except ModelError as error:
             run.failed(error)
             raise
@@ -255,16 +261,11 @@ def _alias(call: ModelCall) -> str:
 
 
 def _call_of(line: Line, asked: _Asked, call: ModelCall) -> ModelCall:
-    timeouts = asked.route.timeouts
-    return replace(call, model=_model_of(line, asked), timeouts=_timeouts(timeouts))
+    return replace(call, model=_model_of(line, asked), timeouts=timeouts_of(asked.route.timeouts))
 
 
 def _model_of(line: Line, asked: _Asked) -> str:
     return line.deployment.model or asked.alias
-
-
-def _timeouts(route: RouteTimeouts) -> Timeouts:
-    return Timeouts(connect=route.connect_s, first_token=route.first_token_s, idle=route.idle_s)
 
 
 def _unroutable(asked: _Asked, nothing: NothingLeft) -> UnroutableError:
