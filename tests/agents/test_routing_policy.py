@@ -16,9 +16,18 @@ from klatch_agents.gateway.errors import (
     ModelError,
     RefusedError,
     StalledError,
+    StreamError,
     TruncatedError,
 )
-from klatch_agents.gateway.routing import PATIENCE_S, NothingLeft, Outcome, Try, View, choose_until_served
+from klatch_agents.gateway.routing import (
+    PATIENCE_S,
+    NothingLeft,
+    Outcome,
+    Try,
+    View,
+    choose_until_served,
+    is_servers_doing,
+)
 from klatch_schemas.events import Deployment, ModelRouted
 
 CALM = View()
@@ -34,6 +43,11 @@ def one(name: str, **fields: Any) -> Deployment:
 
 def refused(status: int, code: str | None = None, retry_after: float | None = None) -> RefusedError:
     return RefusedError(status, ErrorBody("no", code=code), retry_after=retry_after)
+
+
+def event(code: str | None = None, *, spoke: bool = False) -> StreamError:
+    """An error event, or a 200 that is an error."""
+    return StreamError(ErrorBody("no", code=code), spoke=spoke)
 
 
 @dataclass
@@ -81,6 +95,12 @@ A_B = route(one("a"), one("b", tier=1))
         (refused(400), ["a"]),
         (refused(413), ["a"]),
         (refused(400, "content_filter"), ["a"]),
+        (refused(403, "content_filter"), ["a"]),
+        (refused(500, "content_filter"), ["a"]),
+        (event("content_filter"), ["a"]),
+        (event("content_filter", spoke=True), ["a"]),
+        (event("server_error"), ["a", "b", "a"]),
+        (event(), ["a", "b", "a"]),
         (refused(400, "context_length_exceeded"), ["a"]),
         (TruncatedError("cut", spoke=True), ["a"]),
         (StalledError("silent", spoke=True), ["a"]),
@@ -89,6 +109,30 @@ A_B = route(one("a"), one("b", tier=1))
 )
 def test_what_follows_a_failure(error: ModelError, tried: list[str]) -> None:
     assert play(A_B, error).tried == tried
+
+
+@pytest.mark.parametrize(
+    ("error", "servers"),
+    [
+        (DOWN, True),
+        (refused(404), True),
+        (refused(400), False),
+        (refused(500, "content_filter"), False),
+        (TruncatedError("cut", spoke=True), True),
+        (event("server_error", spoke=True), True),
+        (event("content_filter"), False),
+        (event("content_filter", spoke=True), False),
+    ],
+    ids=repr,
+)
+def test_what_a_breaker_counts(error: ModelError, servers: bool) -> None:
+    assert is_servers_doing(error) is servers
+
+
+def test_a_filter_that_refuses_by_an_event_is_told_as_one_that_answers_400() -> None:
+    """[32]"""
+    assert (event("content_filter").status, event("content_filter").retriable) == (400, False)
+    assert (event("server_error").status, event("server_error").retriable) == (502, True)
 
 
 def test_a_lone_deployment_is_tried_again_after_pauses_that_grow() -> None:

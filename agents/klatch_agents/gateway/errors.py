@@ -21,6 +21,9 @@ out: another answer, begun anew or continued, may come to its end), `retry_after
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+CONTENT_FILTER = "content_filter"
+"""The code by which OpenAI, Azure and others say that a filter refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorBody:
@@ -56,6 +59,11 @@ class ModelError(Exception):
         self.body: ErrorBody | None = None
         if spoke:  # text went out: a second try would repeat its beginning
             self.retriable = False
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the vendor's filter refused the content, in whatever shape it said so."""
+        return self.code == CONTENT_FILTER
 
 
 class ConnectError(ModelError):
@@ -142,7 +150,10 @@ class TruncatedError(BrokenReplyError):
 
 
 class StreamError(BrokenReplyError):
-    """The stream carried an error; `body` is the server's own."""
+    """The stream carried an error; `body` is the server's own.
+
+    A filter that refuses by an event, or by a 200 that is no stream, is told as one that answers 400.
+    """
 
     code = "model_stream_error"
 
@@ -152,6 +163,8 @@ class StreamError(BrokenReplyError):
         self.transient = _is_servers_fault(body)
         if isinstance(body.code, str) and body.code:
             self.code = body.code
+        if self.filtered:
+            self.status, self.retriable = 400, False
 
 
 class MalformedError(BrokenReplyError):

@@ -65,11 +65,9 @@ Verdict = Literal["again", "elsewhere", "stop"]
 
 def judge(error: ModelError) -> Verdict:
     """What may follow a failed call: the same deployment again, only another, or nothing."""
-    if error.spoke:
-        return "stop"
+    if error.spoke or error.filtered:
+        return "stop"  # a filtered prompt does not go shopping for a vendor that takes it
     match error:
-        case RefusedError(code="content_filter"):
-            return "stop"  # a filtered prompt does not go shopping for a vendor that takes it
         case RefusedError(status=401 | 402 | 403 | 404):
             return "elsewhere"  # this deployment's key, bill or name
         case MalformedError() | MisconfiguredError():
@@ -80,7 +78,7 @@ def judge(error: ModelError) -> Verdict:
 
 def is_servers_doing(error: ModelError) -> bool:
     """Whether a failure tells against the deployment, and not against the request."""
-    return error.spoke or judge(error) != "stop"
+    return not error.filtered and (error.spoke or judge(error) != "stop")
 
 
 def choose_until_served(
