@@ -10,15 +10,26 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from klatch_agents.embeddings.port import Embedder
-from klatch_agents.memory.port import Memory, Point, Scope, VectorIndex
+from klatch_agents.memory.port import Memory, Point, Scope, VectorIndex, WholeTenant
 from klatch_schemas.events import TurnFinished
-from klatch_schemas.ids import RequestId
+from klatch_schemas.ids import Conversation, RequestId, Tenant
 
 # About 256 tokens of English, which MiniLM reads; less of other languages.
 _PART: Final = 1_000
 _SPOKEN: Final = ("user", "assistant")
 # Repetitions are dropped after the search, so a little more is searched for than is wanted.
 _SPARE: Final = 2
+# No real tenant can have this name, so nobody's recall finds it.
+_PROBE: Final = Memory(
+    tenant=Tenant("(probe)"),
+    person=None,
+    conversation=Conversation("probe"),
+    request=RequestId("probe"),
+    role="user",
+    part=0,
+    text="hello",
+    at_ms=0,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,12 @@ class Recall:
         vectors = await self._embedder.embed([memory.text for memory in memories])
         await self._index.upsert([Point(*pair) for pair in zip(memories, vectors, strict=True)])
         return len(memories)
+
+    async def probe(self) -> None:
+        """See whether a plain text can be remembered at all, and forget it. Raises as `remember` does."""
+        (vector,) = await self._embedder.embed([_PROBE.text])
+        await self._index.upsert([Point(_PROBE, vector)])
+        await self._index.forget(WholeTenant(_PROBE.tenant))
 
 
 def memories_of(turn: TurnFinished) -> Iterator[Memory]:
