@@ -119,6 +119,12 @@ def test_the_control_is_klatch_as_it_is_and_must_stay_green(tmp_path: Path) -> N
     assert Verdict(PLANTED[0], {"lost": 1}, 1.0).as_meant
 
 
+@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: mutant.name)
+def test_the_control_of_a_planted_bug_is_the_same_run(mutant: Mutant, tmp_path: Path) -> None:
+    assert mutant.unplanted().control
+    assert mutant.unplanted().orders(tmp_path) == mutant.orders(tmp_path)
+
+
 def test_a_planted_bug_whose_text_is_gone_is_an_error() -> None:
     mutant = PLANTED[0]
     with pytest.raises(MutantLost, match=f"{mutant.name}.*0 times"):

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from klatch_workers.torture.asking import PATIENCE_S
 from klatch_workers.torture.load import USUAL, Shape
 from klatch_workers.torture.run import Orders
 from klatch_workers.torture.schedule import Fault, Kind
@@ -27,7 +26,8 @@ _FAULT: Final = re.compile(
     r"^(?P<at>[\d.]+) (?P<kind>\w+)(?: (?P<target>[a-z/-]+))?(?: x (?P<count>\d+))?(?: for (?P<lasts>[\d.]+) s)?$"
 )
 _PATIENCE_S: Final = 60.0
-"""A run that loses requests need not wait for them as long as one that must not; but longer than a recovery takes."""
+"""A run that loses requests need not wait for them as long as one that must not; but longer than a recovery takes. That
+without the bug has no more: it is to be the same run."""
 
 
 class MutantLost(ValueError):
@@ -63,7 +63,7 @@ class Mutant:
         return replace(self, breaks="nothing: no bug is planted, and nothing may be found", module="", old="", new="")
 
     def orders(self, packages: Path) -> Orders:
-        """The run that has to turn red, on workers that import from `packages`; that of the control, to stay green."""
+        """The run on workers that import from `packages`: to turn red, or without a bug to stay green."""
         return Orders(
             self.seed,
             self.minutes,
@@ -73,7 +73,7 @@ class Mutant:
             partitions=self.partitions,
             shape=self.shape,
             system=Mutated(packages),
-            patience_s=PATIENCE_S if self.control else _PATIENCE_S,
+            patience_s=_PATIENCE_S,
         )
 
 
