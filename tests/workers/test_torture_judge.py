@@ -316,9 +316,18 @@ def test_it_tells_how_soon_a_model_call_ends_after_a_cancel() -> None:
         "undisturbed": 1,
         "p50_ms": 20.0,
         "p99_ms": 20.0,
+        "over_100_ms": 0,
         "max_ms": 20.0,
         "slowest": slowest,
     }
+
+
+def test_it_counts_the_ends_that_came_more_than_a_tenth_of_a_second_after_a_cancel() -> None:
+    assert cancelled(*(301.0 + 33 * number for number in range(6)))["over_100_ms"] == 2
+    late, zombie = 700.0, Struck("stop generation", 200.0, 12_000.0, 200.0)
+    assert cancelled(late)["over_100_ms"] == 1
+    assert cancelled(late, stalls=[Stall(350.0, 660.0)])["over_100_ms"] == 0
+    assert "over_100_ms" not in cancelled(late, struck=[zombie])
 
 
 def test_it_names_the_slowest_ends_after_a_cancel_and_only_so_many() -> None:

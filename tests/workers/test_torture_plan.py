@@ -4,7 +4,7 @@ import pytest
 
 from klatch_workers.torture.boundaries import BOUNDARIES
 from klatch_workers.torture.evidence import Struck
-from klatch_workers.torture.load import ONCE_ENDED, ONCE_OPENED, Shape, plan
+from klatch_workers.torture.load import ONCE_ENDED, ONCE_OPENED, Shape, Trouble, plan
 from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
 from klatch_workers.torture.schedule import AWAITED_S, Fault, faults_of, schedule
 from klatch_workers.torture.tenants import LIMITED, PEOPLE, PERSONS, PRICED, TENANTS, changes, configured
@@ -103,6 +103,28 @@ def test_a_load_can_begin_with_two_long_replies_that_hold_every_commit_back() ->
     assert first.at_s == 0
     assert [(turn.waits, turn.tokens / turn.rate) for turn in first.turns] == [(False, 9.0), (True, 9.0)]
     assert all(turn.plain for turn in first.turns)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "for_good"),
+    [
+        ({}, False),
+        ({"first_delay": 6.0}, False),
+        ({"status": 500, "fails": 1}, False),
+        ({"status": 429, "retry_after": "0", "fails": 2}, False),
+        ({"fault": "error-event", "fails": 2}, False),
+        ({"fault": "drop", "fault_after": 0, "fails": 1}, False),
+        ({"fault": "reset", "fails": 3}, True),
+        ({"status": 500}, True),
+        ({"fault": "error-event"}, True),
+        ({"fault": "garbage", "fails": 1}, True),
+        ({"fault": "stall", "fails": 1}, True),
+    ],
+)
+def test_a_model_server_that_fails_less_often_than_klatch_tries_is_no_excuse(
+    upstream: dict[str, object], for_good: bool
+) -> None:
+    assert Trouble(upstream).fails_for_good is for_good
 
 
 def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:

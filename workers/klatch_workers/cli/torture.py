@@ -1,7 +1,8 @@
 """`klatch torture`: klatch on a Kafka of its own under load and seeded faults, and what became of its promises.
 
 Progress goes to stderr, the report to stdout; with `--json` its last line is one object. Exit codes: 0 nothing was
-found (of planted bugs: all were), 1 a promise was broken (a planted bug was missed), 2 misused.
+found (of planted bugs: all were), 1 a promise was broken (a planted bug was missed), 2 misused, 3 the run could not be
+made: of planted bugs any one of them, and none of the others was missed.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
+import traceback
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _RUN = "run.json"
+
+
+class NotRun(click.ClickException):
+    """The run could not be made, which says nothing about klatch's promises."""
+
+    exit_code = 3
 
 
 @click.command()
@@ -137,7 +145,7 @@ def _system(name: str) -> "System":
     for baseline in BASELINES:
         if baseline.name == name:
             if not baseline.installed:
-                raise click.ClickException(
+                raise NotRun(
                     f"{name} is not installed, and klatch does not need it. To compare, add it:\n"
                     f"    uv run --group baselines --extra local klatch torture --system {name}\n"
                     f"    pip install '{baseline.requirement}'"
@@ -164,7 +172,8 @@ def _torture(orders: "Orders", shrink: int | None, *, keep: bool, as_json: bool)
     _say(f"kept: {folder}\nto run it again: klatch torture --replay {folder / _RUN}")
     if shrink and report.violations:
         _shrink(orders, report, shrink, folder)
-    return 1
+    # Where nothing was accepted nothing could be broken either.
+    return 1 if report.violations else NotRun.exit_code
 
 
 def _shrink(orders: "Orders", report: "Report", most: int, folder: Path) -> None:
@@ -189,19 +198,23 @@ def _save(shrunk: "Shrunk", of: "Sequence[Fault]", found: str, path: Path) -> No
 
 
 def _run(work: Coroutine[Any, Any, T], folder: Path) -> T:
+    """Raises NotRun, if a part did not start, or the kit itself failed: then the traceback says where."""
     from klatch_streams.log import LogError
     from klatch_workers.kafka import KafkaChildError
     from klatch_workers.up.children import ChildFailed
 
     try:
         return asyncio.run(work)
-    except* (KafkaChildError, ChildFailed, LogError) as errors:
-        raise click.ClickException(f"{_first(errors)}\n(see {folder})") from errors
+    except Exception as error:
+        # Whatever it is, it is no broken promise of klatch.
+        failed = _first(error)
+        if not isinstance(failed, KafkaChildError | ChildFailed | LogError):
+            traceback.print_exception(error)
+        raise NotRun(f"{type(failed).__name__}: {failed}\n(see {folder})") from error
 
 
-def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
-    first = errors.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+def _first(error: Exception) -> Exception:
+    return _first(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error
 
 
 def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:
@@ -250,16 +263,16 @@ def _plant(asked: str, schedule_file: Path | None, shrink: int | None, *, unplan
     for mutant in chosen:
         try:
             verdicts.append(_hunt(mutant, shrink or 0))
-        except click.ClickException as error:
+        except NotRun as error:
             # What the others came to is worth more than to end here.
             _say(f"{mutant.name} was not run: {error.message}")
             not_run.append(mutant.name)
     click.echo("\n".join([*map(_line, verdicts), *(f"{name:>27}  not run" for name in not_run)]))
-    missed = [*(one.mutant.name for one in verdicts if not one.as_meant), *not_run]
+    missed = [one.mutant.name for one in verdicts if not one.as_meant]
     if as_json:
         facts = [{"name": one.mutant.name, "counts": one.counts, "seconds": one.seconds} for one in verdicts]
-        click.echo(json.dumps({"mutants": facts, "missed": missed}))
-    return 1 if missed else 0
+        click.echo(json.dumps({"mutants": facts, "missed": missed, "not_run": not_run}))
+    return 1 if missed else NotRun.exit_code if not_run else 0
 
 
 def _hunt(mutant: "Mutant", shrink: int) -> "Verdict":
@@ -270,7 +283,7 @@ def _hunt(mutant: "Mutant", shrink: int) -> "Verdict":
     try:
         verdict = _run(hunt(mutant, _say, shrink), Path(tempfile.gettempdir()))
     except MutantLost as error:
-        raise click.ClickException(str(error)) from error
+        raise NotRun(str(error)) from error
     _say(_line(verdict))
     if verdict.shrunk:
         path = Path(tempfile.mkdtemp(prefix="klatch-torture-")) / f"{mutant.name}.json"

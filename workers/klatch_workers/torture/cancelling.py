@@ -18,8 +18,8 @@ from klatch_workers.torture.stalls import stalled_ms
 _DEAFENING: Final = ("stop generation", "zombie generation", "outlive generation", "broker", "cluster", "leaderless")
 _AFTERMATH_MS: Final = 15_000.0
 """How long after such a fault a worker may still be deaf: a session time-out, and a new start."""
-
-
+_PROMISED_MS: Final = 100.0
+"""Within it a connection is to close after the cancel's record."""
 _TOLD: Final = 10
 """So many of the slowest are told one by one."""
 
@@ -92,6 +92,7 @@ def figures(closed: Sequence[Closing]) -> Mapping[str, Any]:
         "undisturbed": len(heard),
         "p50_ms": round(heard[len(heard) // 2].ms, 1),
         "p99_ms": round(heard[len(heard) * 99 // 100].ms, 1),
+        "over_100_ms": sum(one.ms > _PROMISED_MS for one in heard),
         "max_ms": round(heard[-1].ms, 1),
         "slowest": [one.facts() for one in heard[: -_TOLD - 1 : -1]],
     }

@@ -46,8 +46,17 @@ _FAULTS: Final[tuple[dict[str, object], ...]] = (
     {"fault": "error-event"},
 )
 """Ways in which the model server fails."""
-_MENDED: Final = ("drop", "reset")
-"""Those that another attempt mends, where it meets a server that does not fail again."""
+_MENDED: Final[tuple[Mapping[str, object], ...]] = (
+    {"status": 500},
+    {"status": 429},
+    {"fault": "drop"},
+    {"fault": "reset"},
+    {"fault": "error-event"},
+)
+"""Those that another try mends, where it meets a server that does not fail again: the gateway's before the first token
+(a route has three), another attempt's afterwards (an owner makes three). Garbage is not tried again, nor is silence
+waited out."""
+_TRIES: Final = 3
 
 
 ONCE_OPENED: Final = -1
@@ -91,8 +100,9 @@ class Trouble:
     @property
     def fails_for_good(self) -> bool:
         """Whether no number of attempts is sure to bring an answer."""
-        faults = {"status", "fault"} & set(self.upstream)
-        return bool(faults) and not ("fails" in self.upstream and self.upstream.get("fault") in _MENDED)
+        faults = {name: self.upstream[name] for name in ("status", "fault") if name in self.upstream}
+        fails = self.upstream.get("fails")
+        return bool(faults) and not (isinstance(fails, int) and fails < _TRIES and faults in _MENDED)
 
 
 @dataclass(frozen=True, slots=True)
