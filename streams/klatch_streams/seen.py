@@ -27,7 +27,7 @@ class Seen(msgspec.Struct, frozen=True):
 
     ids: HashTrieSet[str] = HashTrieSet()
     buckets: HashTrieMap[int, Bucket] = HashTrieMap()
-    """By number; numbers are never used again."""
+    """By number, without gaps; once all are forgotten they begin anew."""
     oldest: int = 0
     newest: int = 0
 
@@ -60,4 +60,6 @@ class Seen(msgspec.Struct, frozen=True):
         for one in bucket.ids:
             ids = ids.discard(one)
         oldest = self.oldest + 1
-        return Seen(ids, self.buckets.discard(self.oldest), oldest, max(oldest, self.newest))
+        if self.newest < oldest:
+            return Seen()  # as `of` makes it again: both go on with the same numbers
+        return Seen(ids, self.buckets.discard(self.oldest), oldest, self.newest)

@@ -278,6 +278,7 @@ def test_all_that_is_old_enough_is_forgotten_in_time(size: int) -> None:
     for _ in range(2):
         seen = seen.forget(START + MEMORY_MS + 1)
     assert (len(seen.ids), len(seen.buckets)) == (0, 0)
+    assert seen == Seen.of({}), "whoever restores it numbers what follows alike"
     seen = seen.insert(START + MEMORY_MS + 1, "next")
     assert "next" in seen
     assert "next" not in seen.forget(START + 2 * MEMORY_MS + 2)
