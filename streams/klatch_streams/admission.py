@@ -7,7 +7,8 @@ were too low.
 
 A request that does not say how long its reply may be is granted what its budgets (of days and months) have room for,
 up to the estimate; the reply asks for more while it runs (`usage.running`) and is told how far it may go
-(`stream.budget`). So a budget ends replies that run, and is used up before it refuses.
+(`stream.budget`). So a budget ends replies that run, and is used up before it refuses. What is granted after midnight
+counts on the new day.
 
 A reservation that nobody settles expires 15 minutes after its deadline (or its request, or its last `usage.running`),
 and no later than the memory of its id: the slot is free again and the estimate stands as its cost. A settlement
@@ -48,7 +49,7 @@ from klatch_streams.quota import checks, ledger
 from klatch_streams.quota.calendar import Moment, moment
 from klatch_streams.quota.changes import recorded
 from klatch_streams.quota.checks import Counted
-from klatch_streams.quota.counters import Counter, Need
+from klatch_streams.quota.counters import Correction, Counter, Need
 from klatch_streams.quota.ledger import Held, Ledger
 from klatch_streams.quota.rules import Asked, Rules, Scope, Settings, micros, model_of
 from klatch_streams.seen import MEMORY_MS
@@ -296,17 +297,16 @@ def _settle(state: Ledger, settled: UsageSettled) -> Ledger:
 
 def _release(state: Ledger, request: str, held: Held, more: Need) -> Ledger:
     state = msgspec.structs.replace(state, held=state.held.discard(request))
-    return _corrected(state, held, more, ended=True)
+    return _corrected(state, held, held.corrected(more, moment(state.clock_ms))[1], ended=True)
 
 
-def _corrected(state: Ledger, held: Held, more: Need, *, ended: bool) -> Ledger:
-    now, entered = moment(state.clock_ms), moment(held.entered_ms)
-    used, counters = state.used, state.counters
+def _corrected(state: Ledger, held: Held, by: Correction, *, ended: bool) -> Ledger:
+    now, used, counters = moment(state.clock_ms), state.used, state.counters
     for key in held.scopes:
         if key:
-            counters = counters.put(key, counters.get(key, now).correct(entered, more, ended))
+            counters = counters.put(key, counters.get(key, now).correct(by, ended))
         else:
-            used = used.at(now).correct(entered, more, ended)
+            used = used.at(now).correct(by, ended)
     return msgspec.structs.replace(state, used=used, counters=counters)
 
 
@@ -323,11 +323,9 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
         wanted = step + max(0, said.tokens - granted)
         more = wanted if room is None else min(wanted, room.tokens)
         limit = room.limit if room and more < wanted else None
-        added = Need(more, micros(price, 0, more))
+        kept, added = held.corrected(Need(more, micros(price, 0, more)), moment(state.clock_ms))
         kept = msgspec.structs.replace(
-            held,
-            tokens=held.tokens + added.tokens,
-            micros=held.micros + added.micros,
+            kept,
             granted=granted + more,
             expires_ms=max(held.expires_ms, _expiry(state.clock_ms, held.entered_ms, None)),
         )

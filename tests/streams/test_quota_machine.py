@@ -4,9 +4,9 @@ of settings come in, the ledger holds what a reference holds that keeps every fa
 The reference knows the rules of docs/quotas.md and nothing of how the ledger counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -87,17 +87,37 @@ class Fact:
     asked: ChatRequested
     entered_ms: int
     until_ms: int
-    tokens: int
-    micros: int
     granted: int | None
     scopes: set[tuple[str | None, ...]]
     produced: int = 0
+    days: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """By UTC day: tokens and money that were counted on it."""
 
     @property
     def most(self) -> int:
         """How far an honest reply goes."""
         said = cast("int", self.asked.body.get("max_tokens", OPEN_ENDED))
         return said if self.granted is None else self.granted
+
+    @property
+    def tokens(self) -> int:
+        """All that is counted, on whatever day."""
+        return sum(tokens for tokens, _ in self.days.values())
+
+    @property
+    def micros(self) -> int:
+        return sum(micros for _, micros in self.days.values())
+
+    def book(self, now_ms: int, tokens: int, micros: int) -> None:
+        """More counts today; less is taken back from the days that it was counted on, the latest first."""
+        for kind, by in enumerate((tokens, micros)):
+            if by > 0:
+                self.days.setdefault(moment(now_ms).day, [0, 0])[kind] += by
+            back = max(0, -by)
+            for day in sorted(self.days, reverse=True):
+                part = min(back, self.days[day][kind])
+                self.days[day][kind] -= part
+                back -= part
 
 
 @dataclass
@@ -140,17 +160,27 @@ class Reference:
         facts = [fact for fact in self.facts.values() if scope in fact.scopes]
         minute = [fact for fact in facts if fact.entered_ms > now_ms - window_ms]
         now = moment(now_ms)
-        day = [fact for fact in facts if moment(fact.entered_ms).day == now.day]
-        month = [fact for fact in facts if moment(fact.entered_ms).month == now.month]
+        day = _sums(facts, {now.day})
+        month = _sums(facts, {day for fact in facts for day in fact.days if moment(day * DAY_MS).month == now.month})
         return {
             "requests_per_minute": len(minute),
             "tokens_per_minute": sum(fact.tokens for fact in minute),
-            "tokens_per_day": sum(fact.tokens for fact in day),
-            "tokens_per_month": sum(fact.tokens for fact in month),
-            "cost_micros_per_day": sum(fact.micros for fact in day),
-            "cost_micros_per_month": sum(fact.micros for fact in month),
+            "tokens_per_day": day[0],
+            "tokens_per_month": month[0],
+            "cost_micros_per_day": day[1],
+            "cost_micros_per_month": month[1],
             "concurrent_requests": sum(fact.until_ms > now_ms for fact in facts),
         }
+
+
+def _sums(facts: Sequence[Fact], days: Container[int]) -> tuple[int, int]:
+    """Tokens and money that count on `days`."""
+    found = [one for fact in facts for day, one in fact.days.items() if day in days]
+    return sum(tokens for tokens, _ in found), sum(micros for _, micros in found)
+
+
+def _number(period: Literal["day", "month"], ms: int) -> int:
+    return moment(ms).day if period == "day" else moment(ms).month
 
 
 def _cost(model: object, prompt: int, completion: int) -> int:
@@ -174,8 +204,8 @@ class Quotas(RuleBasedStateMachine):
         self.snapshots: list[tuple[int, bytes]] = [(0, codec.dumps(ADMISSION.dump(self.state)))]
         self.model = Reference()
         self.number = 0
-        self.highest: dict[str, float] = {}
-        """The highest that each of the tenant's budgets was since the month before."""
+        self.limits: list[tuple[int, Limits]] = []
+        """The tenant's own, each with when it was set."""
 
     # --- what happens
 
@@ -187,8 +217,7 @@ class Quotas(RuleBasedStateMachine):
     def set(self, limits: Limits, rules: Sequence[LimitRule]) -> None:
         self.say(QuotaLimitSet(tenant=ACME, limits=limits, rules=tuple(rules), prices=PRICES))
         self.model.limits, self.model.rules = limits, tuple(rules)
-        for name in BUDGETS:
-            self.highest[name] = max(self.highest.get(name, 0), _most(limits, name))
+        self.limits.append((self.now, limits))
 
     @rule(
         person=_persons,
@@ -238,11 +267,16 @@ class Quotas(RuleBasedStateMachine):
             UsageSettled(request=fact.asked.request, tenant=ACME, status="completed", usage=usage, cost_micros=cost)
         )
         if fact.until_ms > self.now:
-            fact.tokens, fact.micros, fact.until_ms = usage.total_tokens, cost, self.now
+            fact.book(self.now, usage.total_tokens - fact.tokens, cost - fact.micros)
+            fact.until_ms = self.now
 
     @rule(ms=st.sampled_from([1, 999, 1_000, 20_000, 59_999, 60_000, 61_000, 15 * MINUTE, DAY_MS // 2]))
     def wait(self, ms: int) -> None:
         self.now += ms
+
+    @rule(ms=st.sampled_from([1, 1_000, 5 * MINUTE]))
+    def wait_until_the_day_is_nearly_over(self, ms: int) -> None:
+        self.now = max(self.now, (moment(self.now).day + 1) * DAY_MS - ms)
 
     @precondition(lambda self: self.log)
     @rule(data=st.data())
@@ -289,9 +323,13 @@ class Quotas(RuleBasedStateMachine):
     # --- what must hold
 
     @invariant()
-    def real_use_stays_within_every_budget_that_was_in_force(self) -> None:
-        for name, used in self.model.used(EVERYTHING, self.now).items():
-            assert used <= self.highest.get(name, float("inf")), name
+    def no_day_and_no_month_holds_more_than_a_budget_that_was_in_force_in_it(self) -> None:
+        facts = [fact for fact in self.model.facts.values() if EVERYTHING in fact.scopes]
+        days = {day for fact in facts for day in fact.days}
+        for month in {moment(day * DAY_MS).month for day in days}:
+            self._within("month", month, _sums(facts, {day for day in days if moment(day * DAY_MS).month == month}))
+        for day in days:
+            self._within("day", day, _sums(facts, {day}))
 
     @invariant()
     def the_ledger_holds_what_the_facts_come_to(self) -> None:
@@ -321,6 +359,18 @@ class Quotas(RuleBasedStateMachine):
 
     # --- small change
 
+    def _within(self, period: Literal["day", "month"], number: int, used: tuple[int, int]) -> None:
+        """Whether what a day, or a month, holds was allowed in it."""
+        until = [at for at, _ in self.limits[1:]] + [self.now]
+        there = [
+            limits
+            for (at, limits), end in zip(self.limits, until, strict=True)
+            if _number(period, at) <= number <= _number(period, end)
+        ]
+        for kind, amount in zip(("tokens", "cost_micros"), used, strict=True):
+            name = f"{kind}_per_{period}"
+            assert amount <= max(_most(limits, name) for limits in there), name
+
     def _counters(self) -> list[tuple[str, Counter]]:
         return [(key, one) for shard in self.state.counters.shards.values() for key, one in shard.items()]
 
@@ -335,9 +385,9 @@ class Quotas(RuleBasedStateMachine):
 
     def _admitted(self, event: ChatAdmitted, scopes: dict[tuple[str | None, ...], Limits]) -> None:
         kept, asked = event.reservation, event.request
-        self.model.facts[asked.request] = Fact(
-            asked, self.now, kept.expires_ms, kept.tokens, kept.cost_micros, kept.granted, set(scopes)
-        )
+        fact = Fact(asked, self.now, kept.expires_ms, kept.granted, set(scopes))
+        fact.book(self.now, kept.tokens, kept.cost_micros)
+        self.model.facts[asked.request] = fact
         assert kept.granted is None or "max_tokens" not in asked.body
         if kept.granted is not None:
             assert kept.tokens == PROMPT + kept.granted
@@ -371,8 +421,7 @@ class Quotas(RuleBasedStateMachine):
             wanted = OPEN_ENDED + max(0, said.tokens - fact.granted) if said.granted >= fact.granted else 0
             assert more == min(wanted, room), "no less than there is room for, and no more"
             assert (event.limit is None) == (more == wanted)
-            fact.tokens += more
-            fact.micros += _cost(fact.asked.body["model"], 0, more)
+            fact.book(self.now, more, _cost(fact.asked.body["model"], 0, more))
             fact.granted = event.granted
             if said.granted == event.granted - more:
                 memory = (fact.entered_ms + MEMORY_MS) // MINUTE * MINUTE

@@ -286,6 +286,48 @@ def test_a_running_reply_gets_more_until_the_budget_is_spent() -> None:
     assert acme.state.used.day_tokens == 290
 
 
+def test_what_is_granted_after_midnight_counts_on_the_new_day() -> None:
+    acme = Tenants(Limits(tokens_per_day=290))
+    acme.now += 12 * HOUR - 2
+    assert acme.refuses(tokens=None) is None
+    acme.now += 1
+    assert acme.runs(100)
+    assert acme.state.used.day_tokens == 216
+    acme.now += 1
+    told = [acme.runs(200), acme.runs(300), acme.runs(400)]
+    assert [(one.granted, one.limit) for one in told if one] == [
+        (300, None),
+        (400, None),
+        (490, "tokens_per_day"),
+    ]
+    assert (acme.state.used.day_tokens, acme.state.used.month_tokens) == (290, 506)
+    assert acme.refuses() == "tokens_per_day"
+
+
+def test_what_a_reply_did_not_use_is_taken_back_from_the_days_it_counted_on_the_latest_first() -> None:
+    def after_midnight(real: int) -> tuple[int, int]:
+        acme = Tenants(Limits(tokens_per_day=1_000), LimitRule(person="*", limits=Limits(tokens_per_month=10_000)))
+        acme.now += 12 * HOUR - 1
+        assert acme.refuses(tokens=None, person="ann") is None
+        acme.now += 1
+        assert acme.runs(100)
+        acme.settles(real)
+        return acme.state.used.day_tokens, acme.state.used.month_tokens
+
+    assert [after_midnight(real) for real in (216, 200, 50, 300)] == [(100, 216), (84, 200), (0, 50), (184, 300)]
+
+
+def test_what_is_granted_in_a_new_month_counts_in_it() -> None:
+    acme = Tenants(Limits(tokens_per_month=250))
+    acme.now += 16 * DAY + 12 * HOUR - 1
+    assert acme.refuses(tokens=None) is None
+    acme.now += 1
+    assert acme.runs(100)
+    assert acme.state.used.month_tokens == 100
+    acme.settles(150)
+    assert acme.state.used.month_tokens == 34
+
+
 def test_a_reply_that_asks_twice_is_told_the_same() -> None:
     acme = Tenants(Limits(tokens_per_day=1_000))
     assert acme.refuses(tokens=None) is None

@@ -4,7 +4,7 @@ What counts against a limit, all in record time:
 
     requests_per_minute     admitted requests of the sliding minute (`windows.Window`)
     tokens_per_minute       real tokens of settled requests and estimates of others, in the minute they entered
-    tokens_per_day, _month  the same, on the UTC day and in the UTC month they entered
+    tokens_per_day, _month  the same, each amount on the UTC day and in the UTC month in which it was added
     cost_micros_per_day, …  the same for money
     concurrent_requests     admitted requests that are neither settled nor expired
 

@@ -9,7 +9,7 @@ it is forgotten, so that none of them begins afresh.
 from __future__ import annotations  # rpds classes take type arguments in annotations only
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -29,6 +29,18 @@ class Need(msgspec.Struct, frozen=True):
     tokens: int
     micros: int = 0
     """Money: millionths of a US dollar."""
+
+
+class Correction(NamedTuple):
+    """How the cost of a request changes that was counted before."""
+
+    entered_ms: int
+    tokens: int
+    """In the minute and hour of its entry."""
+    day: Need
+    """On the present day."""
+    month: Need
+    """In the present month."""
 
 
 class Counter(msgspec.Struct, frozen=True, array_like=True):
@@ -98,22 +110,20 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.hour_tokens and self.hour_tokens.add(now.ms, tokens),
         )
 
-    def correct(self, entered: Moment, more: Need, ended: bool) -> Counter:
-        """Change what a request of then was counted with, and whether it is running; the counter is one of `at`."""
-        tokens, micros = more.tokens, more.micros
-        same_day, same_month = self.day == entered.day, self.month == entered.month
+    def correct(self, by: Correction, ended: bool) -> Counter:
+        """Change what a request was counted with, and whether it is running; the counter is one of `at`."""
         return Counter(
             self.requests,
-            self.tokens.correct(entered.ms, tokens),
+            self.tokens.correct(by.entered_ms, by.tokens),
             self.day,
-            self.day_tokens + tokens if same_day else self.day_tokens,
-            self.day_micros + micros if same_day else self.day_micros,
+            self.day_tokens + by.day.tokens,
+            self.day_micros + by.day.micros,
             self.month,
-            self.month_tokens + tokens if same_month else self.month_tokens,
-            self.month_micros + micros if same_month else self.month_micros,
+            self.month_tokens + by.month.tokens,
+            self.month_micros + by.month.micros,
             self.running - ended,
             self.hour_requests,
-            self.hour_tokens and self.hour_tokens.correct(entered.ms, tokens),
+            self.hour_tokens and self.hour_tokens.correct(by.entered_ms, by.tokens),
         )
 
     @property

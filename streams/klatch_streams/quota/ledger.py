@@ -7,16 +7,16 @@ Parts of a snapshot: `head` (time, the whole tenant's counter), `settings` and `
 from __future__ import annotations  # rpds classes take type arguments in annotations only
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 from rpds import HashTrieMap
 
 from klatch_schemas.events import LimitRule, Limits, TokenPrice
 from klatch_schemas.topics import DAY_MS
-from klatch_streams.quota.calendar import moment
+from klatch_streams.quota.calendar import Moment, moment
 from klatch_streams.quota.changes import Change
-from klatch_streams.quota.counters import Counter, Counters
+from klatch_streams.quota.counters import Correction, Counter, Counters, Need
 from klatch_streams.quota.rules import Rules, Settings
 from klatch_streams.seen import Bucket, Seen
 from klatch_streams.windows import Window
@@ -37,6 +37,44 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     """Of a million completion tokens, in millionths of a dollar."""
     scopes: tuple[str, ...] = ("",)
     """Keys of the scopes it is counted in."""
+    later_tokens: int = 0
+    """Of `tokens`, those that were granted on the day after that of the entry: no reservation lasts longer."""
+    later_micros: int = 0
+
+    def corrected(self, more: Need, now: Moment) -> tuple[Held, Correction]:
+        """It with `more` to its cost, and how counters change.
+
+        More counts on the day on which it is added. Less is taken back where it was counted, from the latest first.
+        """
+        tokens = self._spread(more.tokens, self.later_tokens, now)
+        money = self._spread(more.micros, self.later_micros, now)
+        held = msgspec.structs.replace(
+            self,
+            tokens=self.tokens + more.tokens,
+            micros=self.micros + more.micros,
+            later_tokens=self.later_tokens + tokens.later,
+            later_micros=self.later_micros + money.later,
+        )
+        day, month = Need(tokens.day, money.day), Need(tokens.month, money.month)
+        return held, Correction(self.entered_ms, more.tokens, day, month)
+
+    def _spread(self, by: int, later: int, now: Moment) -> _Spread:
+        entered, following = moment(self.entered_ms), moment(self.entered_ms + DAY_MS)
+        if by > 0:
+            return _Spread(by, by, 0 if now.day == entered.day else by)
+        back = max(by, -later)
+        day = sum(part for when, part in ((entered, by - back), (following, back)) if when.day == now.day)
+        month = sum(part for when, part in ((entered, by - back), (following, back)) if when.month == now.month)
+        return _Spread(day, month, back)
+
+
+class _Spread(NamedTuple):
+    """What of a change counts now."""
+
+    day: int
+    month: int
+    later: int
+    """What of it is of the day after that of the entry."""
 
 
 class Ledger(msgspec.Struct, frozen=True):
