@@ -13,6 +13,7 @@ late or resumed, sees the same text or a clear error. One consumer a reader: for
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -177,9 +178,10 @@ class Client:
         return Stream(request.tenant, request.request, request.conversation, partition, end)
 
     async def _stop(self) -> None:
-        for part in (self._places, self._producer):
-            if part:
-                await part.stop()
+        if self._places:
+            await _stop(self._places)
+        if self._producer:
+            await self._producer.stop()
 
     def _open_producer(self) -> AIOKafkaProducer:
         if self._producer is None:
@@ -188,22 +190,23 @@ class Client:
 
 
 async def _stop(consumer: AIOKafkaConsumer) -> None:
-    """Stop, and raise nothing that is not for the reader.
+    """Stop, and raise nothing that is not for the caller.
 
     Where a fetch has failed and rests before the next, aiokafka's `stop` cancels it, and the CancelledError of that
-    task comes out of `stop`, before its connections are closed; the reader's own task would end by it.
+    task comes out of `stop`, before its connections are closed; the caller's own task would end by it. (Another way to
+    the same: aiokafka's issue 647.)
     """
+    # A task of its own: what cancels the caller does not cancel it, so a CancelledError in it is aiokafka's.
     stopping = asyncio.create_task(_stopped(consumer))
     await asyncio.wait({stopping})
-    if not stopping.cancelled():
-        stopping.result()
+    stopping.result()
 
 
 async def _stopped(consumer: AIOKafkaConsumer) -> None:
-    try:
-        await consumer.stop()
-    finally:
-        await consumer._client.close()  # noqa: SLF001
+    fetcher, client = consumer._fetcher, consumer._client  # noqa: SLF001
+    for close in (consumer.stop, *([fetcher.close] if fetcher else []), client.close):
+        with suppress(asyncio.CancelledError):
+            await close()
 
 
 async def _read(

@@ -72,29 +72,27 @@ async def test_getting_ready_may_take_longer_than_a_session(kafka: Cluster) -> N
 
 
 async def test_a_reader_that_rests_gets_more_at_a_time_and_misses_nothing(kafka: Cluster) -> None:
-    topic = await new_topic(kafka.bootstrap)
+    topic, pause_s = await new_topic(kafka.bootstrap), 0.05
     log = await KafkaLog.open(KafkaOptions(kafka.bootstrap))
-    reads = dict[int, int]()
-    for pause_ms in (0, 50):
-        tail = await log.tail(pause_ms=pause_ms)
-        start = (await log.bounds(Partition(topic, 0)))[1]
-        tail.follow(Partition(topic, 0), start)
+    try:
+        tail = await log.tail(pause_ms=50)
+        tail.follow(Partition(topic, 0), 0)
 
         async def write() -> None:
             for _ in range(100):
                 await log.append([Draft(topic, b"k", b"v")])
 
-        # Once the first has come, the reader is connected: a busy machine may take as long for that as for the rest.
-        await log.append([Draft(topic, b"k", b"v")])
-        seen = [record.offset for record in await tail.read(10_000)]
-        writing, reads[pause_ms] = asyncio.create_task(write()), 0
-        while len(seen) < 101:
+        began = time.monotonic()
+        writing, seen, reads = asyncio.create_task(write()), list[int](), 0
+        while len(seen) < 100:
             seen += [record.offset for record in await tail.read(10_000)]
-            reads[pause_ms] += 1
+            reads += 1
+        # Some may go without a rest; all others are so far apart, however slow the machine is.
+        assert reads <= 6 + (time.monotonic() - began) / pause_s
         await writing
-        assert seen == list(range(start, start + 101))
-    assert reads[50] * 2 < reads[0]
-    await log.close()
+        assert seen == list(range(100))
+    finally:
+        await log.close()
 
 
 async def test_a_broker_that_stops_fails_appends_in_time_and_one_that_comes_back_takes_them(tmp_path: Path) -> None:

@@ -227,3 +227,88 @@ async def test_no_more_bytes_are_in_flight_than_may_be_but_a_single_record_may_b
     await asyncio.wait_for(owner.take([large]), 10)
     await finished(owner)
     assert await owner.checkpoint() == 5
+
+
+# --- tenants that share
+
+
+def shared(handle: Handle, room: int) -> KeyedOwner:
+    """An owner whose records are those of the tenant whose name their key begins with, each in a line of its own."""
+    doing = Doing("doer", handle, max_in_flight=room, order_by=lambda one: one.offset, share_by=lambda one: one.key)
+    return KeyedOwner(doing, log_with_dead_letters(), Namespace(), 0)
+
+
+async def test_a_tenant_that_floods_leaves_room_for_whoever_comes_behind_it() -> None:
+    gates = Gates()
+    owner = shared(gates, room=9)
+    await owner.take([record(offset, "flood") for offset in range(50)])
+    await settle()
+    assert gates.begun == [0, 1, 2, 3, 4]
+    await owner.take([record(offset, "another flood") for offset in range(50, 100)])
+    await settle()
+    assert gates.begun[5:] == [50, 51]
+    await owner.take([record(100, "one question"), record(101, "another question")])
+    await settle()
+    assert gates.begun[7:] == [100, 101]
+    await owner.release(0)
+
+
+async def test_room_that_is_given_back_goes_to_who_has_least_and_each_tenant_is_served_in_order() -> None:
+    gates = Gates()
+    owner = shared(gates, room=4)
+    await owner.take([record(offset, "b" if offset in {3, 4} else "a") for offset in range(6)])
+    await settle()
+    assert gates.begun == [0, 1, 3]
+    gates.open[0].set()
+    await settle()
+    assert gates.begun == [0, 1, 3, 2], "both have one, and 2 is older than 4"
+    gates.open[1].set()
+    await settle()
+    assert gates.begun == [0, 1, 3, 2, 4], "both have one, and 4 is older than 5"
+    for offset in range(6):
+        gates.open[offset].set()
+    await finished(owner)
+    assert gates.begun == [0, 1, 3, 2, 4, 5]
+    assert await owner.checkpoint() == 6
+
+
+async def test_what_waits_for_its_share_is_left_to_the_next_owner() -> None:
+    gates = Gates()
+    owner = shared(gates, room=2)
+    await owner.take([record(offset, "a") for offset in range(3)])
+    await settle()
+    assert gates.begun == [0]
+    gates.open[0].set()
+    await owner.release(10)
+    assert gates.begun == [0]
+    assert await owner.checkpoint() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tenants=st.lists(st.sampled_from("abcd"), max_size=40),
+    room=st.integers(1, 8),
+    order=st.randoms(use_true_random=False),
+)
+def test_nobody_who_has_nothing_under_way_waits_while_there_is_room_and_all_are_served_in_order(
+    tenants: list[str], room: int, order: object
+) -> None:
+    async def story() -> None:
+        gates = Gates()
+        owner = shared(gates, room)
+        await owner.take([record(offset, tenant) for offset, tenant in enumerate(tenants)])
+        while len(gates.done) < len(tenants):
+            await settle()
+            running = [offset for offset in gates.begun if not gates.open[offset].is_set()]
+            assert 0 < len(running) <= room
+            waiting = {tenant for offset, tenant in enumerate(tenants) if offset not in gates.begun}
+            starved = waiting - {tenants[offset] for offset in running}
+            assert not starved or len(running) == room
+            gates.open[order.choice(running)].set()  # type: ignore[attr-defined]
+            await settle()
+        for tenant in "abcd":
+            begun = [offset for offset in gates.begun if tenants[offset] == tenant]
+            assert begun == sorted(begun)
+        await owner.release(0)
+
+    asyncio.run(story())

@@ -96,8 +96,8 @@ class Settings(BaseModel):
     instance: str | None = None
     """A name for this process that is its own and stays: a restart gets its partitions back at once, not after the
     group's session time-out (Kafka's static membership). Two processes of one name throw each other out."""
-    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
-    """Requests under way at once, per partition."""
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 512
+    """Requests under way at once, per partition; of one tenant half of them, so that others find room beside it."""
     verdict_patience_s: Annotated[float, Field(gt=0)] = 300.0
     """How long a request whose turn it is waits for trust's verdict before it ends `failed` (`unavailable`)."""
     drain_s: Annotated[float, Field(ge=0)] = 10.0

@@ -70,6 +70,7 @@ class Generation:
     upstream: Upstream
     book: Book = field(default_factory=Book)
     verdict_patience_s: float = 300.0
+    max_in_flight: int = 512
     continues: Continues = "none"
     """How workers believe that the upstream continues."""
     _written: int = 0
@@ -186,7 +187,14 @@ class Worker:
         router = Router(RouteBook(routes), servers.open, servers.default_route())
         gateway = await self._parts.enter_async_context(router)
         preparer = Preparer(prompts=self._generation.book, verdict_patience_s=self._generation.verdict_patience_s)
-        self.stage = GenerationStage(log, NAMESPACE, gateway, preparer, prices=RouteBook(routes).prices)
+        self.stage = GenerationStage(
+            log,
+            NAMESPACE,
+            gateway,
+            preparer,
+            max_in_flight=self._generation.max_in_flight,
+            prices=RouteBook(routes).prices,
+        )
         self.runner = Runner(log, self.stage, "klatch.generation", self._settings)
         self._task = asyncio.create_task(self.runner.run())
         ready = asyncio.create_task(self.runner.ready.wait())

@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 from uuid import uuid4
 
 import msgspec
@@ -67,7 +67,7 @@ class GenerationStage:
         gateway: Gateway,
         preparer: Preparer,
         *,
-        max_in_flight: int = 256,
+        max_in_flight: int = 512,
         tries: int = TRIES,
         prices: PriceOf = lambda _model, _deployment: None,
     ) -> None:
@@ -192,17 +192,30 @@ class _Admitted(msgspec.Struct):
 _read_admitted: Final = msgspec.json.Decoder(_Admitted).decode
 
 
-def _line_of(record: Record) -> Hashable:
-    """Admissions that stand where they belong wait in `Lines`, where they can be ended; all others by their key."""
+def _named(record: Record) -> _Named | None:
     value = record.value or b""
     try:
         try:
-            conversation = _read_admitted(value).request.conversation
+            return _read_admitted(value).request
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            conversation = msgspec.convert(codec.loads(value), _Admitted).request.conversation
+            return msgspec.convert(codec.loads(value), _Admitted).request
     except (msgspec.ValidationError, Unreadable):
-        return record.key
-    return record.offset if conversation.encode("utf-8", "replace") == record.key else record.key
+        return None
+
+
+def _stands_where_it_belongs(named: _Named | None, record: Record) -> TypeGuard[_Named]:
+    return named is not None and named.conversation.encode("utf-8", "replace") == record.key
+
+
+def _line_of(record: Record) -> Hashable:
+    """Admissions that stand where they belong wait in `Lines`, where they can be ended; all others by their key."""
+    return record.offset if _stands_where_it_belongs(_named(record), record) else record.key
+
+
+def _tenant_of(record: Record) -> Hashable:
+    """Whose share of the room a record takes; what stands where it does not belong is nobody's."""
+    named = _named(record)
+    return named.tenant if _stands_where_it_belongs(named, record) else None
 
 
 class GenerationOwner:
@@ -232,6 +245,7 @@ class GenerationOwner:
             self._handle,
             max_in_flight=stage.max_in_flight,
             order_by=_line_of,
+            share_by=_tenant_of,
             before_commit=self._before_commit,
         )
         self._lines = Lines()
