@@ -1,6 +1,7 @@
 """Whoever reads a stream to its end is told of one and the same outcome, whatever error the end names."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import product
 from typing import get_args
@@ -19,9 +20,11 @@ from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_workers.http.errors import as_klatch_error, error_body, error_headers, error_of_end, status_of
 from klatch_workers.torture.door import HttpReader
 from klatch_workers.torture.evidence import Asked
-from klatch_workers.torture.load import Turn
+from klatch_workers.torture.load import Trouble, Turn
 from klatch_workers.torture.told import ENDS, outcome_of, outcome_told
 
+Talks = Callable[[web.Request], Awaitable[web.StreamResponse]]
+NO_TROUBLE, LEAVES = Trouble(), Trouble(cancel="disconnect", cancel_after=1)
 TENANT, TALK, REQUEST = Tenant("acme"), Conversation("talk"), RequestId("talk.0")
 CODES = (*ERRORS, "of_a_newer_klatch")
 STATUSES: tuple[Status, ...] = tuple(one for one in get_args(Status) if one != "completed")
@@ -75,18 +78,21 @@ def test_an_error_that_is_no_end_is_asked_again_about() -> None:
 
 
 @asynccontextmanager
-async def reading(answers: list[web.Response]) -> AsyncGenerator[HttpReader, None]:
+async def reading(
+    answers: list[web.Response | Talks], trouble: Trouble = NO_TROUBLE
+) -> AsyncGenerator[HttpReader, None]:
     """A reader of a door that gives these answers, one after another."""
 
-    async def answer(_: web.Request) -> web.Response:
-        return answers.pop(0)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        said = answers.pop(0)
+        return said if isinstance(said, web.Response) else await said(request)
 
     app = web.Application()
     app.router.add_post("/v1/chat/completions", answer)
-    app.router.add_delete("/v1/streams/{id}", answer)
+    app.router.add_route("*", "/v1/streams/{id}", answer)
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         url = str(server.make_url("")).rstrip("/")
-        yield HttpReader(session, url, "key", Asked(TENANT, TALK, Turn(0, REQUEST, 1, 1.0)))
+        yield HttpReader(session, url, "key", Asked(TENANT, TALK, Turn(0, REQUEST, 1, 1.0, trouble)))
     assert answers == []
 
 
@@ -119,5 +125,62 @@ async def test_a_reader_over_http_notes_answers_that_no_door_may_give() -> None:
 async def test_a_reader_over_http_notes_such_answers_to_its_cancel_too() -> None:
     bare, later = web.Response(status=500, text="Internal Server Error"), Unavailable("not now", retry_after_ms=1)
     async with reading([bare, refusal(later), web.Response(status=202)]) as reader:
+        assert not reader.observation().deleted
         await reader.cancel()
-    assert reader.observation().unfit == ("DELETE was answered with a bare 500",)
+    seen = reader.observation()
+    assert (seen.unfit, seen.deleted) == (("DELETE was answered with a bare 500",), True)
+
+
+# --- going away --------------------------------------------------------------------------------------------------
+
+
+def saying(chunks: int) -> Talks:
+    """A door that says so many chunks, and then breaks off."""
+
+    async def talk(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for number in range(chunks):
+            chunk = codec.dumps({"choices": [{"index": 0, "delta": {"content": f"<<c1:{number}>>"}}]})
+            await response.write(b"id: 0-%d\ndata: %b\n\n" % (number, chunk))
+        return response
+
+    return talk
+
+
+async def test_who_leaves_the_call_that_asked_has_hung_up() -> None:
+    async with reading([saying(1)], LEAVES) as reader:
+        await reader.read()
+    seen = reader.observation()
+    assert (seen.left, seen.hung_up_ms > 0) == (True, True)
+
+
+async def test_who_leaves_a_call_that_only_reads_has_not_hung_up() -> None:
+    async with reading([saying(0), saying(1)], LEAVES) as reader:
+        await reader.read()
+    seen = reader.observation()
+    assert (seen.left, seen.hung_up_ms) == (True, 0.0)
+
+
+async def leaves_before_the_answer(before: list[web.Response | Talks]) -> float:
+    """Goes away while its last call waits for an answer, and says when it hung up."""
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await left.wait()
+        return web.Response()
+
+    async with reading([*before, wait], LEAVES) as reader, asyncio.TaskGroup() as tasks:
+        going = tasks.create_task(reader.read())
+        await asked.wait()
+        reader.leave()
+        await going
+        left.set()
+    return reader.observation().hung_up_ms
+
+
+async def test_who_leaves_before_the_answer_has_hung_up_if_nobody_else_can_have_asked() -> None:
+    assert await leaves_before_the_answer([]) > 0
+    # The door that failed may have written the request, and knows nothing of this client's going.
+    assert await leaves_before_the_answer([refusal(Unavailable("not now", retry_after_ms=1))]) == 0

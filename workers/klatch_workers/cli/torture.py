@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -214,7 +214,9 @@ def _run(work: Coroutine[Any, Any, T], folder: Path) -> T:
 
 
 def _first(error: Exception) -> Exception:
-    return _first(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error
+    return (
+        _first(cast("ExceptionGroup[Exception]", error).exceptions[0]) if isinstance(error, ExceptionGroup) else error
+    )
 
 
 def _tell(report: "Report", orders: "Orders", *, as_json: bool) -> None:

@@ -12,12 +12,11 @@ from typing import Any, Final, NamedTuple
 from klatch_schemas.events import StreamCancel
 from klatch_schemas.ids import RequestId
 from klatch_workers.torture.case import Case
+from klatch_workers.torture.disturbance import BROKERS, began_ms, near
 from klatch_workers.torture.evidence import Evidence, Stall, Struck
 from klatch_workers.torture.stalls import stalled_ms
 
-_DEAFENING: Final = ("stop generation", "zombie generation", "outlive generation", "broker", "cluster", "leaderless")
-_AFTERMATH_MS: Final = 15_000.0
-"""How long after such a fault a worker may still be deaf: a session time-out, and a new start."""
+_DEAFENING: Final = ("stop generation", "zombie generation", "outlive generation", *BROKERS)
 _PROMISED_MS: Final = 100.0
 """Within it a connection is to close after the cancel's record."""
 _TOLD: Final = 10
@@ -62,24 +61,16 @@ def _of_one(case: Case, struck: Sequence[Struck], stalls: Sequence[Stall]) -> It
     for call in case.calls:
         closed_ms = call.ended_ms or float("inf")
         if call.started_ms < cancelled_ms < closed_ms:
-            near = [fault for fault in struck if _began_ms(fault) < closed_ms and cancelled_ms < _over_ms(fault)]
+            faults = near(struck, cancelled_ms, closed_ms)
             slept_ms = stalled_ms(stalls, cancelled_ms, closed_ms)
             yield Closing(
                 case.request,
                 call.id,
                 closed_ms - cancelled_ms - slept_ms,
-                any(fault.what in _DEAFENING for fault in near),
+                any(fault.what in _DEAFENING for fault in faults),
                 slept_ms,
-                [(fault.what, (cancelled_ms - _began_ms(fault)) / 1000) for fault in near],
+                [(fault.what, (cancelled_ms - began_ms(fault)) / 1000) for fault in faults],
             )
-
-
-def _began_ms(fault: Struck) -> float:
-    return fault.began_ms or fault.at_ms
-
-
-def _over_ms(fault: Struck) -> float:
-    return fault.until_ms + _AFTERMATH_MS
 
 
 def figures(closed: Sequence[Closing]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ mid-stream on purpose, to come back, or to be taken at their word as cancelled.
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, suppress
@@ -52,6 +53,11 @@ class HttpReader:
     _leaves: list[int] = field(default_factory=list[int])
     _left: bool = False
     _unfit: list[str] = field(default_factory=list[str])
+    _deleted: bool = False
+    _hung_up_ms: float = 0.0
+    _called: bool = False
+    _asking: bool = False
+    """Whether it is in a call that asks, of which it knows that what the log holds of its request comes from there."""
     _leaving: asyncio.Timeout | None = None
     """Ends the connection when it means to go away for good."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,17 +76,22 @@ class HttpReader:
                 if not self._left:
                     self.troubles[type(error).__name__] += 1
             finally:
-                self._leaving = None
+                self._leaving, self._asking = None, False
             self._news.set()
             if not self._outcomes and not self._left:
                 await asyncio.sleep(_AGAIN_S)
 
     def leave(self) -> None:
         """Go away for good, now."""
-        self._left = True
+        self._hang_up()
         self._news.set()
         if self._leaving:
             self._leaving.reschedule(asyncio.get_running_loop().time())
+
+    def _hang_up(self) -> None:
+        self._left = True
+        if self._asking:
+            self._hung_up_ms = time.time() * 1000
 
     async def shown(self, chunks: int) -> None:
         """Wait until it was shown so many chunks, or reads no more."""
@@ -102,16 +113,21 @@ class HttpReader:
             outcomes,
             self._left,
             tuple(self._unfit),
+            self._deleted,
+            self._hung_up_ms,
         )
 
     # --- one connection
 
     async def _once(self) -> None:
+        asks = not (self.acknowledged.is_set() or self.resumes_only)
+        self._asking, self._called = asks and not self._called, True
         async with self._request() as answer:
             if answer.status != 200:
                 self._error(await self._refusal(answer))
                 return
             self.acknowledged.set()
+            self._asking = asks
             async for name, data in _events(answer.content):
                 self._take(name, data)
                 self._news.set()
@@ -187,7 +203,7 @@ class HttpReader:
     def _leave_if_meant(self) -> None:
         trouble = self.asked.turn.trouble
         if trouble.cancel == "disconnect" and self.name == "http" and self.chunks >= trouble.cancel_after:
-            self._left = True
+            self._hang_up()
             raise Left
         if self._leaves and self.chunks >= self._leaves[0]:
             self._leaves.pop(0)
@@ -203,6 +219,7 @@ class HttpReader:
             with suppress(aiohttp.ClientError, TimeoutError, OSError):
                 async with self.session.delete(url, params=query, headers=headers, timeout=_TIMEOUT) as answer:
                     if answer.status == 202:
+                        self._deleted = True
                         return
                     await self._refusal(answer)
                     self.troubles[f"DELETE {answer.status}"] += 1

@@ -49,6 +49,10 @@ class Observation:
     """Whether it went away of its own will, and so heard of no end."""
     unfit: tuple[str, ...] = ()
     """Answers that no door may give: a bare 500, 503 that does not say when to come again."""
+    deleted: bool = False
+    """Whether a door took its `DELETE`: from then on the log has a cancel."""
+    hung_up_ms: float = 0.0
+    """When it went away for good from the call that had asked, where that is to cancel it; 0: it did not."""
 
 
 @dataclass(frozen=True, slots=True)

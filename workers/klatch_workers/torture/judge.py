@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
-from klatch_schemas.events import ChatAdmitted, ChatRefused, ChatRequested, TurnFinished, UsageSettled
+from klatch_schemas.events import ChatAdmitted, ChatRefused, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
 from klatch_workers.torture.evidence import Evidence, Stall
+from klatch_workers.torture.heeded import checked as heeded
+from klatch_workers.torture.heeded import deadlines_of, wishes
 from klatch_workers.torture.limits import broken_limits
 from klatch_workers.torture.recovery import Speaking, recoveries
 from klatch_workers.torture.report import Report, Violation
@@ -40,6 +42,8 @@ def judge(evidence: Evidence) -> Report:
         if one.ms > LATE_CLOSE_MS and not one.disturbed
     ]
     violations += _unfit_answers(evidence)
+    wished = list(wishes(list(cases.values()), evidence))
+    violations += [broken for wish in wished for broken in wish.broken]
     violations += [
         Violation("dead", position, "a dead letter: the load has none", (position,)) for position in evidence.dead
     ]
@@ -50,7 +54,7 @@ def judge(evidence: Evidence) -> Report:
         violations=violations,
         recoveries=recoveries(evidence.struck, _waiting(cases)),
         outcomes=Counter(str(case.told.outcome) for case in cases.values()),
-        checked=_checked(evidence, cases),
+        checked={**_checked(evidence, cases), **heeded(wished)},
         struck=Counter(fault.what for fault in evidence.struck),
         cancels=figures(closed),
     )
@@ -173,20 +177,15 @@ def _text(case: Case) -> Iterator[Violation]:
 
 
 def _redone(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
-    ended, deadline_ms = case.told.ended, _deadline_ms(case)
+    ended, deadlines = case.told.ended, deadlines_of(case)
     over = [(ended.timestamp_ms, f"it was {case.told.outcome}")] if ended else []
-    over += [(deadline_ms, "its deadline")] if deadline_ms is not None else []
+    over += [(deadline_ms, "its deadline") for deadline_ms in deadlines[:1]]
     for call in case.calls:
         for at_ms, what in over:
             # What the kit slept through is not the worker's: the model server that dates the call is the kit's.
             late_ms = call.started_ms - at_ms - stalled_ms(stalls, at_ms, call.started_ms)
             if late_ms > GRACE_MS:
                 yield case.broke("redone", f"model call {call.id} began {late_ms / 1000:.1f} s after {what}")
-
-
-def _deadline_ms(case: Case) -> int | None:
-    said = case.published[0].said if case.published else None
-    return said.deadline_ms if isinstance(said, ChatRequested) else None
 
 
 def _unfit_answers(evidence: Evidence) -> Iterator[Violation]:

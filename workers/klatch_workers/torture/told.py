@@ -40,6 +40,8 @@ class Told:
     assembly: Assembly = field(default_factory=Assembly)
     opened: Entry | None = None
     """The first opening that counted."""
+    reopened: Entry | None = None
+    """The last that counted."""
     ended: Entry | None = None
     """The record that ended it."""
     attempts: int = 0
@@ -97,7 +99,7 @@ class Told:
 
     def _open(self, entry: Entry, mode: str) -> None:
         self.attempts += 1
-        self.opened = self.opened or entry
+        self.opened, self.reopened = self.opened or entry, entry
         if mode == "restart":
             self._last = None
         elif self._last:
