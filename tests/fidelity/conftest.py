@@ -1,7 +1,8 @@
 """Everything between a model server and a client, in one process, once for the whole session.
 
-A server whose bytes a test chooses (`wire.py`), the adapter, and the stages as `wiring.py` puts them together:
-admission, screening by the default policy, generation, and the HTTP door on a socket. Only the log is not Kafka.
+A server whose bytes a test chooses (`wire.py`), and the stages as `wiring.py` puts them together: the router with the
+servers that deployments of routes name, admission, screening by the default policy, generation, and the HTTP door on a
+socket. Only the log is not Kafka, the routes are no ledger, and there is one attempt a request.
 Numbers in brackets in docstrings name the traps of `docs/fidelity.md`.
 """
 
@@ -12,17 +13,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 import pytest_asyncio
 from tests.fidelity.wire import Script, Talk, Wire, sends
 from tests.workers.generation.conftest import Book
 from tests.workers.http.conftest import KEYS, Answer, Kit, Sse, Stages
 
-from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
-from klatch_agents.gateway.port import Timeouts
+from klatch_agents.gateway.router import Router
 from klatch_agents.trust.policy import load_policy
 from klatch_agents.trust.rules import RulesJudge
 from klatch_schemas import codec
-from klatch_schemas.events import ChatAdmitted, Event, StreamEnd, UsageSettled
+from klatch_schemas.events import ChatAdmitted, Deployment, Event, ModelRouted, RouteTimeouts, StreamEnd, UsageSettled
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, TOPICS, Namespace, Topic
 from klatch_streams.admission import Admission
 from klatch_streams.decider_owner import DeciderStage
@@ -33,13 +34,38 @@ from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.stage import GenerationStage
 from klatch_workers.http.app import serve
 from klatch_workers.http.door import Door, Terms
+from klatch_workers.model_servers import ModelServers
 from klatch_workers.screening import ScreeningStage
+from klatch_workers.settings import Settings
 
 E = TypeVar("E", bound=Event)
 
 PARTITIONS = 4
-PATIENCE = Timeouts(connect=5, first_token=5, idle=1.5)
+PATIENCE = RouteTimeouts(connect_s=5, first_token_s=5, idle_s=1.5)
+KEY = "sk-of-the-model-server"
+"""What the keys file holds under the name `vendor`."""
 IMPATIENT = Terms(hold_s=0.1, keepalive_s=0.1, write_timeout_s=1.0)
+
+
+class Routes:
+    """The routes of models that tests make; the models that have none go to the server of the settings."""
+
+    def __init__(self) -> None:
+        self._routes = dict[str, ModelRouted]()
+
+    def find(self, alias: str) -> ModelRouted | None:
+        """The route of a model name."""
+        return self._routes.get(alias)
+
+    def aliases(self) -> list[str]:
+        """The model names that have routes."""
+        return list(self._routes)
+
+    def add(self, alias: str, deployment: Deployment) -> None:
+        """Route a model to one deployment more."""
+        known = self._routes.get(alias)
+        deployments = (*(known.deployments if known else ()), deployment)
+        self._routes[alias] = ModelRouted(alias=alias, deployments=deployments, timeouts=PATIENCE)
 
 
 @dataclass
@@ -48,14 +74,27 @@ class Stack:
 
     log: MemoryLog
     wire: Wire
+    routes: Routes
     door: Kit
     """With the usual terms."""
     impatient: Kit
     """On the same log; sends headers, comments and write timeouts early."""
 
-    def model(self, script: Script | bytes) -> str:
-        """A model that answers by a script, or with these bytes."""
-        return self.wire.model(script if callable(script) else sends(script))
+    def model(self, script: Script | bytes, **deployment: Any) -> str:
+        """A model that answers by a script, or with these bytes; its route has one deployment, of this kind."""
+        name = self.wire.model(script if callable(script) else sends(script))
+        self.routes.add(name, self._deployment(name, **deployment))
+        return name
+
+    def spare(self, model: str, script: Script | bytes) -> str:
+        """A second deployment of a model, for when the first fails; what the server calls it."""
+        name = self.wire.model(script if callable(script) else sends(script))
+        self.routes.add(model, self._deployment(name, model=name, tier=1))
+        return name
+
+    def _deployment(self, name: str, **fields: Any) -> Deployment:
+        url = self.wire.url.removesuffix("/v1") if fields.get("kind") == "azure" else self.wire.url
+        return Deployment.model_validate({"name": name, "url": url, **fields})
 
     async def chat(self, script: Script | bytes, door: Kit | None = None, **fields: Any) -> Answer:
         """Ask for a streamed reply; the answer is read as far as its headers."""
@@ -182,13 +221,16 @@ async def _running(log: MemoryLog, stage: Stage) -> AsyncGenerator[None]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def _stack() -> AsyncIterator[Stack]:
+async def _stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    keys_file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    keys_file.write_text(f'[keys]\nvendor = "{KEY}"\n')
     log = MemoryLog({topic.name: 1 if topic.partitioning == "ledger" else PARTITIONS for topic in TOPICS})
     async with AsyncExitStack() as parts:
         wire = await parts.enter_async_context(Wire())
-        gateway = await parts.enter_async_context(OpenAICompatible(Endpoint(wire.url)))
-        # One try: what the tests look at is how the last of them ends. Others are in test_attempts.py.
-        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book(), timeouts=PATIENCE), tries=1)
+        routes, servers = Routes(), ModelServers(Settings(model_url=wire.url, keys_file=keys_file))
+        gateway = await parts.enter_async_context(Router(routes, servers.open, servers.default_route()))
+        # One attempt: what the tests look at is how the last of them ends. Others are in test_attempts.py.
+        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book()), tries=1)
         parts.push_async_callback(generation.close)
         judge = RulesJudge()
         parts.push_async_callback(judge.close)
@@ -200,7 +242,7 @@ async def _stack() -> AsyncIterator[Stack]:
             await parts.enter_async_context(_running(log, stage))
         door = await parts.enter_async_context(serving(log, Terms()))
         impatient = await parts.enter_async_context(serving(log, IMPATIENT))
-        yield Stack(log, wire, door, impatient)
+        yield Stack(log, wire, routes, door, impatient)
 
 
 @pytest_asyncio.fixture

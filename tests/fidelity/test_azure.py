@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tests.fidelity.conftest import finishes, said_in, text_of
-from tests.fidelity.wire import Talk, chunk, event, finish, role, sends, usage_chunk, words
+import pytest
+from tests.fidelity.conftest import KEY, finishes, said_in, text_of
+from tests.fidelity.wire import Script, Talk, chunk, event, finish, role, sends, usage_chunk, whole, words
 
 from klatch_schemas.events import StreamEnd, UsageSettled
 
@@ -73,23 +74,43 @@ async def test_a_reply_that_the_filter_cut_off_says_so(stack: "Stack") -> None:
     assert (await stack.told(answer, UsageSettled)).usage.total_tokens == 12
 
 
-async def test_a_filtered_prompt_is_a_400_with_all_its_words_and_is_not_tried_again(stack: "Stack") -> None:
-    """[32]"""
-    inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": {"hate": {"filtered": True}}}
-    error = {"message": "filtered", "type": None, "param": "prompt", "code": "content_filter", "innererror": inner}
+INNER: dict[str, Any] = {
+    "code": "ResponsibleAIPolicyViolation",
+    "content_filter_result": {"hate": {"filtered": True}},
+}
+FILTERED: dict[str, Any] = {
+    "error": {"message": "filtered", "type": None, "param": "prompt", "code": "content_filter", "innererror": INNER}
+}
 
-    async def refuse(talk: Talk) -> None:
-        talk.refuse(400, {"error": error}, {"apim-request-id": "apim-1"})
 
-    model = stack.model(refuse)
+async def _refuses(talk: Talk) -> None:
+    talk.refuse(400, FILTERED, {"apim-request-id": "apim-1"})
+
+
+async def _tells_in_a_good_answer(talk: Talk) -> None:
+    talk.refuse(200, FILTERED, {"apim-request-id": "apim-1"})
+
+
+async def _tells_in_an_event(talk: Talk) -> None:
+    talk.begin(apim_request_id="apim-1").send(event(PROMPT), event(FILTERED)).end()
+
+
+@pytest.mark.parametrize("script", [_refuses, _tells_in_a_good_answer, _tells_in_an_event])
+async def test_a_filtered_prompt_is_a_400_with_all_its_words_and_is_not_tried_again(
+    stack: "Stack", script: Script
+) -> None:
+    """[32] In whatever shape the filter says so; and no other vendor gets to see it."""
+    model = stack.model(script)
+    spare = stack.spare(model, whole("from a vendor that takes it"))
     answer = await stack.door.chat(model=model)
     assert answer.status == 400
     said = (await answer.json())["error"]
-    assert (said["code"], said["param"], said["innererror"]) == ("content_filter", "prompt", inner)
+    assert (said["code"], said["param"], said["innererror"]) == ("content_filter", "prompt", INNER)
     assert (said["type"], said["klatch"]["code"]) == ("invalid_request_error", "content_filter")
     assert said["klatch"]["upstream_request"] == "apim-1"
     assert answer.headers["x-should-retry"] == "false"
-    assert len(stack.wire.talks[model]) == 1
+    assert (len(stack.wire.talks[model]), len(stack.wire.talks[spare])) == (1, 0)
+    assert (await stack.told(answer, StreamEnd)).status == "blocked"
 
 
 async def test_bursts_and_the_name_of_the_underlying_version_pass(stack: "Stack") -> None:
@@ -99,3 +120,19 @@ async def test_bursts_and_the_name_of_the_underlying_version_pass(stack: "Stack"
     assert text_of(events) == "abcdefgh"
     assert {one["model"] for one in said_in(events)[1:]} == {"tiny-2026-11-01"}
     assert (await stack.wire.talk(model)).body["model"] == model
+
+
+@pytest.mark.parametrize(
+    ("auth", "header", "says"), [("key", "api-key", KEY), ("token", "authorization", f"Bearer {KEY}")]
+)
+async def test_a_deployment_is_asked_at_its_path_with_its_version_and_its_key(
+    stack: "Stack", auth: str, header: str, says: str
+) -> None:
+    """[33] An Entra token goes where others' keys go, and nothing goes where the other would."""
+    model = stack.model(whole("a"), kind="azure", key="vendor", auth=auth, api_version="2025-01-01-preview")
+    assert text_of(await (await stack.door.chat(model=model)).events()) == "a"
+    talk = await stack.wire.talk(model)
+    assert talk.path == f"/openai/deployments/{model}/chat/completions"
+    assert talk.query == "api-version=2025-01-01-preview"
+    told = {name: talk.headers[name] for name in ("api-key", "authorization") if name in talk.headers}
+    assert told == {header: says}

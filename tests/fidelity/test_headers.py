@@ -64,8 +64,10 @@ async def test_a_refusal_before_the_first_byte_keeps_its_status_body_and_patienc
     async def refuse(talk: Talk) -> None:
         talk.refuse(status, {"error": {**ERROR, "vendor": {"ticket": 7}}}, {"retry-after-ms": "20"})
 
-    answer = await stack.chat(refuse, stream=stream)
+    model = stack.model(refuse)
+    answer = await stack.door.chat(model=model, stream=stream)
     assert answer.status == status
+    assert len(stack.wire.talks[model]) == (3 if status in {429, 503} else 1)
     said = (await answer.json())["error"]
     assert {name: said[name] for name in ("message", "type", "code", "vendor")} == {
         **{name: ERROR[name] for name in ("message", "type", "code")},

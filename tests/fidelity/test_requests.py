@@ -56,6 +56,17 @@ async def test_a_reservation_reads_both_names_of_the_limit_and_n(
     assert fields.items() <= (await stack.wire.talk(model)).body.items()
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("openai", "max_completion_tokens"), ("azure", "max_tokens"), ("vllm", "max_tokens")]
+)
+async def test_only_openai_itself_is_told_the_newer_name_of_the_limit(stack: "Stack", kind: str, name: str) -> None:
+    """[46] Its reasoning models refuse the older one; others may not know the newer one."""
+    model = stack.model(whole("a"), kind=kind)
+    await (await stack.door.chat(model=model, max_tokens=300)).body()
+    body = (await stack.wire.talk(model)).body
+    assert {limit: body[limit] for limit in ("max_tokens", "max_completion_tokens") if limit in body} == {name: 300}
+
+
 async def test_a_stream_that_is_asked_for_again_is_replayed_with_all_its_parts(stack: "Stack") -> None:
     """[47] Klatch has no cache of replies: this is what comes nearest to one. An `Idempotency-Key` or the stream's
     own address give the same events, from the role to the marker, without another call of the model."""
@@ -68,7 +79,7 @@ async def test_a_stream_that_is_asked_for_again_is_replayed_with_all_its_parts(s
     assert await again.events() == first
     assert await elsewhere.events() == first
     assert (text_of(first), finishes(first)) == ("once only", [(0, "stop")])
-    assert said_in(first)[-1] == usage_chunk()
+    assert said_in(first)[-1] == {**usage_chunk(), "klatch": {"deployment": model}}
     assert len(stack.wire.talks[model]) == 1
 
 

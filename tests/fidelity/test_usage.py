@@ -104,6 +104,15 @@ async def test_a_client_that_asks_for_running_totals_gets_them(stack: "Stack") -
     assert [one["usage"]["completion_tokens"] for one in said] == [1, 2, 3, 4, 5, 50, 50]
 
 
+async def test_vllm_is_asked_for_a_running_total_that_its_clients_do_not_see(stack: "Stack") -> None:
+    """[27] What a stream has cost is known then wherever it is cut."""
+    model = stack.model(running(last=True), kind="vllm")
+    said = said_in(await (await stack.door.chat(model=model, **ASKING)).events())
+    assert [one["usage"] for one in said] == [None] * 6 + [FULL]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert (await stack.wire.talk(model)).body["stream_options"] == options
+
+
 async def test_the_running_total_counts_for_a_stream_that_was_cut(stack: "Stack") -> None:
     """[25, 27] Better than an estimate: it is the model server's own."""
 

@@ -72,7 +72,7 @@ class Talk:
     """One call that the server was given, and its answer."""
 
     def __init__(self, connection: Connection, request: Request) -> None:
-        self.headers = request.headers
+        self.path, self.query, self.headers = request.path, request.query, request.headers
         self.body: Any = json.loads(request.body)
         self.connection = connection
         self.left = asyncio.Event()
