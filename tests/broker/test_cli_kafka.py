@@ -277,7 +277,10 @@ async def test_routes_of_models_are_applied_from_a_file_listed_tried_and_removed
             "models", "set", "other/name", "--url", upstream.url, "--model", "fake?tokens=2", "--json"
         )
         assert single.objects == [{"alias": "other/name", "changed": True}]
+        kept = await town.run("models", "set", "m", "--name", "own", "--concurrency", "4", "--json")
+        assert kept.objects == [{"alias": "m", "changed": True}]
         listed = await town.run("models", "list", "--json")
+        assert listed.objects[0]["deployments"][0]["concurrency"] == 4
         assert [(one["alias"], [to["name"] for to in one["deployments"]]) for one in listed.objects] == [
             ("m", ["own", "gone"]),
             ("other/name", ["other-name"]),
@@ -288,7 +291,8 @@ async def test_routes_of_models_are_applied_from_a_file_listed_tried_and_removed
     assert next(one for one in tried.objects if one["ok"])["text"] == "The quick brown "
     assert (await town.run("models", "remove", "other/name")).code == 0
     assert (await town.run("models", "remove", "other/name")).code == 1
-    assert (await town.run("models", "set", "m", "--url", "nowhere")).code == 2
+    assert (await town.run("models", "set", "m", "--name", "own", "--url", "nowhere")).code == 2
+    assert (await town.run("models", "set", "m", "--url", "http://127.0.0.1:9/v1")).code == 2, "which of the two?"
 
 
 async def test_quotas_are_set_shown_and_remembered(town: Town) -> None:

@@ -28,7 +28,8 @@ from klatch_workers.cli.context import (
     shared_options,
 )
 from klatch_workers.model_trial import Trial, trials
-from klatch_workers.models_file import ModelsFileError, checked, read_models, write_models
+from klatch_workers.models_file import ModelsFileError, read_models, write_models
+from klatch_workers.route_change import with_one_changed
 
 
 @click.group()
@@ -78,33 +79,38 @@ def apply(file: Path, prune: bool, by: str, as_json: bool, **options: Any) -> No
 
 @models.command(name="set")
 @click.argument("alias")
-@click.option("--url", default="", help="The server, with its /v1; of Azure the resource.")
+@click.option("--url", help="The server, with its /v1; of Azure the resource.")
 @click.option(
     "--kind",
     type=click.Choice(["openai", "azure", "vllm", "openai-compatible", "local"]),
-    default="openai-compatible",
-    show_default=True,
+    help="[default: of a new one openai-compatible]",
 )
-@click.option("--model", help="What the server calls it.  [default: ALIAS]")
+@click.option("--model", help="What the server calls it.  [default: of a new one ALIAS]")
 @click.option("--key", help="The name of a key in KLATCH_KEYS_FILE; never the key itself.")
 @click.option("--api-version", help="Azure's.")
 @click.option("--concurrency", type=click.IntRange(1), help="Calls at once, per generation process.")
-@click.option("--name", help="What the deployment is called.  [default: from ALIAS]")
+@click.option("--name", help="Which deployment, where there are several.  [default: a new one is named after ALIAS]")
 @click.option("--by", default="", help="Who changes it.")
 @_options
 def set_route(alias: str, name: str | None, by: str, as_json: bool, **options: Any) -> None:
-    """Route ALIAS to one deployment, in place of what it was routed to. For more than one, `apply` a file."""
-    fields = {field: options.pop(field) for field in ("url", "kind", "model", "key", "api_version", "concurrency")}
+    """Route ALIAS to a deployment, or change one that it goes to.
+
+    What is not told stays: other deployments, prices, time-outs, tries, weights. A key is kept only for the host that
+    it was given for. To take something away, or for several deployments, `apply` a file.
+    """
+    asked = {field: options.pop(field) for field in ("url", "kind", "model", "key", "api_version", "concurrency")}
+    told = {field: value for field, value in {**asked, "name": name}.items() if value is not None}
 
     async def work() -> int:
         context = Context.read(**options)
-        route = _single(alias, {**fields, "name": name or _name_from(alias)}, by)
         async with opened_log(context) as log:
+            standing = {one.alias: one for one in await _routes(log, context)}.get(alias)
+            route, to = _changed(standing, alias, told, by)
             changed, _ = await write_models(log, context.namespace, [route])
         if as_json:
             say_json({"alias": alias, "changed": bool(changed)})
         else:
-            click.echo(f"{alias} goes to {route.deployments[0].name}" + ("" if changed else ", as before"))
+            click.echo(f"{alias} goes to {to}" + ("" if changed else ", as before"))
         return 0
 
     perform(work, as_json=as_json)
@@ -189,18 +195,15 @@ async def _routes(log: Log, context: Context) -> list[ModelRouted]:
         return sorted(ledger.values(), key=lambda route: route.alias)
 
 
-def _single(alias: str, fields: dict[str, Any], by: str) -> ModelRouted:
+def _changed(standing: ModelRouted | None, alias: str, told: dict[str, Any], by: str) -> tuple[ModelRouted, str]:
+    """The route, and the names of where it goes."""
     try:
-        return ModelRouted(alias=alias, deployments=(checked(fields),), by=by)
+        route = with_one_changed(standing, alias, told, by)
+        return route, ", ".join(one.name for one in route.deployments)
     except ModelsFileError as error:
         raise CommandFailed(str(error), MISUSED) from error
     except ValidationError as error:
         raise CommandFailed(f"a model cannot be called so: {explain(error)}", MISUSED) from error
-
-
-def _name_from(alias: str) -> str:
-    said = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in alias)
-    return said.strip("._-")[:64] or "deployment"
 
 
 def _lines(route: ModelRouted) -> Sequence[str]:
