@@ -11,17 +11,21 @@ up to the estimate; the reply asks for more while it runs (`usage.running`) and 
 counts on the new day.
 
 A reservation that nobody settles expires 15 minutes after its deadline (or its request, or its last `usage.running`),
-and no later than the memory of its id: the slot is free again and the estimate stands as its cost. A settlement
-without a reservation is a repeat, or came too late, and changes nothing. A refused id stays refused.
+and no later than the memory of its id: the slot is free again, whether or not the request still runs, and the estimate
+stands as its cost until it is settled after all (`Ledger.overdue`). A settlement of what is not known is a repeat, or
+came a day late, and changes nothing. A refused id stays refused.
 
 Embeddings count like chat completions whose replies have no tokens; who asked for them, a door, is answered in
 `chat.stream`.
 """
 
+from __future__ import annotations  # rpds classes take type arguments in annotations only
+
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import msgspec
+from rpds import HashTrieMap
 
 from klatch_schemas.events import (
     ChatAdmitted,
@@ -148,8 +152,19 @@ def advanced(state: Ledger, timestamp_ms: int) -> Ledger:
     swept, counters = state.swept, state.counters
     if now // 1_000 != state.clock_ms // 1_000 and counters.count:
         swept, counters = swept + 1, counters.sweep(swept, moment(now))
-    state = msgspec.structs.replace(state, clock_ms=now, seen=state.seen.forget(now), swept=swept, counters=counters)
+    seen = state.seen.forget(now)
+    overdue = (
+        state.overdue if seen is state.seen else _without(state.overdue, state.seen.buckets[state.seen.oldest].ids)
+    )
+    state = msgspec.structs.replace(state, clock_ms=now, seen=seen, overdue=overdue, swept=swept, counters=counters)
     return _expire(state) if state.held and now >= state.next_expiry_ms else state
+
+
+def _without(overdue: HashTrieMap[str, Held], ids: Sequence[str]) -> HashTrieMap[str, Held]:
+    if overdue:
+        for one in ids:
+            overdue = overdue.discard(one)
+    return overdue
 
 
 def _expire(state: Ledger) -> Ledger:
@@ -157,6 +172,8 @@ def _expire(state: Ledger) -> Ledger:
     for request, one in state.held.items():
         if one.expires_ms <= state.clock_ms:
             state = _release(state, request, one, Need(0))
+            if request in state.seen:
+                state = msgspec.structs.replace(state, overdue=state.overdue.insert(request, one))
     return msgspec.structs.replace(state, next_expiry_ms=ledger.next_expiry(state.held.values()))
 
 
@@ -289,10 +306,15 @@ def _held(state: Ledger, request: str, held: Held) -> Ledger:
 
 def _settle(state: Ledger, settled: UsageSettled) -> Ledger:
     held = state.held.get(settled.request)
-    if held is None:
+    late = None if held else state.overdue.get(settled.request)
+    known = held or late
+    if known is None:
         return state
-    more = Need(settled.usage.total_tokens - held.tokens, settled.cost_micros - held.micros)
-    return _release(state, settled.request, held, more)
+    more = Need(settled.usage.total_tokens - known.tokens, settled.cost_micros - known.micros)
+    if late is None:
+        return _release(state, settled.request, known, more)
+    state = msgspec.structs.replace(state, overdue=state.overdue.discard(settled.request))
+    return _corrected(state, late, late.corrected(more, moment(state.clock_ms))[1], ended=False)
 
 
 def _release(state: Ledger, request: str, held: Held, more: Need) -> Ledger:

@@ -1,9 +1,11 @@
 """What admission decides: every state of a request against every event."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 
+from klatch_schemas import codec
 from klatch_schemas.events import (
     ChatAdmitted,
     ChatRefused,
@@ -218,8 +220,31 @@ def test_a_reservation_that_nobody_settles_frees_its_slot_and_its_estimate_stand
     before = at(NOON, limit(concurrent_requests=1), ask(tokens=100))
     assert outcome(after(before, ask("r2"), ms=HOLD_MS - 1)) == "rejected"
     assert outcome(after(before, ask("r2"), ms=HOLD_MS)) == "admitted"
-    state, _ = run(*before, *at(NOON + HOUR, settle(tokens=1)))
-    assert (len(state.held), state.used.day_tokens) == (0, 100)
+    state, _ = run(*before, *at(NOON + HOUR, ask("r2", tokens=50)))
+    assert (set(state.held), state.used.day_tokens, state.used.running) == ({"r2"}, 150, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 30_000])
+def test_a_request_that_ran_longer_than_its_reservation_is_settled_all_the_same_and_once(tokens: int) -> None:
+    late = at(NOON + HOUR, settle(tokens=tokens), settle(tokens=tokens), settle(tokens=7))
+    state, _ = run(*at(NOON, ask(tokens=100)), *late)
+    assert (state.used.day_tokens, state.used.running, len(state.overdue)) == (tokens, 0, 0)
+
+
+def test_what_may_still_be_settled_is_in_the_snapshot_and_is_forgotten_with_its_id() -> None:
+    state, _ = run(*at(NOON, ask(tokens=100)), *at(NOON + HOUR, ask("r2")))
+    restored = ADMISSION.load(ACME, cast("dict[str, object]", codec.loads(codec.dumps(ADMISSION.dump(state)))))
+    assert set(restored.overdue) == {"r1"}
+    late, _ = ADMISSION.decide(restored, Input(settle(tokens=1), NOON + HOUR))
+    assert late.used.day_tokens == state.used.day_tokens - 99
+    for ms in (MEMORY_MS + HOUR + 1, MEMORY_MS + HOUR + 2):
+        state, _ = ADMISSION.decide(state, Input(settle("r1", tokens=300), NOON + ms))
+    assert (len(state.overdue), len(state.seen.ids), state.used.day_tokens) == (0, 0, 0)
+
+
+def test_a_reservation_that_expires_when_its_id_is_forgotten_is_forgotten_too() -> None:
+    state, _ = run(*at(NOON, ask()), *at(NOON + 2 * DAY, ask("r2")))
+    assert (set(state.held), len(state.overdue)) == ({"r2"}, 0)
 
 
 def test_a_reservation_outlives_its_deadline_but_never_the_memory_of_its_id() -> None:

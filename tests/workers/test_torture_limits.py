@@ -111,6 +111,13 @@ def test_a_run_that_forgot_its_limits_is_found_by_both_checks(limits: Limits, ov
     assert any("admitted, where its tenant's log says refused by" in one.what for one in redecided(lied))
 
 
+def test_what_is_settled_after_its_reservation_has_expired_counts_all_the_same() -> None:
+    careless = run(Limits(), asked(1), settled(1, 300), asked(2))
+    hour = [one if one.offset < 2 else one._replace(timestamp_ms=NOON + 3_600_000) for one in careless.requests]
+    lied = replace(careless, requests=[entry("chat.requests", 0, setting(Limits(tokens_per_day=399))), *hour[1:]])
+    assert [one.what for one in exceeded(lied)] == ["admitted though tokens_per_day is 400 of 399"]
+
+
 ANN, BOB = Person("ann"), Person("bob")
 EACH = LimitRule(person="*", limits=Limits(concurrent_requests=1))
 BOBS = LimitRule(person=BOB, limits=Limits(concurrent_requests=2))

@@ -1,7 +1,8 @@
 """What admission knows of one tenant, and how it stands in a snapshot.
 
 Parts of a snapshot: `head` (time, the whole tenant's counter), `settings` and `changes`, `ids/N` a bucket of ids,
-`held/N` the reservations of those ids, `used/N` a shard of counters. Only parts that changed are written again.
+`held/N` and `overdue/N` the reservations of those ids, `used/N` a shard of counters. Only parts that changed are
+written again.
 """
 
 from __future__ import annotations  # rpds classes take type arguments in annotations only
@@ -87,6 +88,8 @@ class Ledger(msgspec.Struct, frozen=True):
     changes: tuple[Change, ...] = ()
     seen: Seen = Seen()
     held: HashTrieMap[str, Held] = HashTrieMap()
+    overdue: HashTrieMap[str, Held] = HashTrieMap()
+    """Reservations that have expired: they hold no slot, but may still be settled while their ids are remembered."""
     next_expiry_ms: int = 0
     """No reservation expires before this."""
     used: Counter = Counter()
@@ -106,9 +109,10 @@ def dump(state: Ledger) -> dict[str, object]:
     }
     for number, bucket in state.seen.buckets.items():
         parts[f"ids/{number}"] = {"newest_ms": bucket.newest_ms, "ids": bucket.ids}
-    for request, held in state.held.items():
-        group = cast("dict[str, object]", parts.setdefault(f"held/{held.bucket}", {}))
-        group[request] = held
+    for kind, reservations in (("held", state.held), ("overdue", state.overdue)):
+        for request, held in reservations.items():
+            group = cast("dict[str, object]", parts.setdefault(f"{kind}/{held.bucket}", {}))
+            group[request] = held
     for number, shard in state.counters.shards.items():
         parts[f"used/{number}"] = shard
     return parts
@@ -119,8 +123,7 @@ def load(tenant: str, parts: Mapping[str, object]) -> Ledger:
     if "settings" not in parts and parts:
         parts = _upgraded(parts)
     head = msgspec.convert(parts.get("head", {}), _Head)
-    groups = [msgspec.convert(part, dict[str, Held]) for _, part in _numbered(parts, "held")]
-    held = HashTrieMap({request: one for group in groups for request, one in group.items()})
+    held = _reservations(parts, "held")
     shards = {number: msgspec.convert(part, dict[str, Counter]) for number, part in _numbered(parts, "used")}
     return Ledger(
         tenant=tenant,
@@ -129,11 +132,17 @@ def load(tenant: str, parts: Mapping[str, object]) -> Ledger:
         changes=msgspec.convert(parts.get("changes", ()), tuple[Change, ...]),
         seen=Seen.of({number: msgspec.convert(part, Bucket) for number, part in _numbered(parts, "ids")}),
         held=held,
+        overdue=_reservations(parts, "overdue"),
         next_expiry_ms=next_expiry(held.values()),
         used=head.used,
         counters=Counters.of(shards),
         swept=head.swept,
     )
+
+
+def _reservations(parts: Mapping[str, object], kind: str) -> HashTrieMap[str, Held]:
+    groups = [msgspec.convert(part, dict[str, Held]) for _, part in _numbered(parts, kind)]
+    return HashTrieMap({request: one for group in groups for request, one in group.items()})
 
 
 def next_expiry(held: Iterable[Held]) -> int:

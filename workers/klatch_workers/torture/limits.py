@@ -92,6 +92,7 @@ class _Fact:
     micros: int
     scopes: Mapping[Scope, Limits]
     """Those that it counts in, each with what limited it when it was admitted."""
+    settled: bool = False
 
 
 @dataclass(slots=True)
@@ -171,8 +172,9 @@ def exceeded(evidence: Evidence) -> Iterator[Violation]:
                 tenant.set = entry.said
             case UsageSettled(request=request, usage=usage, cost_micros=micros):
                 fact = tenant.facts.get(request)
-                if fact and fact.until_ms > tenant.now_ms:
-                    fact.until_ms, fact.tokens, fact.micros = tenant.now_ms, usage.total_tokens, micros
+                if fact and not fact.settled:
+                    fact.until_ms = min(fact.until_ms, tenant.now_ms)
+                    fact.settled, fact.tokens, fact.micros = True, usage.total_tokens, micros
             case ChatRequested(request=request) if request not in tenant.facts:
                 if kept := admitted.get((entry.said.tenant, request)):
                     # What it was granted later is in its settlement; until then it only counts too little here.
