@@ -5,7 +5,7 @@
     │   └── RequestTooLarge                                                 request_too_large
     ├── Unauthorized          no key, or a wrong one                        invalid_api_key
     ├── NotFound              nothing of that name, or another tenant's     not_found
-    ├── Blocked               trust refused the text                        content_filter
+    ├── Blocked               trust or the vendor's filter refused it       content_filter
     ├── LimitExceeded         a quota refused; try again later              rate_limit_exceeded
     ├── Expired               the deadline passed first                     deadline_exceeded
     ├── Cancelled             somebody cancelled the request                cancelled
@@ -76,7 +76,7 @@ class NotFound(KlatchError):
 
 
 class Blocked(KlatchError):
-    """Trust refused the text."""
+    """Trust, or the model vendor's own filter, refused the text."""
 
     code, status, type = "content_filter", 400, "invalid_request_error"
 
