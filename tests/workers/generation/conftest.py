@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from klatch_agents.gateway.continuing import Continues
+from klatch_agents.gateway.port import Gateway
 from klatch_agents.gateway.router import Router
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas import codec
@@ -73,6 +74,8 @@ class Generation:
     max_in_flight: int = 512
     continues: Continues = "none"
     """How workers believe that the upstream continues."""
+    between: Callable[[Router], Gateway] = lambda router: router
+    """What stands between workers and their router."""
     _written: int = 0
 
     def settings(self) -> Settings:
@@ -190,7 +193,7 @@ class Worker:
         self.stage = GenerationStage(
             log,
             NAMESPACE,
-            gateway,
+            self._generation.between(gateway),
             preparer,
             max_in_flight=self._generation.max_in_flight,
             prices=RouteBook(routes).prices,

@@ -41,6 +41,7 @@ from klatch_streams.generation import (
     lifecycle,
     when_met,
 )
+from klatch_streams.keyed_owner import GivenBack
 from klatch_streams.log import LogError, RecordTooLarge
 from klatch_workers.generation.attempts import Attempts, Overtaken
 from klatch_workers.generation.conclude import (
@@ -110,6 +111,23 @@ class RequestUnderWay:
                 command = policy.send(report)
             except StopIteration:
                 return
+
+    async def fail(self) -> None:
+        """What `run` could not do for a fault of ours: the end, if there is none yet, and the settlement.
+
+        Only what cannot be that fault again is told. Raises LogError, GivenBack.
+        """
+        while not self.tracked.assembly.state.settled:
+            if isinstance(await self._end(End("failed", _INTERNAL), plain=True), Interrupted):
+                # Somebody else's attempt is in force: it ends the stream, or falls silent and leaves that to us.
+                await self._watch()
+        try:
+            await self._conclude()
+        except (LogError, GivenBack):
+            raise
+        except Exception as error:  # noqa: BLE001 - see `_or_broken`
+            log.error("request.not_remembered", request=self.tracked.request, fault=describe(error))  # noqa: TRY400
+            await self._conclude(plain=True)
 
     async def _carry_out(self, command: Command) -> Report:
         match command:
@@ -269,7 +287,7 @@ class RequestUnderWay:
 
     # --- end and conclude
 
-    async def _end(self, command: End) -> Report:
+    async def _end(self, command: End, *, plain: bool = False) -> Report:
         means, request = self.means, self.admitted.request
         if not await self.attempts.to_end_in():
             return Interrupted("superseded")
@@ -282,22 +300,30 @@ class RequestUnderWay:
             writer=Writer(state.writer or means.owner),
             seq=present.seq if present and self.attempts.in_force() else state.next_seq,
             status=command.status,
-            finish_reason=self._finish_reason(command),
-            model=self.prepared.model if self.prepared else "",
-            deployment=present.deployment if present else "",
-            usage=self._usage(),
-            trailer=tuple(codec.loads(raw) for raw in present.trailer) if present else (),
             error=command.error,
-            upstream_request=present.upstream_request if present else None,
-            rate_limits=self.admitted.rate_limits,
-            stopped_by=present.stopped_by if present else None,
+            usage=self._plain_usage() if plain else self._usage(),
         )
+        if not plain:
+            end = end.model_copy(update=self._details(command))
         draft = self.effects.draft(END + 2 * state.attempt, CHAT_STREAM, request.conversation, end)
         written = means.batches.write(draft, urgent=True)
         await means.table.passed(await written.durable())
         if self.tracked.assembly.state.settled:
             return Ended()
         return Interrupted("superseded")
+
+    def _details(self, command: End) -> dict[str, object]:
+        """What else the end tells."""
+        present = self.attempts.present
+        return {
+            "finish_reason": self._finish_reason(command),
+            "model": self.prepared.model if self.prepared else "",
+            "deployment": present.deployment if present else "",
+            "trailer": tuple(codec.loads(raw) for raw in present.trailer) if present else (),
+            "upstream_request": present.upstream_request if present else None,
+            "rate_limits": self.admitted.rate_limits,
+            "stopped_by": present.stopped_by if present else None,
+        }
 
     def _finish_reason(self, command: End) -> str | None:
         if (present := self.attempts.present) and present.finished:
@@ -314,16 +340,22 @@ class RequestUnderWay:
         spoke = self.spoke or bool(assembly.standing)
         return usage_without_count(self.admitted, own_count(assembly, written), spoke)
 
-    async def _conclude(self) -> Report:
+    def _plain_usage(self) -> Usage:
+        """The same without a look into what was said: a delta is a token."""
+        present, standing = self.attempts.present, self.tracked.assembly.standing
+        tokens = max(present.deltas if present else 0, len(standing))
+        return usage_without_count(self.admitted, tokens, self.spoke or bool(standing))
+
+    async def _conclude(self, *, plain: bool = False) -> Report:
         means, request, assembly = self.means, self.admitted.request, self.tracked.assembly
-        if has_turn(assembly):
+        if has_turn(assembly) and not plain:
             await self.place.first()
         asked = self._asked()
         timing = Timing(int(time.time() * 1000), self.first_token_ms)
         settled = settlement(self.admitted, assembly, asked, timing, means.prices)
         drafts = [self.effects.draft(SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
-        finished = turn(self.admitted, assembly, asked, timing, head.offset if head else None)
+        finished = None if plain else turn(self.admitted, assembly, asked, timing, head.offset if head else None)
         # In a conversation requests are concluded in order: the turns up to the last one's request were appended.
         if finished and not (head and head.applied >= self.place.offset):
             drafts.append(self.effects.draft(TURN, CHAT_TURNS, request.conversation, finished))

@@ -7,7 +7,7 @@ the runner's: what is done stands in the log, then the snapshot, then the offset
 
 import asyncio
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeGuard
 from uuid import uuid4
@@ -34,7 +34,7 @@ from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
 from klatch_streams.follower import Follower
 from klatch_streams.generation import TRIES
 from klatch_streams.keyed_owner import Doing, GivenBack, KeyedOwner
-from klatch_streams.log import Log, LogError
+from klatch_streams.log import Log, LogError, RecordTooLarge
 from klatch_streams.snapshots import Snapshots
 from klatch_streams.stalls import Stalls
 from klatch_workers.generation.conclude import PriceOf
@@ -218,6 +218,20 @@ def _tenant_of(record: Record) -> Hashable:
     return named.tenant if _stands_where_it_belongs(named, record) else None
 
 
+async def _fault_of(doing: Callable[[], Awaitable[None]]) -> DeadLetter | None:
+    """What of ours kept a request from what it needs. Raises LogError and GivenBack: these are none of its own."""
+    try:
+        await doing()
+    except RecordTooLarge as error:
+        # It would be too large for the next owner too.
+        return DeadLetter("too-large", str(error))
+    except (LogError, GivenBack):
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary of a record
+        return DeadLetter("failed", describe(error))
+    return None
+
+
 class GenerationOwner:
     """One partition of `chat.admitted`."""
 
@@ -322,16 +336,16 @@ class GenerationOwner:
                 place.leave()
                 return
         under_way = RequestUnderWay.of(self._means, admitted, record, place)
-        try:
-            await under_way.run()
-        except (LogError, GivenBack):
-            raise
-        except Exception as error:
-            # A fault of ours in what this request needs must not stop the others of its partition, again and again.
-            place.leave()
-            raise DeadLetter("failed", describe(error)) from error
+        # A fault of ours in what this request needs must not stop the others of its partition, again and again.
+        if why := await _fault_of(under_way.run):
+            log.error("request.given_up", request=request.request, reason=why.reason, fault=why.error)
+            # Its readers are told before it is buried; what prevents that as well is in the worker's log.
+            if twice := await _fault_of(under_way.fail):
+                log.error("request.end_lost", request=request.request, reason=twice.reason, fault=twice.error)
         self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
         place.leave()
+        if why:
+            raise why
 
     async def _before_commit(self, low_water: int) -> None:
         table, conversations = self._means.table, self._means.conversations
