@@ -65,6 +65,8 @@ EMBEDDING_PRIORITY: Final = 5
 LEAST_GRANT: Final = 16
 """A reply is not begun for fewer tokens."""
 _MINUTE_MS: Final = 60_000
+_GIVEN_UP_AT_ALL: Final = "klatch failed on this request; the worker's log tells why"
+_GIVEN_UP: Final = {"request_too_large": "the request leaves no room for what klatch adds to it: keep it smaller"}
 
 
 class Admission:
@@ -105,6 +107,27 @@ class Admission:
                 return _grant(advanced(state, said.timestamp_ms), said.event, self._estimate.completion)
             case QuotaLimitSet():
                 return _set(advanced(state, said.timestamp_ms), said.event), ()
+            case _:
+                return state, ()
+
+    def give_up(self, state: Ledger, said: Input[Ledger], code: str) -> tuple[Ledger, Sequence[Emit]]:
+        """A request on which `decide` failed, or whose admission the log cannot hold, ends; its id stays used."""
+        match said.event:
+            case ChatRequested() | EmbeddingRequested() as asked if (
+                asked.tenant == state.tenant and asked.request not in state.seen
+            ):
+                now_ms = max(state.clock_ms, said.timestamp_ms)
+                known = msgspec.structs.replace(state, clock_ms=now_ms, seen=state.seen.insert(now_ms, asked.request))
+                error = StreamError(code=code, message=_GIVEN_UP.get(code, _GIVEN_UP_AT_ALL))
+                end = StreamEnd(
+                    request=asked.request,
+                    tenant=asked.tenant,
+                    conversation=asked.conversation,
+                    writer=WRITER,
+                    status="failed",
+                    error=error,
+                )
+                return known, [Emit(CHAT_STREAM, asked.conversation, end)]
             case _:
                 return state, ()
 

@@ -6,7 +6,7 @@ cannot use goes to `dead.letters` and the partition goes on; a log that cannot b
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
@@ -14,15 +14,19 @@ from typing import Final, Generic, TypeVar
 import structlog
 
 from klatch_schemas import codec
+from klatch_schemas.errors import KlatchError, RequestTooLarge
+from klatch_schemas.events import Event
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import Namespace
 from klatch_streams.addresses import Addresses
 from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
-from klatch_streams.kernel import Decider, Input, drafts_of
+from klatch_streams.kernel import Decider, Emit, Input, drafts_of
 from klatch_streams.log import Log, RecordTooLarge
 from klatch_streams.snapshots import Parts, Snapshots
 
 S = TypeVar("S")
+GiveUp = Callable[[S, Input[S], str], tuple[S, Sequence[Emit]]]
+"""What follows from an event that could not be decided, for the reason of that `code`: pure, like a decider."""
 logger: Final = structlog.stdlib.get_logger()
 
 
@@ -45,12 +49,15 @@ class _Batch(Generic[S]):
 class DeciderStage(Generic[S]):
     """Makes the owners of a decider's partitions."""
 
-    def __init__(self, decider: Decider[S], log: Log, namespace: Namespace) -> None:
+    def __init__(
+        self, decider: Decider[S], log: Log, namespace: Namespace, give_up: GiveUp[S] = lambda state, _, __: (state, ())
+    ) -> None:
         self.name = decider.name
         self.topic = namespace.of(decider.input)
         self._decider = decider
         self._log = log
         self._namespace = namespace
+        self._give_up = give_up
 
     async def own(self, partition: Partition, committed: int) -> "DeciderOwner[S]":
         """Restore the states of `partition`. Raises LogError, StateLost."""
@@ -58,7 +65,8 @@ class DeciderStage(Generic[S]):
         states = Partition(self._namespace.of(self._decider.state), partition.number)
         snapshots = await Snapshots.open(self._log, states, committed)
         logger.info("decider.restored", stage=self.name, partition=partition.number, keys=len(snapshots.saved))
-        return DeciderOwner(self._decider, self._log, self._namespace, addresses, snapshots, committed)
+        decider, log, namespace = self._decider, self._log, self._namespace
+        return DeciderOwner(decider, log, namespace, addresses, snapshots, committed, self._give_up)
 
 
 class DeciderOwner(Generic[S]):
@@ -72,7 +80,9 @@ class DeciderOwner(Generic[S]):
         addresses: Addresses,
         snapshots: Snapshots,
         committed: int,
+        give_up: GiveUp[S],
     ) -> None:
+        self._give_up = give_up
         self.states = {
             key: Held(decider.load(key, dict(saved.parts)), saved.applied) for key, saved in snapshots.saved.items()
         }
@@ -136,8 +146,15 @@ class DeciderOwner(Generic[S]):
         try:
             await self._settle([record])
         except RecordTooLarge as error:
+            batch = _Batch[S]()
+            with suppress(DeadLetter):
+                event, key = self._read(record)
+                if self._addresses.belongs(record, key):
+                    self._set_aside(record, event, key, batch, RequestTooLarge.code)
+            if batch.drafts:
+                await self._log.append(batch.drafts)
             await bury(self._log, [self._letter(record, DeadLetter("too-large", str(error)))])
-            self._accept(_Batch(), [record])
+            self._accept(batch, [record])
 
     def _accept(self, batch: _Batch[S], records: Sequence[Record]) -> None:
         self.states.update(batch.states)
@@ -145,7 +162,8 @@ class DeciderOwner(Generic[S]):
         if records:
             self._next = max(self._next, records[-1].offset + 1)
 
-    def _decide(self, record: Record, batch: _Batch[S]) -> None:
+    def _read(self, record: Record) -> tuple[Event, str]:
+        """The event, and the key that it belongs under. Raises DeadLetter."""
         try:
             event = codec.decode(record.value)
         except codec.Unreadable as error:
@@ -153,6 +171,10 @@ class DeciderOwner(Generic[S]):
         key = self._addresses.key_of(event)
         if isinstance(event, codec.Delta):
             raise DeadLetter("wrong-topic", "deltas decide nothing")
+        return event, key
+
+    def _decide(self, record: Record, batch: _Batch[S]) -> None:
+        event, key = self._read(record)
         held = batch.states.get(key) or self.states.get(key)
         if not self._addresses.belongs(record, key):
             batch.drafts.append(self._addresses.move(record, key))
@@ -167,7 +189,23 @@ class DeciderOwner(Generic[S]):
             logger.exception(
                 "decider.failed", stage=self._decider.name, partition=record.partition.number, offset=record.offset
             )
+            self._set_aside(record, event, key, batch, KlatchError.code)
             raise DeadLetter("decider-failed", describe(error)) from error
+        self._note(record, key, batch, drafts, before, after)
+
+    def _set_aside(self, record: Record, event: Event, key: str, batch: _Batch[S], code: str) -> None:
+        """Whoever waits for what is not decided is told."""
+        held = batch.states.get(key) or self.states.get(key)
+        try:
+            before = held.state if held else self._decider.initial(key)
+            after, effects = self._give_up(before, Input(event, record.timestamp_ms), code)
+            drafts = drafts_of(effects, record, self._namespace)
+        except Exception:  # the same bug, perhaps: then there is only the letter
+            logger.exception("decider.could_not_tell", stage=self._decider.name, offset=record.offset)
+            return
+        self._note(record, key, batch, drafts, before, after)
+
+    def _note(self, record: Record, key: str, batch: _Batch[S], drafts: Sequence[Draft], before: S, after: S) -> None:
         batch.drafts += drafts
         # What changed nothing needs no snapshot: deciding it again comes to the same.
         if after is not before:

@@ -62,7 +62,8 @@ async def run_admission(begin: Begin, stop: asyncio.Event, ready: Ready) -> None
 
     settings = await begin()
     async with _log(settings) as kafka:
-        stage = DeciderStage(Admission(), kafka, Namespace.named(settings.namespace))
+        admission = Admission()
+        stage = DeciderStage(admission, kafka, Namespace.named(settings.namespace), admission.give_up)
         await _run(stage, kafka, settings, stop, ready)
 
 
