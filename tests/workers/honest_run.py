@@ -29,6 +29,7 @@ from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 from klatch_workers.torture.evidence import Asked, Entry, Evidence, ModelCall, Observation
 from klatch_workers.torture.load import Trouble, Turn
 from klatch_workers.torture.report import BROKEN, Report
+from klatch_workers.torture.tenants import PERSONS
 
 TENANT, TALK = Tenant("acme"), Conversation("talk")
 ONE, TWO = RequestId("talk.0"), RequestId("talk.1")
@@ -66,8 +67,12 @@ def asked(request: RequestId, **fields: Any) -> ChatRequested:
     return ChatRequested(request=request, tenant=TENANT, conversation=TALK, body={"messages": []}, **fields)
 
 
-def settled(request: RequestId, status: Status = "completed", usage: Usage = USAGE) -> UsageSettled:
-    return UsageSettled(request=request, tenant=TENANT, status=status, usage=usage)
+def settled(
+    request: RequestId, status: Status = "completed", usage: Usage = USAGE, micros: int = 0, deployment: str = ""
+) -> UsageSettled:
+    return UsageSettled(
+        request=request, tenant=TENANT, status=status, usage=usage, cost_micros=micros, deployment=deployment
+    )
 
 
 def turn(request: RequestId, text: str) -> TurnFinished:
@@ -181,6 +186,20 @@ def continued(second: str) -> Evidence:
         end(ONE, seq=len(tokens), attempt=2, writer=Writer("v")),
     ]
     return replace(streaming(*stream), observations=[], turns=kept(first + second))
+
+
+def priced(micros: int, deployment: str = "priced") -> Evidence:
+    """The first turn's model has a price, and it was billed so much."""
+    evidence = requests(settled(ONE, micros=micros, deployment=deployment), settled(TWO))
+    known = evidence.asked[ONE]
+    by_ann = replace(known, turn=replace(known.turn, person=PERSONS[0]))
+    return replace(evidence, asked={**evidence.asked, ONE: by_ann})
+
+
+def prompted(tokens: int) -> Evidence:
+    """The model server counted so many tokens in the first turn's prompt, and others in that of a lost call."""
+    calls = [ModelCall("c0", ONE, 0.0, 0.0, 99), ModelCall("c1", ONE, 0.0, 0.0, tokens), ModelCall("c2", TWO, 500.0)]
+    return honest(calls=calls)
 
 
 def rolled_back(*, remembered: bool) -> Evidence:

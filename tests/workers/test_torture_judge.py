@@ -27,6 +27,8 @@ from tests.workers.honest_run import (
     http,
     kept,
     opening,
+    priced,
+    prompted,
     raced,
     refusal,
     rejected,
@@ -243,6 +245,18 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
         lambda: requests(settled(ONE, usage=Usage(prompt_tokens=5, completion_tokens=4)), settled(TWO)),
         {"missettled": 1},
     ),
+    "a request was billed for less than its tokens cost": (lambda: priced(34), {"missettled": 1}),
+    "a request was billed for more than its tokens cost": (lambda: priced(36), {"missettled": 1}),
+    "a request was billed nothing, by a deployment with a price": (lambda: priced(0), {"missettled": 1}),
+    "a request that costs nothing was billed": (
+        lambda: requests(settled(ONE, micros=35), settled(TWO)),
+        {"missettled": 1},
+    ),
+    "a repeated bill asks for other money": (
+        lambda: requests(settled(ONE), settled(TWO), settled(ONE, micros=1), ids=("a", "b", "s1", "s2", "s1")),
+        {"missettled": 1},
+    ),
+    "a request was billed for another prompt than its model read": (lambda: prompted(6), {"missettled": 1}),
     "a cancelled request was billed as nothing": (lambda: cancelled_late_billed(0), {"missettled": 1}),
     "a cancelled request was billed for what nobody wrote": (lambda: cancelled_late_billed(9), {"missettled": 1}),
     "a reply is continued by a token that stands already": (
@@ -293,6 +307,18 @@ def test_a_cancelled_request_that_is_billed_for_what_stands_is_no_violation() ->
 )
 def test_what_a_request_asked_for_is_no_violation(evidence: Evidence) -> None:
     assert list(judge(evidence).violations) == []
+
+
+def test_a_bill_is_its_tokens_times_their_price() -> None:
+    assert counts(judge(priced(35))) == {}
+    assert judge(priced(35)).checked["unpriced"] == 0
+    assert counts(judge(prompted(5))) == {}
+
+
+def test_a_bill_that_names_no_deployment_has_no_price_and_is_told() -> None:
+    report = judge(priced(0, deployment=""))
+    assert (counts(report), report.checked["unpriced"]) == ({}, 1)
+    assert counts(judge(priced(34, deployment=""))) == {"missettled": 1}
 
 
 def test_it_tells_how_often_a_reply_was_continued_or_undone_or_a_cancel_raced_an_end() -> None:

@@ -28,6 +28,12 @@ class Case:
     bare: bool = False
     """Whether the system keeps nothing but requests and streams."""
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a budget ended its reply, of a tenant that has one."""
+        end = self.told.assembly.end
+        return self.asked.turn.limited and end is not None and end.stopped_by is not None
+
     def broke(self, kind: Broken, what: str, *entries: Entry | None) -> Violation:
         """A broken promise, with where to look."""
         positions = tuple(entry.position for entry in (*entries, self.told.ended) if entry)

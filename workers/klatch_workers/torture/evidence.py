@@ -64,6 +64,8 @@ class ModelCall:
     started_ms: float
     ended_ms: float = 0.0
     """When its answer was complete, or its connection closed, whichever came first; 0: neither has."""
+    prompt_tokens: int | None = None
+    """What the model server counted in its prompt, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
-from klatch_schemas.events import ChatAdmitted, ChatRefused, TurnFinished, UsageSettled
+from klatch_schemas.events import ChatRefused, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
@@ -17,6 +17,7 @@ from klatch_workers.torture.evidence import Evidence, Stall
 from klatch_workers.torture.heeded import checked as heeded
 from klatch_workers.torture.heeded import deadlines_of, wishes
 from klatch_workers.torture.limits import broken_limits
+from klatch_workers.torture.money import missettled, unpriced
 from klatch_workers.torture.recovery import Speaking, recoveries
 from klatch_workers.torture.report import Report, Violation
 from klatch_workers.torture.stalls import stalled_ms
@@ -79,7 +80,8 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "settled_twice": sum(len(case.settlements) > 1 for case in cases.values()),
         "repeated_admissions": sum(len(case.decisions) > 1 for case in cases.values()),
         "repeated_turns": sum(len(case.turns) > 1 for case in cases.values()),
-        "stopped_by_budgets": sum(_stopped(case) for case in cases.values()),
+        "unpriced": sum(_unpriced(case) for case in cases.values()),
+        "stopped_by_budgets": sum(case.stopped for case in cases.values()),
         **{f"refused: {limit}": number for limit, number in Counter(map(_refused_by, cases.values())).items() if limit},
     }
 
@@ -90,10 +92,9 @@ def _refused_by(case: Case) -> str | None:
     return said.refusal.limit if isinstance(said, ChatRefused) else None
 
 
-def _stopped(case: Case) -> bool:
-    """Whether a budget ended its reply, of a tenant that has one."""
-    end = case.told.assembly.end
-    return case.asked.turn.limited and end is not None and end.stopped_by is not None
+def _unpriced(case: Case) -> bool:
+    """Whether its bill has tokens with a price, and names no deployment that they could have it from."""
+    return any(isinstance(entry.said, UsageSettled) and unpriced(case, entry.said) for entry in case.settlements)
 
 
 def _script(case: Case) -> Mapping[str, object]:
@@ -110,7 +111,7 @@ def _of_one(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
     yield from _text(case)
     yield from _redone(case, stalls)
     if not case.bare:
-        yield from _missettled(case)
+        yield from missettled(case)
 
 
 def _lost(case: Case) -> Iterator[Violation]:
@@ -155,7 +156,7 @@ def _outcome(case: Case) -> Iterator[Violation]:
     elif outcome is not None and not fair.get(outcome, False):
         yield case.broke("failed", f"{outcome}, for nothing that was done to it")
     spoke = len(tokens_of(case.told.text))
-    if outcome == "completed" and spoke != case.asked.turn.tokens and not (_stopped(case) and spoke):
+    if outcome == "completed" and spoke != case.asked.turn.tokens and not (case.stopped and spoke):
         yield case.broke("spliced", f"completed with {spoke} of {case.asked.turn.tokens} tokens")
 
 
@@ -193,38 +194,6 @@ def _unfit_answers(evidence: Evidence) -> Iterator[Violation]:
     for seen in evidence.observations:
         for what in () if evidence.bare else seen.unfit:
             yield Violation("failed", seen.request, f"{what}, to its {seen.reader} reader")
-
-
-# --- money -----------------------------------------------------------------------------------------------------------
-
-
-def _missettled(case: Case) -> Iterator[Violation]:
-    admitted = any(isinstance(entry.said, ChatAdmitted) for entry in case.decisions)
-    ids = {entry.event_id for entry in case.settlements}
-    if len(ids) != admitted:
-        yield case.broke("missettled", f"{len(ids)} settlements, not {int(admitted)}", *case.settlements)
-    settled = [entry.said for entry in case.settlements if isinstance(entry.said, UsageSettled)]
-    if len({(one.status, one.usage.model_dump_json()) for one in settled}) > 1:
-        yield case.broke("missettled", "a repeated settlement says something else", *case.settlements)
-    if settled and (problem := _wrong_amount(case, settled[0])):
-        # The first in the log counts: admission drops the reservation with it.
-        yield case.broke("missettled", problem, case.settlements[0])
-
-
-def _wrong_amount(case: Case, settled: UsageSettled) -> str | None:
-    told, charged = case.told, settled.usage.completion_tokens
-    end = told.assembly.end
-    if settled.status != told.outcome:
-        return f"settled as {settled.status}, ended as {told.outcome}"
-    if end and end.usage and end.usage != settled.usage:
-        return "settled is another usage than the end's"
-    counted = told.outcome == "completed" and not (settled.usage.estimated or _stopped(case))
-    if counted and charged != case.asked.turn.tokens:
-        return f"{charged} tokens settled of {case.asked.turn.tokens}"
-    spoke = len(tokens_of(told.text))
-    if not spoke <= charged <= max(told.written, spoke):
-        return f"{charged} tokens settled; {spoke} stand, and {told.written} deltas were written"
-    return None
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

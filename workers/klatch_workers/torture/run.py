@@ -16,6 +16,7 @@ from typing import Final
 import aiohttp
 
 from klatch_agents.testing.upstream import Call
+from klatch_agents.testing.upstream.answer import prompt_tokens
 from klatch_schemas.client import Client
 from klatch_schemas.ids import RequestId
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS
@@ -189,4 +190,5 @@ async def _evidence(
 
 
 def _call(call: Call) -> ModelCall:
-    return ModelCall(call.id, RequestId(str(call.body.get("user", ""))), call.started * 1000, call.ended * 1000)
+    request = RequestId(str(call.body.get("user", "")))
+    return ModelCall(call.id, request, call.started * 1000, call.ended * 1000, prompt_tokens(call.body))

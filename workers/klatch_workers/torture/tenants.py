@@ -22,6 +22,8 @@ TENANTS: Final = (*FREE, *LIMITED)
 PERSONS: Final = (Person("ann"), Person("bob"), Person("eve"))
 PRICED: Final = "priced"
 """The model of `PEOPLE`: the one that has a price."""
+PRICES: Final = Prices(prompt=1.0, completion=10.0)
+"""Of that model."""
 PRICED_TOKENS: Final = 30
 PRICED_RATE: Final = 40.0
 
@@ -51,8 +53,7 @@ def configured(tenant: Tenant, key: str) -> TenantConfigured:
 
 def priced_route(script: str) -> ModelRouted:
     """The route of the model that has a price; `script` is what the model server reads as its name."""
-    prices = Prices(prompt=1.0, completion=10.0)
-    deployment = Deployment(name="priced", kind="local", model=script, continues="prefill", prices=prices)
+    deployment = Deployment(name="priced", kind="local", model=script, continues="prefill", prices=PRICES)
     return ModelRouted(alias=PRICED, deployments=(deployment,))
 
 

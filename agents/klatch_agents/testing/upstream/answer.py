@@ -38,7 +38,7 @@ class Answer:
         self._head: Json = {"id": f"chatcmpl-{call_id}", "created": 1_790_000_000, "model": model}
         self._n = max(1, _int(body.get("n"), 1))
         self._deltas = [self._choice_deltas(index) for index in range(self._n)]
-        self._prompt = len(json.dumps(body.get("messages", "")).split())
+        self._prompt = prompt_tokens(body)
         options = body.get("stream_options")
         given = cast("Json", options) if isinstance(options, dict) else {}
         self._usage_asked = bool(given.get("include_usage"))
@@ -217,6 +217,11 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": self._script.reasoning * self._n},
         }
+
+
+def prompt_tokens(body: Json) -> int:
+    """How many tokens this server counts in a prompt: words of its JSON."""
+    return len(json.dumps(body.get("messages", "")).split())
 
 
 _UNIQUE = re.compile(r"<<c\d+(?:\.\d+)?:(\d+)>>\Z")
