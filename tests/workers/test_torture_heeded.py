@@ -143,6 +143,12 @@ def test_a_door_that_was_struck_need_not_have_heard_that_its_client_went_away(fa
     assert counts(judge(replace(hung_up(1_000.0, 9_000), struck=[KILLED]))) == {"failed": 1}
 
 
+def test_what_was_asked_by_another_call_goes_on_without_the_client_of_the_first() -> None:
+    evidence = hung_up(1_000.0, 9_000)
+    later = [one._replace(timestamp_ms=one.timestamp_ms + 1_001) for one in evidence.requests]
+    assert counts(judge(replace(evidence, requests=later))) == {}
+
+
 def test_a_client_that_is_told_to_begin_anew_has_left_a_call_that_was_over() -> None:
     evidence = hung_up(1_000.0, 9_000)
     first, rest = evidence.stream[:2], evidence.stream[5:]

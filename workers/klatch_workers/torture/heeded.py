@@ -111,8 +111,10 @@ def _deleted(case: Case) -> Iterator[Wish]:
 def _disconnected(case: Case, evidence: Evidence) -> Iterator[Wish]:
     """Who goes away, and said that this is to cancel, is cancelled."""
     hung_up_ms = max((seen.hung_up_ms for seen in case.observations), default=0.0)
-    # A client that was just being told to begin anew has left a call that was over.
-    if not (hung_up_ms and case.told.opened) or case.told.attempts > 1:
+    # What was written later may be another call's, and a client that was just being told to begin anew has left a call
+    # that was over.
+    asked_before = any(entry.timestamp_ms <= hung_up_ms for entry in case.published)
+    if not (hung_up_ms and asked_before and case.told.opened) or case.told.attempts > 1:
         return
     went_on_ms = float(case.told.ended.timestamp_ms) if case.told.ended else float("inf")
     late_ms = went_on_ms - hung_up_ms - stalled_ms(evidence.stalls, hung_up_ms, went_on_ms)
