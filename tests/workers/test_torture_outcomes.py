@@ -101,24 +101,29 @@ def refusal(error: KlatchError) -> web.Response:
     return web.Response(status=status_of(error), body=error_body(error, REQUEST), headers=headers)
 
 
+# A worker's fault is a request's end, and none of the door's.
+BROKEN = at_the_door(ended("failed", KlatchError.code))
 FAILED = at_the_door(ended("failed", Unavailable.code))
 
 
 async def test_a_reader_over_http_asks_again_until_it_is_told_of_the_end() -> None:
-    async with reading([refusal(Unavailable("not now", retry_after_ms=1)), refusal(FAILED)]) as reader:
-        await reader.read()
-    seen = reader.observation()
-    assert (seen.outcome, seen.unfit) == ("failed", ())
-    assert reader.troubles == {"unavailable": 1}
+    for end in (FAILED, BROKEN):
+        async with reading([refusal(Unavailable("not now", retry_after_ms=1)), refusal(end)]) as reader:
+            await reader.read()
+        seen = reader.observation()
+        assert (seen.outcome, seen.unfit) == ("failed", ())
+        assert reader.troubles == {"unavailable": 1}
 
 
 async def test_a_reader_over_http_notes_answers_that_no_door_may_give() -> None:
     bare, hasty = web.Response(status=500, text="Internal Server Error"), refusal(Unavailable("not now"))
-    async with reading([bare, hasty, refusal(FAILED)]) as reader:
+    crashed = refusal(as_klatch_error(ZeroDivisionError()))
+    async with reading([bare, hasty, crashed, refusal(FAILED)]) as reader:
         await reader.read()
     assert reader.observation().unfit == (
         "POST was answered with a bare 500",
         "POST was answered with 503 and no Retry-After",
+        "POST was answered with a failure of the door itself",
     )
 
 

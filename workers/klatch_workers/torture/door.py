@@ -16,6 +16,7 @@ from typing import Any, Final
 import aiohttp
 
 from klatch_schemas import codec
+from klatch_schemas.errors import KlatchError
 from klatch_workers.torture.evidence import Asked, Observation
 from klatch_workers.torture.told import content_of, outcome_of
 
@@ -140,8 +141,12 @@ class HttpReader:
             error = {"code": f"HTTP {status}, and no error in JSON"}
             if status >= 500:
                 self._unfit.append(f"{answer.method} was answered with a bare {status}")
-        elif status == _SERVICE_UNAVAILABLE and not _is_end(error) and "retry-after" not in answer.headers:
+        elif _is_end(error):
+            pass
+        elif status == _SERVICE_UNAVAILABLE and "retry-after" not in answer.headers:
             self._unfit.append(f"{answer.method} was answered with 503 and no Retry-After")
+        elif error.get("code") == KlatchError.code:
+            self._unfit.append(f"{answer.method} was answered with a failure of the door itself")
         return error
 
     def _request(self) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
