@@ -1,7 +1,7 @@
 """Notices that this process did not run for a while: it was stopped, suspended, or got no processor.
 
 Whatever it knew before is old then: records that stand in the log have not been read, and its group may have another
-member in its place.
+member in its place. The same holds where it waited long for something else, such as brokers that were away.
 """
 
 import asyncio
@@ -29,6 +29,16 @@ class Stalls:
         """Whether a stall ended within the last `lately_s`, or just now."""
         self.look()
         return self._clock() - self._over_at < self._lately_s
+
+    def now(self) -> float:
+        """Seconds, by the clock."""
+        return self._clock()
+
+    def waited(self, since: float) -> None:
+        """Somebody has waited since then, and may go by what was known before: if that was long, it is a stall."""
+        now = self._clock()
+        if now - since > self._longer_than_s:
+            self._over_at = now
 
     def look(self) -> None:
         """Note that the process runs."""

@@ -58,9 +58,9 @@ async def slow() -> AsyncIterator[Generation]:
         yield Generation(SlowLog(), upstream)
 
 
-@pytest.mark.parametrize("stalled", [True, False])
+@pytest.mark.parametrize("stalled", ["stopped", "waited for what it needs", ""])
 async def test_a_worker_that_was_stopped_calls_no_model_for_what_was_cancelled_meanwhile(
-    slow: Generation, stalled: bool
+    slow: Generation, stalled: str
 ) -> None:
     log = slow.log
     assert isinstance(log, SlowLog)
@@ -70,19 +70,22 @@ async def test_a_worker_that_was_stopped_calls_no_model_for_what_was_cancelled_m
         request = slow.request("fake?text=hello")
         cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
         await slow.write(CHAT_STREAM, "c1", cancel)
-        if stalled:
+        if stalled == "stopped":
             time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
-        await slow.write_verdict(request)
         await slow.write_admission(request)
+        if stalled == "waited for what it needs":
+            await asyncio.sleep(STALL_S)  # the stall: the verdict keeps it waiting
+        await slow.write_verdict(request)
         if stalled:
-            await log.end_asked.wait()
+            async with asyncio.timeout(10):
+                await log.end_asked.wait()
         else:
             # Nobody asks: what was read is at most a moment old.
             await slow.upstream.changed(lambda: bool(slow.upstream.calls))
         log.hearing.set()
         settled = await slow.settled(request)
     assert settled.status == "cancelled"
-    assert (settled.usage == Usage()) == stalled
+    assert (settled.usage == Usage()) == bool(stalled)
     assert len(slow.upstream.calls) == (0 if stalled else 1)
 
 

@@ -205,10 +205,13 @@ class RequestUnderWay:
     async def _prepare(self) -> Report:
         if self.prepared:
             return self.prepared.ready
+        began = self.means.stalls.now()
         try:
             self.prepared = await self.means.preparer.prepare(self.admitted, self.tracked, self.means.conversations)
         except PreparingFailed as error:
             return Broken(error.said)
+        # What it waited for may be the log: then a cancel may stand there that nobody could read meanwhile.
+        self.means.stalls.waited(began)
         return self.prepared.ready
 
     async def _speak(self) -> Report:
