@@ -116,24 +116,28 @@ async def test_the_model_servers_name_of_a_call_is_kept_for_a_ticket(stack: "Sta
 
 
 async def test_nothing_waits_for_a_clock_before_a_token_goes_on(stack: "Stack") -> None:
-    """[11] The quickest of some replies, so that a busy machine does not matter: a pause in the path would show."""
+    """[11] One quick reply of many will do, so that a busy machine does not matter: a pause would be in all of them."""
     took = list[float]()
-    loop = asyncio.get_running_loop()
-    for _ in range(12):
-        said = asyncio.Event()
-
-        async def script(talk: Talk, said: asyncio.Event = said) -> None:
-            talk.begin().send(role(), words("first"))
-            await said.wait()
-            talk.send(words("second"), finish()).end()
-
-        began = loop.time()
-        answer = await stack.chat(script)
-        while b"first" not in await answer.part():
-            pass
-        first, began = loop.time() - began, loop.time()
-        said.set()
-        while b"second" not in await answer.part():
-            pass
-        took.append(max(first, loop.time() - began))
+    while len(took) < 100 and min(took, default=1.0) >= 0.020:
+        took.append(await _slower_token_s(stack))
     assert min(took) < 0.020
+
+
+async def _slower_token_s(stack: "Stack") -> float:
+    """How long the slower of two tokens of a reply took from the model server to the client."""
+    loop, said = asyncio.get_running_loop(), asyncio.Event()
+
+    async def script(talk: Talk) -> None:
+        talk.begin().send(role(), words("first"))
+        await said.wait()
+        talk.send(words("second"), finish()).end()
+
+    began = loop.time()
+    answer = await stack.chat(script)
+    while b"first" not in await answer.part():
+        pass
+    first, began = loop.time() - began, loop.time()
+    said.set()
+    while b"second" not in await answer.part():
+        pass
+    return max(first, loop.time() - began)
