@@ -68,16 +68,16 @@ class Doing:
 class Shares:
     """How much of the room each tenant has, and what waits for its share. See `Doing.share_by`."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
+    def __init__(self, room: int, tenant_of: Callable[[Record], Hashable]) -> None:
+        self._room, self._tenant_of = room, tenant_of
         self._held = Counter[Hashable]()
         self._tenants = dict[int, Hashable]()
         """Of the records that have been let in, by offset."""
         self._waiting = dict[Hashable, deque[Record]]()
 
-    def ask(self, tenant: Hashable, record: Record) -> None:
+    def ask(self, record: Record) -> None:
         """Put a record in line."""
-        self._waiting.setdefault(tenant, deque()).append(record)
+        self._waiting.setdefault(self._tenant_of(record), deque()).append(record)
 
     def next(self) -> Record | None:
         """Let in the first record of whoever has least, and of these the oldest, if there is room for one more."""
@@ -115,7 +115,7 @@ class KeyedOwner:
         self._open = deque[int]()
         self._done = set[int]()
         self._lines = dict[Hashable, deque[Record]]()
-        self._shares = Shares(doing.max_in_flight) if doing.share_by else None
+        self._shares = Shares(doing.max_in_flight, doing.share_by) if doing.share_by else None
         self._tasks = set[asyncio.Task[None]]()
         self._failure: BaseException | None = None
         self._releasing = False
@@ -177,8 +177,8 @@ class KeyedOwner:
         self._open.append(record.offset)
         self._bytes += len(record.value or b"")
         self._next = record.offset + 1
-        if self._shares and self._doing.share_by:
-            self._shares.ask(self._doing.share_by(record), record)
+        if self._shares:
+            self._shares.ask(record)
             self._start_those_with_room()
         else:
             self._start(record)

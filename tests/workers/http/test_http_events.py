@@ -348,3 +348,16 @@ async def test_a_large_request_is_parsed_beside_the_loop_and_arrives_whole_trap_
     answer = await kit.chat(messages=[{"role": "user", "content": text}])
     assert answer.status == 200
     assert kit.said(ChatRequested, "chat.requests")[0].body["messages"] == [{"role": "user", "content": text}]
+
+
+async def test_a_door_that_closes_before_an_accepted_reply_is_whole_says_where_to_read_on(kits: "Kits") -> None:
+    async with kits.serving(drain_s=0.3) as kit:
+        kit.stages.script = lambda teller: teller.open()
+        asking = asyncio.create_task(kit.chat(stream=False, klatch={"conversation": "c"}))
+        await kit.stages.first()
+        kit.stop.set()
+        answer = await asking
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (503, "unavailable")
+        assert "read on at the resume link" in error["message"]
+        assert error["klatch"]["resume"] == f"/v1/streams/{answer.headers['x-request-id']}?conversation=c"

@@ -39,12 +39,11 @@ class Endpoint:
         """Answer one call."""
         call = Call(scope, receive, send)
         try:
-            with self._runtime.answering(call):
-                await self._handler(call.method)(self._runtime, call)
+            await self._handler(call.method)(self._runtime, call)
         except Disconnected:
             return
         except asyncio.CancelledError:
-            # The door ends, and this call has waited longer than it lets calls wait: bare, this would be a plain 500.
+            # The server ends, and this call has outlasted its grace: bare, this would be a plain 500.
             await _refuse(call, Unavailable("this door is closing; ask again", retry_after_ms=RETRY_AFTER_MS))
         except Exception as error:  # noqa: BLE001 - the boundary: one call's error must not end the door
             await _refuse(call, error)
@@ -99,11 +98,11 @@ class App:
     def end_calls(self) -> None:
         """Tell every open call that this door closes.
 
-        A stream's client gets an error event with the resume link; whoever has no answer yet, because the log does
-        not answer, gets 503.
+        Whose request is accepted gets an error with the resume link; who waits for a log that does not answer is told
+        so now.
         """
         self._runtime.hub.fail_all(Unavailable("this door is closing; read on at the resume link", retry_after_ms=0))
-        self._runtime.end_unanswered()
+        self._runtime.intake.give_up()
 
     @asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncGenerator[None]:

@@ -29,6 +29,7 @@ class Intake:
         self._log = into
         self._terms = terms
         self._waiting_bytes = 0
+        self._asking = set[asyncio.Timeout]()
         self._silent = dict[Partition, bool]()
         """Partitions that have failed to answer, and whether somebody tries them just now."""
 
@@ -50,8 +51,12 @@ class Intake:
         if tries:
             self._silent[place] = True
         try:
-            async with asyncio.timeout(self._terms.append_timeout_s):
-                yield
+            async with asyncio.timeout(self._terms.append_timeout_s) as patience:
+                self._asking.add(patience)
+                try:
+                    yield
+                finally:
+                    self._asking.discard(patience)
         except (LogError, TimeoutError) as error:
             if not isinstance(error, RecordTooLarge):
                 self._note_silence(place, error)
@@ -62,6 +67,11 @@ class Intake:
         finally:
             if tries and place in self._silent:
                 self._silent[place] = False
+
+    def give_up(self) -> None:
+        """Let nobody wait for the log any longer: who does is refused as if his time were up."""
+        for patience in self._asking:
+            patience.reschedule(asyncio.get_running_loop().time())
 
     def _note_silence(self, place: Partition, error: Exception) -> None:
         if place not in self._silent:

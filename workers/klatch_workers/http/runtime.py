@@ -1,17 +1,12 @@
 """What the handlers of one door process share: what it was given, its hub, its clockwork, and its memory."""
 
-import asyncio
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from klatch_schemas import codec
 from klatch_schemas.events import StreamCancel
 from klatch_schemas.ids import Conversation, Tenant
 from klatch_schemas.records import Draft, Partition, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM
-from klatch_workers.http.call import Call
 from klatch_workers.http.door import Door
 from klatch_workers.http.hub import Hub
 from klatch_workers.http.intake import Intake
@@ -38,7 +33,6 @@ class Runtime:
     """How many partitions `chat.stream` has."""
     requests: int = 0
     """How many partitions `chat.requests` has."""
-    _answering: dict[Call, "asyncio.Task[Any]"] = field(default_factory=dict[Call, "asyncio.Task[Any]"])
 
     def __post_init__(self) -> None:
         self.hub = Hub(self.door.log, self.door.terms)
@@ -58,23 +52,6 @@ class Runtime:
         """Stop; the log is its owner's to close."""
         await self.pulse.close()
         await self.hub.close()
-
-    @contextmanager
-    def answering(self, call: Call) -> Generator[None]:
-        """Around what answers a call, in a task of its own: `end_unanswered` may cancel it."""
-        task = asyncio.current_task()
-        assert task  # noqa: S101 - a call is answered in a task
-        self._answering[call] = task
-        try:
-            yield
-        finally:
-            del self._answering[call]
-
-    def end_unanswered(self) -> None:
-        """Cancel what answers calls whose answers have not begun."""
-        for call, task in self._answering.items():
-            if not call.started:
-                task.cancel()
 
     def __hash__(self) -> int:
         return id(self)
