@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from klatch_workers.bench.client import Gaps, Reply, Target
-from klatch_workers.bench.processes import cpu_s, spent
+from klatch_workers.processes import cpu_s, spent
 
 Pids = Callable[[], Mapping[str, int]]
 """The processes to watch, as they are now."""

@@ -19,7 +19,6 @@ from klatch_workers.bench.client import Target
 from klatch_workers.bench.load import Paced, Seen, crowd, one, paced
 from klatch_workers.bench.path import path
 from klatch_workers.bench.peer import SAID
-from klatch_workers.bench.processes import cpu_s, rss_mb, spent
 from klatch_workers.bench.recovery import recovery
 from klatch_workers.bench.relay import ThreeHops
 from klatch_workers.bench.report import (
@@ -42,6 +41,7 @@ from klatch_workers.bench.report import (
 )
 from klatch_workers.bench.rig import MODEL, Rig, Say, model_server, rig
 from klatch_workers.bench.starts import starts
+from klatch_workers.processes import cpu_s, rss_mb, spent
 
 RATE = 50.0
 """Tokens a second of a paced reply: about what people are served."""

@@ -56,6 +56,8 @@ class Report:
     """How often each sort of fault was carried out."""
     cancels: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How soon model calls ended after a cancel, and which were the slowest, see `cancelling.figures`."""
+    memory_mb: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    """How large the largest worker of each stage was in each quarter of the run."""
     readings: Mapping[str, "Report"] = field(default_factory=dict[str, "Report"])
     """What the same records come to for consumers that read them otherwise."""
 
@@ -78,6 +80,7 @@ class Report:
             "recoveries_s": {what: round(one.seconds, 2) for what, one in self.recoveries.items()},
             "outcomes": dict(self.outcomes),
             "cancels": dict(self.cancels),
+            "memory_mb": {stage: list(quarters) for stage, quarters in self.memory_mb.items()},
             "struck": {what: number for what, number in self.struck.items() if not what.startswith(_BOUNDARY)},
             "boundaries": {name: self.struck.get(_BOUNDARY + name, 0) for name in BOUNDARIES},
             "checked": dict(self.checked),

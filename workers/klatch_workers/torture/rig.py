@@ -65,6 +65,10 @@ class Rig:
     def __post_init__(self) -> None:
         self.pools = {stage: [] for stage in self.system.stages}
 
+    def pids(self) -> list[tuple[str, int]]:
+        """Every worker that runs: its stage and its pid."""
+        return [(stage, child.pid) for stage, pool in self.pools.items() for child in pool if child.pid]
+
     async def add(self, stage: str, *, again_for_s: float = 0.0, twin_of: Child | None = None) -> Child:
         """Start one more worker of a stage; returns when it serves.
 

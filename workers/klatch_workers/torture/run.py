@@ -32,7 +32,9 @@ from klatch_workers.torture.readback import entries, read_back
 from klatch_workers.torture.report import Report
 from klatch_workers.torture.rig import REMEMBERS_S, Rig, Say, rig
 from klatch_workers.torture.schedule import Fault
-from klatch_workers.torture.stalls import watch
+from klatch_workers.torture.sizes import Size, by_quarters
+from klatch_workers.torture.sizes import watch as watch_sizes
+from klatch_workers.torture.stalls import watch as watch_stalls
 from klatch_workers.torture.strike import Striker
 from klatch_workers.torture.system import Klatch, System
 from klatch_workers.up.everything import PARTITIONS
@@ -70,8 +72,12 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
         plain, shape = orders.plain, orders.shape
         talks = plan(orders.seed, orders.minutes, orders.requests_per_second, plain=plain, shape=shape)
         say(f"asking {sum(len(talk.turns) for talk in talks)} requests in {len(talks)} conversations")
-        stalls = list[Stall]()
-        watching = [asyncio.create_task(_tell(load, say)), asyncio.create_task(watch(stalls))]
+        stalls, sizes = list[Stall](), list[Size]()
+        watching = [
+            asyncio.create_task(_tell(load, say)),
+            asyncio.create_task(watch_stalls(stalls)),
+            asyncio.create_task(watch_sizes(tortured.pids, sizes)),
+        ]
         async with asyncio.TaskGroup() as going:
             going.create_task(load.run(talks))
             if not plain:
@@ -90,7 +96,8 @@ async def torture(folder: Path, orders: Orders, say: Say) -> Report:
         "quotas_set": load.quotas_set,
         **{f"client: {what}": number for what, number in load.troubles.items()},
     }
-    return replace(report, checked=checked, readings=dict(zip(list(found)[1:], others, strict=True)))
+    readings = dict(zip(list(found)[1:], others, strict=True))
+    return replace(report, checked=checked, memory_mb=by_quarters(sizes), readings=readings)
 
 
 @asynccontextmanager
