@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class FetchFailed(logging.Handler):
 
 
 @contextmanager
-def fetch_failed() -> Iterator[asyncio.Event]:
+def fetch_failed() -> Generator[asyncio.Event]:
     """Set when a fetch has failed; also where a command run before in this process has silenced aiokafka."""
     fetcher, handler = logging.getLogger("aiokafka.consumer.fetcher"), FetchFailed()
     level = fetcher.level
