@@ -83,7 +83,9 @@ class Client:
         self._begun = dict[RequestId, Stream]()
 
     async def __aenter__(self) -> Self:
-        self._producer = AIOKafkaProducer(**self._options, acks="all", enable_idempotence=True)
+        # Not idempotent: of such a one aiokafka writes no more to a partition of which a batch has failed. What stands
+        # twice counts once (docs/decisions/0002-producer-settings.md).
+        self._producer = AIOKafkaProducer(**self._options, acks="all")
         self._places = AIOKafkaConsumer(**self._options)
         try:
             await self._producer.start()

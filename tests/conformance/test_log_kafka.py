@@ -95,6 +95,22 @@ async def test_a_reader_that_rests_gets_more_at_a_time_and_misses_nothing(kafka:
         await log.close()
 
 
+async def test_what_the_broker_refuses_leaves_no_gap_that_stops_what_comes_after(kafka: Cluster) -> None:
+    topic = await new_topic(kafka.bootstrap, max_message_bytes="2000")
+    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap))
+    try:
+        await log.append([Draft(topic, b"k", b"1")])
+        for _ in range(2):
+            with pytest.raises(AppendFailed, match="MessageSizeTooLarge"):
+                await log.append([Draft(topic, b"k", b"x" * 5_000)])
+            await log.append([Draft(topic, b"k", b"2")])
+        tail = await log.tail()
+        tail.follow(Partition(topic, 0), 0)
+        assert [record.value for record in await tail.read(10_000)] == [b"1", b"2", b"2"]
+    finally:
+        await log.close()
+
+
 async def test_a_broker_that_stops_fails_appends_in_time_and_one_that_comes_back_takes_them(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     await cluster.start()

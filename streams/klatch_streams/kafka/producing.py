@@ -180,14 +180,20 @@ class Producer:
         # told of, and a batch that waits for one of these waits for ever.
         producer.client.add_topic(partition.topic)
         try:
-            delivery = await producer.send_batch(batch, partition.topic, partition=partition.number)
-            await asyncio.wait([delivery], timeout=patience)
-            if not delivery.done():
-                delivery.cancel()
-                raise AppendFailed(f"{where} did not acknowledge within {patience:g} s: are its brokers up?")
+            # Who waits for metadata of a producer that is given up meanwhile would wait for ever.
+            async with asyncio.timeout(patience):
+                delivery = await producer.send_batch(batch, partition.topic, partition=partition.number)
+        except (kafka.KafkaError, TimeoutError) as error:
+            await self._drop_if_dead(producer)
+            raise AppendFailed(f"{where} refused an append: {error!r}") from error
+        await asyncio.wait([delivery], timeout=patience)
+        if not delivery.done():
+            delivery.cancel()
+            raise AppendFailed(f"{where} did not acknowledge within {patience:g} s: are its brokers up?")
+        try:
             base = delivery.result().offset
         except kafka.KafkaError as error:
-            await self._drop_if_dead(producer)
+            await self._drop(producer)
             raise AppendFailed(f"{where} refused an append: {error!r}") from error
         if base < 0:
             raise AppendFailed(f"{where} took a repeated batch and no longer knows where it stands")
@@ -229,7 +235,17 @@ class Producer:
         whatever this process appends to the partition later.
         """
         sender = producer._sender.sender_task  # noqa: SLF001
-        if self._producer is producer and (sender is None or sender.done()):
+        if sender is None or sender.done():
+            await self._drop(producer)
+
+    async def _drop(self, producer: AIOKafkaProducer) -> None:
+        """Give up a producer; the next append starts a new one.
+
+        An idempotent one whose batch failed is of no more use for that partition: the batch had a sequence number, and
+        brokers refuse every later one as out of order, for ever. (So they do after a batch that nobody waits for any
+        more, and that aiokafka drops once its partition has had no leader for `delivery_s`.)
+        """
+        if self._producer is producer:
             self._producer = None
             await _abandon(producer)
 
