@@ -120,11 +120,13 @@ async def test_every_open_choice_is_told_why(generation: Any) -> None:
         await limit(generation, Limits(tokens_per_day=200))
         body = {"model": "fake?tokens=100000&rate=1000", "n": 2, "messages": [{"role": "user", "content": "hi"}]}
         ended = await generation.ended(await ask(generation, "", body=body))
-    closing = [json.loads(bytes(one.chunk)) for one in ended.standing[-2:]]
+    *said, first, second = [bytes(one.chunk) for one in ended.standing]
+    closing = [json.loads(first), json.loads(second)]
     assert [(one["choices"][0]["index"], one["choices"][0]["finish_reason"]) for one in closing] == [
         (0, "length"),
         (1, "length"),
     ]
+    assert ended.end.usage.completion_tokens == tokens_in(said), "what tells of it is nobody's token"
 
 
 @pytest.mark.parametrize("body", [{"max_tokens": 120}, {}])

@@ -338,7 +338,7 @@ class RequestUnderWay:
         if (present := self.attempts.present) and present.usage:
             return present.usage
         # What stands may be a dead owner's: it was read, and its model was paid.
-        written = present.deltas if present else 0
+        written = present.deltas - present.closings if present else 0
         assembly = self.tracked.assembly
         spoke = self.spoke or bool(assembly.standing)
         return usage_without_count(self.admitted, own_count(assembly, written), spoke)

@@ -42,6 +42,8 @@ class Attempt:
         """What it continues."""
         self.seq = 0
         """How many deltas were written."""
+        self.closings = 0
+        """How many of them, the last, are no model's: they say that a budget was spent."""
         self.deployment = ""
         """Which deployment answers."""
         self.trailer: list[bytes] = []
@@ -83,6 +85,7 @@ class Attempt:
     def _stop(self, prefix: bytes, credit: Credit) -> None:
         for closing in credit.closing():
             self._write(prefix, closing, closing.raw)
+            self.closings += 1
         self.stopped_by = credit.stopped_by
         self.finished = Finished(dict(credit.finishes), None, "cut")
 
