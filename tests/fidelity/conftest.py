@@ -1,4 +1,4 @@
-"""Everything between a model server and a client, in one process, once for the whole session.
+"""Everything between a model server and a client, in one process; once for the whole session for the tests here.
 
 A server whose bytes a test chooses (`wire.py`), and the stages as `wiring.py` puts them together: the router with the
 servers that deployments of routes name, admission, screening by the default policy, generation, and the HTTP door on a
@@ -8,9 +8,10 @@ Numbers in brackets in docstrings name the traps of `docs/fidelity.md`.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -27,6 +28,7 @@ from klatch_schemas.events import ChatAdmitted, Deployment, Event, ModelRouted, 
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, TOPICS, Namespace, Topic
 from klatch_streams.admission import Admission
 from klatch_streams.decider_owner import DeciderStage
+from klatch_streams.log import Log
 from klatch_streams.memory_log import MemoryLog
 from klatch_streams.owner import Stage
 from klatch_streams.runner import Runner, RunnerSettings
@@ -61,11 +63,12 @@ class Routes:
         """The model names that have routes."""
         return list(self._routes)
 
-    def add(self, alias: str, deployment: Deployment) -> None:
-        """Route a model to one deployment more."""
+    def add(self, alias: str, deployment: Deployment, patience: RouteTimeouts | None = None) -> None:
+        """Route a model to one deployment more, with other time-outs if some are given."""
         known = self._routes.get(alias)
         deployments = (*(known.deployments if known else ()), deployment)
-        self._routes[alias] = ModelRouted(alias=alias, deployments=deployments, timeouts=PATIENCE)
+        timeouts = patience or (known.timeouts if known else PATIENCE)
+        self._routes[alias] = ModelRouted(alias=alias, deployments=deployments, timeouts=timeouts)
 
 
 @dataclass
@@ -80,10 +83,10 @@ class Stack:
     impatient: Kit
     """On the same log; sends headers, comments and write timeouts early."""
 
-    def model(self, script: Script | bytes, **deployment: Any) -> str:
+    def model(self, script: Script | bytes, patience: RouteTimeouts | None = None, **deployment: Any) -> str:
         """A model that answers by a script, or with these bytes; its route has one deployment, of this kind."""
         name = self.wire.model(script if callable(script) else sends(script))
-        self.routes.add(name, self._deployment(name, **deployment))
+        self.routes.add(name, self._deployment(name, **deployment), patience)
         return name
 
     def spare(self, model: str, script: Script | bytes) -> str:
@@ -207,24 +210,25 @@ async def hang_up(kit: Kit) -> None:
 
 
 @asynccontextmanager
-async def _running(log: MemoryLog, stage: Stage) -> AsyncGenerator[None]:
+async def running(log: Log, stage: Stage) -> AsyncGenerator[None]:
+    """A stage at work."""
     runner = Runner(log, stage, f"klatch.{stage.name}", RunnerSettings(commit_s=0.05, drain_s=1.0))
-    running = asyncio.create_task(runner.run())
+    work = asyncio.create_task(runner.run())
     ready = asyncio.create_task(runner.ready.wait())
-    await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({work, ready}, return_when=asyncio.FIRST_COMPLETED)
     ready.cancel()
     try:
         yield
     finally:
         runner.stop()
-        await running  # raises what made the stage fail meanwhile
+        await work  # raises what made the stage fail meanwhile
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def _stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
-    keys_file = tmp_path_factory.mktemp("keys") / "keys.toml"
-    keys_file.write_text(f'[keys]\nvendor = "{KEY}"\n')
-    log = MemoryLog({topic.name: 1 if topic.partitioning == "ledger" else PARTITIONS for topic in TOPICS})
+@asynccontextmanager
+async def stacked(keys_file: Path | None = None, now_ms: Callable[[], int] | None = None) -> AsyncGenerator[Stack]:
+    """A stack whose model server's keys are in a file, and whose log has a clock of the test's."""
+    counts: dict[str, int] = {topic.name: 1 if topic.partitioning == "ledger" else PARTITIONS for topic in TOPICS}
+    log = MemoryLog(counts, now_ms=now_ms) if now_ms else MemoryLog(counts)
     async with AsyncExitStack() as parts:
         wire = await parts.enter_async_context(Wire())
         routes, servers = Routes(), ModelServers(Settings(model_url=wire.url, keys_file=keys_file))
@@ -239,10 +243,18 @@ async def _stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stac
             ScreeningStage(log, Namespace(), judge, load_policy()),
             generation,
         ):
-            await parts.enter_async_context(_running(log, stage))
+            await parts.enter_async_context(running(log, stage))
         door = await parts.enter_async_context(serving(log, Terms()))
         impatient = await parts.enter_async_context(serving(log, IMPATIENT))
         yield Stack(log, wire, routes, door, impatient)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    keys_file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    keys_file.write_text(f'[keys]\nvendor = "{KEY}"\n')
+    async with stacked(keys_file) as stack:
+        yield stack
 
 
 @pytest_asyncio.fixture
