@@ -1,7 +1,8 @@
 """From the chunks of a streamed reply to the whole reply, as the Chat Completions API would have sent it.
 
 State is kept per choice and per tool call *index* (OpenAI's streaming reference); unknown fields of a delta survive:
-strings are concatenated, lists extended, anything else is taken from the last chunk that had it.
+strings are concatenated, lists extended, anything else is taken from the last chunk that had it; only klatch's own
+member is put together from what several chunks say in it.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ _REPEATED = frozenset({"role", "id", "type", "index"})
 _OF_CHUNKS = frozenset({"id", "model", "object", "choices", "obfuscation"})
 """Beside `choices`: kept elsewhere, or (padding against eavesdroppers) of a chunk alone."""
 
+_OURS = "klatch"
+"""Which budget stopped a reply, which deployment gave it."""
+
 
 class Reply:
     """A reply being put together, chunk by chunk."""
@@ -26,6 +30,7 @@ class Reply:
         self.id = ""
         self.model = ""
         self._top: Json = {}
+        self._ours: Json = {}
         self._choices: dict[int, Json] = {}
         self._usage: Json | None = None
 
@@ -37,6 +42,8 @@ class Reply:
         for name, value in chunk.items():
             if name == "usage":
                 self._usage = value or self._usage
+            elif name == _OURS and isinstance(value, dict):
+                self._ours.update(cast("Json", value))
             elif name not in _OF_CHUNKS and value not in (None, "") and (value or name != "created"):
                 self._top[name] = value
         for choice in chunk.get("choices") or ():
@@ -77,6 +84,8 @@ class Reply:
             for index in sorted(self._choices)
         ]
         whole: Json = {"id": self.id, "object": "chat.completion", "model": self.model, **self._top}
+        if self._ours:
+            whole[_OURS] = self._ours
         whole["choices"] = choices
         whole["usage"] = self._usage
         return whole

@@ -1,6 +1,7 @@
 """Quotas as clients of the door meet them: admission, screening, generation and the door are all real."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from tests.fidelity.conftest import Stack, finishes, hang_up, said_in, stacked, text_of
@@ -92,6 +93,19 @@ async def test_a_stream_that_its_budget_stops_says_so_in_its_last_chunk_and_ends
     told = text_of(events).split()
     assert end.usage
     assert 100 < len(told) == end.usage.completion_tokens <= 200 - end.usage.prompt_tokens
+
+
+async def test_a_whole_reply_that_its_budget_stops_says_so_beside_the_deployment_that_answered(stack: Stack) -> None:
+    await limit(stack, tokens_per_day=200)
+    model = stack.model(rambles)
+    answer = await stack.door.chat(model=model, stream=False)
+    reply: Any = await answer.json()
+    assert [choice["finish_reason"] for choice in reply["choices"]] == ["length"]
+    assert reply["klatch"] == {"stopped_by": "tokens_per_day", "deployment": model}
+    said = reply["choices"][0]["message"]["content"].split()
+    assert 100 < len(said) == reply["usage"]["completion_tokens"]
+    end = await stack.told(answer, StreamEnd)
+    assert (end.finish_reason, end.stopped_by) == ("length", "tokens_per_day")
 
 
 async def test_who_spent_a_budget_is_refused_with_its_name_until_the_next_day(stack: Stack) -> None:
