@@ -86,9 +86,16 @@ class Run:
 class Lines:
     """Every deployment that was ever called from here."""
 
-    def __init__(self, open_server: OpenServer, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        open_server: OpenServer,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """`now` is for breakers, `wall` for places."""
         self._open_server = open_server
         self._now = now
+        self._wall = wall
         self._servers: dict[tuple[Any, ...], Server] = {}
         self._breakers: dict[str, Breaker] = {}
         self._places: dict[str, Places] = {}
@@ -126,6 +133,6 @@ class Lines:
         return breaker
 
     def _room(self, one: Deployment) -> Places:
-        places = self._places.setdefault(one.name, Places(one.concurrency))
+        places = self._places.setdefault(one.name, Places(one.concurrency, self._wall))
         places.resize(one.concurrency)
         return places

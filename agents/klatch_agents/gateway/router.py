@@ -70,13 +70,16 @@ class Router:
         default: ModelRouted | None = None,
         *,
         now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`default` takes the models that have no route, under their own names; None refuses them."""
+        """`default` takes the models that have no route, under their own names; None refuses them. `wall` is in seconds
+        since 1970, as deadlines are; places are shared by it.
+        """
         self._routes = routes
         self._default = default
-        self._lines = Lines(open_server, now)
+        self._lines = Lines(open_server, now, wall)
         self._sleep = sleep
         self._jitter = jitter
         self._numbers = count()

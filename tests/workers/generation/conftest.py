@@ -76,6 +76,8 @@ class Generation:
     """How workers believe that the upstream continues."""
     between: Callable[[Router], Gateway] = lambda router: router
     """What stands between workers and their router."""
+    wall: Callable[[], float] = time.time
+    """By which places at a deployment are shared."""
     _written: int = 0
 
     def settings(self) -> Settings:
@@ -187,7 +189,7 @@ class Worker:
         log, settings = self._generation.log, self._generation.settings()
         opened = await Ledger[ModelRouted].open(log, MODELS, NAMESPACE, ModelRouted)
         routes, servers = await self._parts.enter_async_context(opened), ModelServers(settings)
-        router = Router(RouteBook(routes), servers.open, servers.default_route())
+        router = Router(RouteBook(routes), servers.open, servers.default_route(), wall=self._generation.wall)
         gateway = await self._parts.enter_async_context(router)
         preparer = Preparer(prompts=self._generation.book, verdict_patience_s=self._generation.verdict_patience_s)
         self.stage = GenerationStage(
