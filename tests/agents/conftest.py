@@ -1,7 +1,8 @@
 """What tests of the router share: two real servers that fail as told, a ledger in memory, and a clock."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.gateway.port import Chunk, ModelCall
 from klatch_agents.gateway.router import Router
 from klatch_agents.gateway.routing import how_it_continues
 from klatch_agents.testing.upstream import Upstream
@@ -73,10 +75,31 @@ def open_server(one: Deployment) -> OpenAICompatible:
     return OpenAICompatible(Endpoint(one.url, dialect=dialect, continues=how_it_continues(one)))
 
 
+def call(model: str = "m", **fields: Any) -> ModelCall:
+    """A call of a model."""
+    return ModelCall({"model": model, "messages": [{"role": "user", "content": "hello"}]}, **fields)
+
+
+def text_in(batch: list[Chunk]) -> str:
+    """The text of a batch."""
+    choices = [choice for chunk in batch for choice in json.loads(chunk.raw).get("choices", [])]
+    return "".join(choice.get("delta", {}).get("content") or "" for choice in choices)
+
+
+async def ask(router: Router, asked: ModelCall | None = None) -> tuple[str, str]:
+    """The deployment and the text."""
+    async with router.stream(asked or call()) as reply:
+        said = "".join([text_in(batch) async for batch in reply])
+        assert reply.finished is not None
+        return reply.deployment, said
+
+
 @asynccontextmanager
-async def routed(a: Upstream, b: Upstream, default: ModelRouted | None = None) -> AsyncGenerator[World]:
+async def routed(
+    a: Upstream, b: Upstream, default: ModelRouted | None = None, jitter: Callable[[], float] = lambda: 0.5
+) -> AsyncGenerator[World]:
     book, clock = Book(), Clock()
-    async with Router(book, open_server, default, now=clock.now, sleep=clock.sleep, jitter=lambda: 0.5) as router:
+    async with Router(book, open_server, default, now=clock.now, sleep=clock.sleep, jitter=jitter) as router:
         yield World(a, b, book, clock, router)
 
 
