@@ -1,11 +1,10 @@
 """What goes up to the model server, and how: [45] to [48]."""
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.fidelity.conftest import finishes, said_in, text_of
-from tests.fidelity.wire import Talk, finish, role, sends, usage_chunk, whole, words
+from tests.fidelity.wire import finish, role, sends, usage_chunk, whole, words
 
 from klatch_schemas.events import ChatAdmitted
 
@@ -83,24 +82,10 @@ async def test_a_stream_that_is_asked_for_again_is_replayed_with_all_its_parts(s
     assert len(stack.wire.talks[model]) == 1
 
 
-async def test_a_large_prompt_passes_whole_and_holds_up_nobody(stack: "Stack") -> None:
-    """[48] It is parsed in a thread; a stream beside it goes on meanwhile."""
+async def test_a_large_prompt_passes_whole(stack: "Stack") -> None:
+    """[48] That it holds up no stream beside it at the door is in `tests/workers/http/test_http_large.py`."""
     large = "wörter und worte " * 22_000
-
-    async def ticking(talk: Talk) -> None:
-        talk.begin().send(role())
-        while not received.is_set():
-            talk.send(words("."))
-            await asyncio.sleep(0.01)  # the pace of this model
-        talk.send(finish()).end()
-
-    received = asyncio.Event()
-    beside = await stack.chat(ticking)
     model = stack.model(sends(whole("read")))
-    try:
-        answer = await stack.door.chat(model=model, messages=[{"role": "user", "content": large}])
-        assert text_of(await answer.events()) == "read"
-    finally:
-        received.set()
-    assert finishes(await beside.events()) == [(0, "stop")]
+    answer = await stack.door.chat(model=model, messages=[{"role": "user", "content": large}])
+    assert text_of(await answer.events()) == "read"
     assert (await stack.wire.talk(model)).body["messages"][0]["content"] == large

@@ -343,13 +343,6 @@ async def test_a_door_that_cannot_wait_longer_says_where_to_read_on_trap_44(kits
         assert kit.said(StreamCancel) == []
 
 
-async def test_a_large_request_is_parsed_beside_the_loop_and_arrives_whole_trap_48(kit: "Kit") -> None:
-    text = "ü" * 100_000
-    answer = await kit.chat(messages=[{"role": "user", "content": text}])
-    assert answer.status == 200
-    assert kit.said(ChatRequested, "chat.requests")[0].body["messages"] == [{"role": "user", "content": text}]
-
-
 async def test_a_door_that_closes_before_an_accepted_reply_is_whole_says_where_to_read_on(kits: "Kits") -> None:
     async with kits.serving(drain_s=0.3) as kit:
         kit.stages.script = lambda teller: teller.open()
