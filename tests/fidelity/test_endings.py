@@ -8,7 +8,7 @@ import pytest
 from tests.fidelity.conftest import PATIENCE, deltas, finishes, is_cut, text_of, until_left
 from tests.fidelity.wire import Talk, event, finish, role, whole, words
 
-from klatch_schemas.events import StreamEnd
+from klatch_schemas.events import RouteTimeouts, StreamEnd
 
 if TYPE_CHECKING:
     from tests.fidelity.conftest import Stack
@@ -99,6 +99,28 @@ async def test_silence_in_mid_stream_ends_it_and_hangs_up(stack: "Stack") -> Non
     answer = await stack.door.chat(model=model)
     assert is_cut(await answer.events())["code"] == "model_stalled"
     await until_left(await stack.wire.talk(model))
+
+
+async def _says_no_word(talk: Talk) -> None:
+    talk.begin().send(role())
+
+
+async def _never_answers(talk: Talk) -> None:
+    await talk.left.wait()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("script", [_says_no_word, _never_answers])
+async def test_a_model_that_never_says_a_word_is_a_status(stack: "Stack", script: Any, stream: bool) -> None:
+    """[9, 37] And worth another try, which the client may make."""
+    model = stack.model(script, RouteTimeouts(first_token_s=0.5))
+    answer = await stack.door.chat(model=model, stream=stream)
+    error = (await answer.json())["error"]
+    assert (answer.status, error["code"]) == (504, "model_stalled")
+    assert answer.headers["x-should-retry"] == "true"
+    assert (await stack.told(answer, StreamEnd)).status == "failed"
+    for talk in stack.wire.talks[model]:
+        await until_left(talk)
 
 
 async def test_a_stream_may_last_longer_than_any_silence_may(stack: "Stack") -> None:
