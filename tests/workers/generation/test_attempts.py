@@ -4,12 +4,14 @@
 
 import asyncio
 import json
+import random
 import re
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from tests.workers.generation.conftest import Generation
 from tests.workers.generation.readings import text_of
 
@@ -18,6 +20,7 @@ from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel
 from klatch_schemas.topics import CHAT_STREAM
+from klatch_workers.generation.request import FIRST_PAUSE_S
 from klatch_workers.torture.evidence import Stall
 from klatch_workers.torture.stalls import stalled_ms, watch
 
@@ -92,6 +95,19 @@ async def test_a_server_is_left_alone_as_long_as_it_asks(generation: Generation)
         assert (await generation.ended(request)).state.status == "completed"
     first, second = generation.upstream.calls
     assert second.started - first.started >= 1.0
+
+
+async def test_answers_that_broke_off_together_are_not_asked_for_again_together(generation: Generation) -> None:
+    random.seed(7)
+    await heal(generation.upstream, after=4)
+    with capture_logs() as logged:
+        async with generation.worker():
+            asked = [await generation.admit(BREAKS.format("drop"), conversation=f"c{number}") for number in range(4)]
+            ended = [await generation.ended(request) for request in asked]
+    assert {one.state.status for one in ended} == {"completed"}
+    pauses = [said["wait_s"] for said in logged if said["event"] == "model.retried"]
+    assert len(set(pauses)) == 4
+    assert all(FIRST_PAUSE_S <= pause <= 2 * FIRST_PAUSE_S for pause in pauses)
 
 
 async def test_a_server_that_asks_for_more_patience_than_there_is_has_refused(generation: Generation) -> None:
