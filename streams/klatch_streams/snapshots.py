@@ -15,7 +15,7 @@ restore can hide a newer head. Then the restore goes back to the older one, or f
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import structlog
@@ -128,6 +128,23 @@ async def look(log: Log, partition: Partition) -> dict[str, Saved]:
     return (await _read(log, partition)).result(0)
 
 
+class Stood(NamedTuple):
+    """A state that a restore would have found, had it read as far as its head."""
+
+    key: str
+    saved: Saved
+    at: int
+    """The offset of the head."""
+
+
+def stood(partition: Partition, records: Iterable[Record]) -> Iterator[Stood]:
+    """Every state that stood, in log order, for those who look back. What a zombie wrote over a newer one never did."""
+    restoring = _Restoring(partition)
+    for record in records:
+        if found := restoring.read(record):
+            yield Stood(*found, record.offset)
+
+
 async def _read(log: Log, partition: Partition) -> "_Restoring":
     first, end = await log.bounds(partition)
     restoring = _Restoring(partition)
@@ -196,13 +213,15 @@ class _Restoring:
         self._partition = partition
         self._keys: dict[str, _Key] = {}
 
-    def read(self, record: Record) -> None:
+    def read(self, record: Record) -> tuple[str, Saved] | None:
+        """The key and the state that stands with this record, if it is a head and that one's."""
         try:
             names = _names(record.key or b"")
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._skip(record, f"the key names no state: {error}")
-            return
+            return None
         found = self._keys.setdefault(names[0], _Key())
+        before = found.best
         try:
             if len(names) == 2:
                 _read_part(found, names[1], record)
@@ -211,6 +230,7 @@ class _Restoring:
         except (codec.Unreadable, msgspec.ValidationError, ValueError) as error:
             found.unreadable |= len(names) == 1
             self._skip(record, str(error))
+        return (names[0], found.best) if found.best and found.best is not before else None
 
     def _skip(self, record: Record, reason: str) -> None:
         logger.error(

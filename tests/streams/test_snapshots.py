@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from klatch_schemas.records import Draft, Partition
 from klatch_streams.memory_log import MemoryLog
-from klatch_streams.snapshots import Parts, Snapshots, StateLost
+from klatch_streams.snapshots import Parts, Snapshots, StateLost, stood
 
 HERE = Partition("s", 0)
 
@@ -75,6 +75,18 @@ async def test_a_zombies_late_snapshot_loses_and_is_put_right() -> None:
     assert await found(log) == {"k": (9, {"a": 9, "b": 9})}
     live = sorted(record.key or b"" for record in log.records("s") if record.value)
     assert live == [b'["k","a"]', b'["k","b"]', b'["k"]']
+
+
+async def test_who_looks_back_is_told_of_every_state_that_stood_and_of_none_that_a_zombie_wrote_late() -> None:
+    log = a_log()
+    owner, zombie = await Snapshots.open(log, HERE, 0), await Snapshots.open(log, HERE, 0)
+    await owner.write([("k", 5, {"a": 5, "b": 0})])
+    await owner.write([("k", 9, {"a": 9, "b": 0}), ("l", 8, {})])
+    await zombie.write([("k", 7, {"a": 7, "b": 0})])
+    told = [(one.at, one.key, one.saved.applied, one.saved.parts) for one in stood(HERE, log.records("s"))]
+    assert told == [(2, "k", 5, {"a": 5, "b": 0}), (4, "k", 9, {"a": 9, "b": 0}), (5, "l", 8, {})]
+    torn = log.records("s")[:4]
+    assert [one.at for one in stood(HERE, torn)] == [2]
 
 
 async def test_a_zombies_part_between_an_owners_part_and_its_head_changes_nothing() -> None:

@@ -30,6 +30,24 @@ class Entry(NamedTuple):
         return f"{self.topic}/{self.partition}/{self.offset}"
 
 
+class Kept(NamedTuple):
+    """A snapshot of a tenant's ledger, as a restore would have found it."""
+
+    topic: str
+    partition: int
+    offset: int
+    """Of its head."""
+    tenant: str
+    applied: int
+    """The offset in the tenant's own log up to which it says to cover."""
+    parts: Mapping[str, object]
+
+    @property
+    def position(self) -> str:
+        """As a person looks it up."""
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What one reader of one stream was shown, from its first text to the end it was told of."""
@@ -111,9 +129,11 @@ class Evidence:
     turns: Sequence[Entry] = ()
     dead: Sequence[str] = ()
     """Positions of dead letters."""
+    snapshots: Sequence[Kept] = ()
+    """Snapshots of tenants' ledgers."""
     observations: Sequence[Observation] = ()
     calls: Sequence[ModelCall] = ()
     struck: Sequence[Struck] = field(default=())
     stalls: Sequence[Stall] = ()
     bare: bool = False
-    """Whether the system keeps only requests and streams: no decisions, turns or settlements are to be found."""
+    """Whether the system keeps only requests and streams: there are no decisions, turns, settlements or ledgers."""

@@ -16,6 +16,8 @@ from klatch_workers.torture.case import Case, cases_of
 from klatch_workers.torture.evidence import Evidence, Stall
 from klatch_workers.torture.heeded import checked as heeded
 from klatch_workers.torture.heeded import deadlines_of, wishes
+from klatch_workers.torture.ledgers import checked as ledgers
+from klatch_workers.torture.ledgers import forgotten
 from klatch_workers.torture.limits import broken_limits
 from klatch_workers.torture.money import missettled, unpriced
 from klatch_workers.torture.recovery import Speaking, recoveries
@@ -36,6 +38,7 @@ def judge(evidence: Evidence) -> Report:
     violations = [violation for case in cases.values() for violation in _of_one(case, evidence.stalls)]
     violations += _of_conversations(cases)
     violations += broken_limits(evidence)
+    violations += forgotten(evidence)
     closed = closings(cases.values(), evidence)
     violations += [
         cases[one.request].broke("redone", f"model call {one.call} went on for {one.ms / 1000:.1f} s after the cancel")
@@ -55,7 +58,7 @@ def judge(evidence: Evidence) -> Report:
         violations=violations,
         recoveries=recoveries(evidence.struck, _waiting(cases)),
         outcomes=Counter(str(case.told.outcome) for case in cases.values()),
-        checked={**_checked(evidence, cases), **heeded(wished)},
+        checked={**_checked(evidence, cases), **ledgers(evidence), **heeded(wished)},
         struck=Counter(fault.what for fault in evidence.struck),
         cancels=figures(closed),
     )

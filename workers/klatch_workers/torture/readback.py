@@ -3,13 +3,15 @@
 A record that cannot be read is left out: klatch wrote none, so the judge misses what should have stood there.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from klatch_schemas import codec
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import Namespace, Topic
 from klatch_streams.log import Log
-from klatch_workers.torture.evidence import Entry
+from klatch_streams.snapshots import stood
+from klatch_workers.torture.evidence import Entry, Kept
 from klatch_workers.torture.system import Read, by_contract
 
 
@@ -41,6 +43,18 @@ def entries(records: Sequence[Record], read: Read = by_contract) -> list[Entry]:
         Entry(*record.partition, record.offset, record.timestamp_ms, _event_id(record), said)
         for record in records
         for said in read(record)
+    ]
+
+
+def snapshots(records: Sequence[Record]) -> list[Kept]:
+    """The snapshots that stood in a topic of them; compaction has left the last of each key, and the newest others."""
+    by_partition = defaultdict[Partition, list[Record]](list)
+    for record in records:
+        by_partition[record.partition].append(record)
+    return [
+        Kept(*partition, one.at, one.key, one.saved.applied, one.saved.parts)
+        for partition, its in by_partition.items()
+        for one in stood(partition, its)
     ]
 
 

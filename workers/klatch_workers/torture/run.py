@@ -19,7 +19,14 @@ from klatch_agents.testing.upstream import Call
 from klatch_agents.testing.upstream.answer import prompt_tokens
 from klatch_schemas.client import Client
 from klatch_schemas.ids import RequestId
-from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS
+from klatch_schemas.topics import (
+    ADMISSION_STATE,
+    CHAT_ADMITTED,
+    CHAT_REQUESTS,
+    CHAT_STREAM,
+    CHAT_TURNS,
+    DEAD_LETTERS,
+)
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_streams.log import Log
@@ -28,7 +35,7 @@ from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, St
 from klatch_workers.torture.judge import judge
 from klatch_workers.torture.live import LiveLog
 from klatch_workers.torture.load import USUAL, Shape, plan
-from klatch_workers.torture.readback import entries, read_back
+from klatch_workers.torture.readback import entries, read_back, snapshots
 from klatch_workers.torture.report import Report
 from klatch_workers.torture.rig import REMEMBERS_S, Rig, Say, rig
 from klatch_workers.torture.schedule import Fault
@@ -175,6 +182,8 @@ async def _evidence(
     live = [load.live.reader(request).observation() for request in load.accepted]
     topics = (CHAT_REQUESTS, CHAT_ADMITTED, CHAT_STREAM, CHAT_TURNS, DEAD_LETTERS)
     requests, admitted, stream, turns, dead = [await read_back(log, tortured.namespace, topic) for topic in topics]
+    bare = tortured.system.bare
+    states = [] if bare else await read_back(log, tortured.namespace, ADMISSION_STATE)
     (first, read), *others = tortured.system.readings.items()
     evidence = Evidence(
         asked=load.asked,
@@ -188,7 +197,8 @@ async def _evidence(
         calls=[_call(call) for call in tortured.upstream.calls],
         struck=struck,
         stalls=stalls,
-        bare=tortured.system.bare,
+        snapshots=snapshots(states),
+        bare=bare,
     )
     otherwise = {
         name: replace(evidence, stream=entries(stream, reading()), observations=()) for name, reading in others
