@@ -154,7 +154,7 @@ class UsageSettled(Event):
     use_case: NameField = "default"
     model: str = ""
     deployment: str = ""
-    """Which deployment of the model's route answered last."""
+    """As in `stream.end`."""
     status: Status
     usage: Usage
     first_token_ms: Milliseconds | None = None
@@ -415,7 +415,8 @@ class StreamEnd(Event):
     """Of choice 0; each choice's own stands in its last delta."""
     model: str = ""
     deployment: str = ""
-    """Which deployment of the model's route answered last; empty when none did."""
+    """Which deployment of the model's route answered last, or, where a reply was cut before its first word, was asked
+    last; empty when none was, or all that were asked failed."""
     usage: Usage | None = None
     trailer: tuple[dict[str, JsonValue], ...] = ()
     """Chunks without choices that followed the last one, such as the usage chunk."""

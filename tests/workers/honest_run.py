@@ -196,6 +196,24 @@ def priced(micros: int, deployment: str = "priced") -> Evidence:
     return replace(evidence, asked={**evidence.asked, ONE: by_ann})
 
 
+def refused_by_all() -> Evidence:
+    """The second turn's model has a price, and no deployment answered it: its prompt is counted, at no price."""
+    prompt = Usage(prompt_tokens=5, estimated=True)
+    evidence = troubled(
+        honest(
+            stream=entries("chat.stream", *stream_of(ONE, "c1"), opening(TWO), end(TWO, "failed", 0, usage=prompt)),
+            requests=entries("chat.requests", asked(ONE), asked(TWO), settled(ONE), settled(TWO, "failed", prompt)),
+            turns=entries("chat.turns", turn(ONE, said("c1", 0, 1, 2))),
+            observations=[],
+            calls=[],
+        ),
+        TWO,
+        upstream={"status": 500},
+    )
+    known = evidence.asked[TWO]
+    return replace(evidence, asked={**evidence.asked, TWO: replace(known, turn=replace(known.turn, person=PERSONS[0]))})
+
+
 def prompted(tokens: int) -> Evidence:
     """The model server counted so many tokens in the first turn's prompt, and others in that of a lost call."""
     calls = [ModelCall("c0", ONE, 0.0, 0.0, 99), ModelCall("c1", ONE, 0.0, 0.0, tokens), ModelCall("c2", TWO, 500.0)]

@@ -30,6 +30,7 @@ from tests.workers.honest_run import (
     prompted,
     raced,
     refusal,
+    refused_by_all,
     rejected,
     requests,
     rolled_back,
@@ -247,6 +248,8 @@ LIES: dict[str, tuple[Callable[[], Evidence], dict[str, int]]] = {
     "a request was billed for less than its tokens cost": (lambda: priced(34), {"missettled": 1}),
     "a request was billed for more than its tokens cost": (lambda: priced(36), {"missettled": 1}),
     "a request was billed nothing, by a deployment with a price": (lambda: priced(0), {"missettled": 1}),
+    "a request was answered and billed nothing, by nobody": (lambda: priced(0, deployment=""), {"missettled": 1}),
+    "a request was billed for less, by nobody": (lambda: priced(34, deployment=""), {"missettled": 1}),
     "a request that costs nothing was billed": (
         lambda: requests(settled(ONE, micros=35), settled(TWO)),
         {"missettled": 1},
@@ -314,10 +317,9 @@ def test_a_bill_is_its_tokens_times_their_price() -> None:
     assert counts(judge(prompted(5))) == {}
 
 
-def test_a_bill_that_names_no_deployment_has_no_price_and_is_told() -> None:
-    report = judge(priced(0, deployment=""))
+def test_a_prompt_that_no_deployment_answered_has_no_price_and_is_told() -> None:
+    report = judge(refused_by_all())
     assert (counts(report), report.checked["unpriced"]) == ({}, 1)
-    assert counts(judge(priced(34, deployment=""))) == {"missettled": 1}
 
 
 def test_it_tells_how_often_a_reply_was_continued_or_undone_or_a_cancel_raced_an_end() -> None:

@@ -61,8 +61,9 @@ class ModelCall:
     prefix: str = ""
     avoid: frozenset[str] = frozenset()
     """Deployments that failed this request before: taken only where there is no other."""
-    before_try: Callable[[], Awaitable[None]] | None = None
-    """Awaited before each try of a stream, behind whatever was waited for; what it raises is the end of the call."""
+    before_try: Callable[[str], Awaitable[None]] | None = None
+    """Awaited before each try of a stream, behind whatever was waited for, with the name of the deployment that is
+    asked; what it raises is the end of the call."""
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -219,7 +219,7 @@ async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitSta
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(line.places.hold(asked.claim))
         if call.before_try:
-            await call.before_try()
+            await call.before_try(line.deployment.name)
         run = line.begin()
         opened.callback(run.left)
         try:

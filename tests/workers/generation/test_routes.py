@@ -8,14 +8,18 @@ from math import ceil
 from typing import Any
 
 import pytest
+from tests.workers.generation.test_successors import leave_open
 
 from klatch_agents.testing.upstream import Upstream
+from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
-from klatch_schemas.events import Deployment, ModelRouted, Prices, Usage
-from klatch_schemas.topics import MODELS, Namespace
+from klatch_schemas.events import ChatRequested, Deployment, ModelRouted, Prices, StreamCancel, Usage
+from klatch_schemas.ids import Writer
+from klatch_schemas.topics import CHAT_STREAM, MODELS, Namespace
 from klatch_streams.ledger import publish
 from klatch_workers.generation.conclude import cost_micros, reply_of
 
+PRICES = Prices(prompt=2.5, completion=10)
 WITHIN_S = 3.0
 """A second, and two for a machine that is busy with other tests."""
 
@@ -29,6 +33,20 @@ async def other() -> AsyncIterator[Upstream]:
 async def route(generation: Any, alias: str, *deployments: Deployment) -> None:
     routed = ModelRouted(alias=alias, deployments=deployments) if deployments else None
     await publish(generation.log, MODELS, alias, routed, Namespace())
+
+
+def cancel_of(request: ChatRequested) -> StreamCancel:
+    return StreamCancel(request=request.request, tenant=request.tenant, conversation=request.conversation, by="test")
+
+
+async def leave_said(generation: Any, request: ChatRequested, deployment: str, finish: str | None) -> None:
+    """Two words of an attempt whose owner is dead."""
+    prefix = codec.delta_prefix(request.request, 1, Writer("dead"))
+    for seq, word in enumerate(("two ", "words")):
+        choice = {"index": 0, "delta": {"content": word}, "finish_reason": finish if seq else None}
+        chunk = codec.dumps({"object": "chat.completion.chunk", "choices": [choice]})
+        value = codec.encode_delta(prefix, seq, chunk, "" if seq else deployment)
+        await generation.log.append([codec.delta_draft(CHAT_STREAM.name, request.conversation.encode(), None, value)])
 
 
 async def answered(generation: Any, model: str) -> Assembly:
@@ -69,6 +87,49 @@ async def test_the_end_and_the_settlement_say_which_deployment_answered(generati
     first, *others = ended.standing
     assert (first.seq, first.deployment) == (0, "second"), "readers know it from the first chunk on"
     assert not any(said.deployment for said in others)
+
+
+async def test_a_reply_that_is_cut_before_its_first_word_is_billed_by_who_was_asked(
+    generation: Any, other: Upstream
+) -> None:
+    """Its server has read the prompt: a tenant's budget would not see prompts that are cancelled in time."""
+    await route(generation, "m", Deployment(name="own", url=other.url, model="fake?first_delay=60", prices=PRICES))
+    async with generation.worker():
+        request = await generation.admit("m")
+        await other.changed(lambda: bool(other.calls))
+        await generation.write(CHAT_STREAM, request.conversation, cancel_of(request))
+        ended, settled = await generation.ended(request), await generation.settled(request)
+    assert ended.state.status == "cancelled"
+    assert (settled.deployment, settled.usage.completion_tokens) == ("own", 0)
+    assert settled.cost_micros == cost_micros(settled.usage, PRICES) > 0
+
+
+@pytest.mark.parametrize("ended_as", ["cancelled", "completed"])
+async def test_what_a_dead_owner_said_is_billed_by_who_answered_it(
+    generation: Any, other: Upstream, ended_as: str
+) -> None:
+    await route(generation, "m", Deployment(name="own", url=other.url, model="fake", prices=PRICES))
+    request = generation.request("m", on_crash="continue")
+    await leave_open(generation, request)
+    await leave_said(generation, request, "own", finish="stop" if ended_as == "completed" else None)
+    if ended_as == "cancelled":
+        await generation.write(CHAT_STREAM, request.conversation, cancel_of(request))
+    await generation.write_verdict(request)
+    await generation.write_admission(request)
+    async with generation.worker():
+        ended, settled = await generation.ended(request), await generation.settled(request)
+    assert ended.state.status == ended_as
+    assert (settled.deployment, settled.usage.completion_tokens) == ("own", 2)
+    assert settled.cost_micros == cost_micros(settled.usage, PRICES) > 0
+    assert not other.calls
+
+
+async def test_a_reply_that_nobody_served_costs_nothing(generation: Any, other: Upstream) -> None:
+    failing = Deployment(name="own", url=other.url, model="fake?status=500", prices=PRICES)
+    await route(generation, "m", failing)
+    async with generation.worker():
+        settled = await generation.settled(await generation.admit("m"))
+    assert (settled.status, settled.deployment, settled.cost_micros) == ("failed", "", 0)
 
 
 async def test_a_filtered_prompt_ends_as_blocked_and_is_sent_to_nobody_else(generation: Any, other: Upstream) -> None:

@@ -44,6 +44,8 @@ class Attempt:
         """How many deltas were written."""
         self.closings = 0
         """How many of them, the last, are no model's: they say that a budget was spent."""
+        self.asked = ""
+        """Which deployment was asked last."""
         self.deployment = ""
         """Which deployment answers."""
         self.trailer: list[bytes] = []

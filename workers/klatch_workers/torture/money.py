@@ -64,11 +64,12 @@ def _wrong_price(case: Case, settled: UsageSettled) -> str | None:
 
 
 def unpriced(case: Case, settled: UsageSettled) -> bool:
-    """Whether nothing was billed for tokens with a price since no deployment is named that has one.
+    """Whether nothing was billed for a prompt with a price since no deployment answered it.
 
-    So it is with what was cut before its deployment was known, or ended by another owner than the one that spoke.
+    So it is with what every deployment refused, or was cut before one was asked. Text that stands is somebody's.
     """
-    return not (settled.cost_micros or settled.deployment) and _due(case, settled.usage) > 0
+    nobodys = not (settled.cost_micros or settled.deployment or tokens_of(case.told.text))
+    return nobodys and _due(case, settled.usage) > 0
 
 
 def _due(case: Case, usage: Usage) -> int:
