@@ -316,11 +316,11 @@ class Kit:
         said = [codec.decode(record.value) for record in self.log.records(topic)]
         return [event for event in said if isinstance(event, kind)]
 
-    async def until_said(self, kind: type[Event], topic: str = "chat.stream") -> Any:
-        """The first event of a kind, once it stands in the log."""
-        while not (said := self.said(kind, topic)):
-            await self.log.changed.wait(lambda: bool(self.said(kind, topic)), 1000)
-        return said[0]
+    async def until_said(self, kind: type[Event], topic: str = "chat.stream", *, times: int = 1) -> Any:
+        """The event of a kind that was said for this time, once it stands in the log."""
+        while len(said := self.said(kind, topic)) < times:
+            await self.log.changed.wait(lambda: len(self.said(kind, topic)) >= times, 1000)
+        return said[times - 1]
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ import structlog
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Standing
 from klatch_schemas.chunks import Json, Reply
-from klatch_schemas.errors import Expired, KlatchError, StreamBroken
+from klatch_schemas.errors import KlatchError, StreamBroken, Unavailable
 from klatch_schemas.events import StreamEnd, Usage
 from klatch_workers.http.call import DEPLOYMENT, Call, header_value
 from klatch_workers.http.door import Terms
@@ -70,11 +70,12 @@ class Watch:
         return self._pulse.now - self.heard_at > self._terms.silence_s
 
     def hear(self, heard: Sequence[Heard]) -> None:
-        """Note what was heard. Raises Expired when nothing was for too long."""
+        """Note what was heard. Raises Unavailable when nothing was for too long."""
         if heard:
             self.heard_at = self._pulse.now
         elif self.silent:
-            raise Expired(f"the stream was silent for {self._terms.silence_s:.0f} seconds; it can still be resumed")
+            silence = f"the stream was silent for {self._terms.silence_s:.0f} seconds"
+            raise Unavailable(f"{silence}; read on at the resume link", retry_after_ms=0)
 
 
 class _Answer:
