@@ -42,7 +42,7 @@ class Tally(msgspec.Struct, frozen=True, omit_defaults=True):
     redactions: Counts = {}
     """Likewise."""
     served: Counts = {}
-    """By the deployment that answered last; a request that reached none is not in it."""
+    """By the deployment that answered or was asked last; a request that reached none is not in it."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_micros: int = 0
