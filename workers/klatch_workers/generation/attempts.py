@@ -11,7 +11,7 @@ from typing import Literal
 import structlog
 
 from klatch_agents.gateway.port import ModelCall
-from klatch_schemas.events import ChatAdmitted, StreamAttempt
+from klatch_schemas.events import ChatAdmitted, Status, StreamAttempt
 from klatch_schemas.ids import Writer
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import CHAT_STREAM
@@ -53,6 +53,19 @@ class Attempts:
         """Whether somebody else's attempt is in force."""
         state = self.tracked.assembly.state
         return state.status is None and state.attempt > 0 and not self.in_force()
+
+    def deployment(self, status: Status) -> str:
+        """Whose price a reply that ends so has: who spoke last, also with a dead owner, or has read the prompt in vain.
+
+        Who was asked and failed has not.
+        """
+        present = self.present
+        if present and present.deployment:
+            return present.deployment
+        if present and present.asked and status != "failed":
+            return present.asked
+        standing = self.tracked.assembly.standing
+        return next((said.deployment for said in reversed(standing) if said.deployment), "")
 
     def give_up(self) -> None:
         """The attempt in force is nobody's any more."""

@@ -15,7 +15,7 @@ import structlog
 
 from klatch_agents.gateway.errors import ModelError
 from klatch_schemas import codec
-from klatch_schemas.events import ChatAdmitted, Status, StreamCancel, StreamEnd, StreamError, Usage
+from klatch_schemas.events import ChatAdmitted, StreamCancel, StreamEnd, StreamError, Usage
 from klatch_schemas.ids import RequestId, Writer
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS
@@ -304,7 +304,7 @@ class RequestUnderWay:
             seq=present.seq if present and self.attempts.in_force() else state.next_seq,
             status=command.status,
             error=command.error,
-            deployment=self._deployment(command.status),
+            deployment=self.attempts.deployment(command.status),
             usage=self._plain_usage() if plain else self._usage(),
         )
         if not plain:
@@ -327,16 +327,6 @@ class RequestUnderWay:
             "rate_limits": self.admitted.rate_limits,
             "stopped_by": present.stopped_by if present else None,
         }
-
-    def _deployment(self, status: Status) -> str:
-        """Whose price the reply has: who spoke last, also with a dead owner, or has read the prompt for nothing."""
-        present = self.attempts.present
-        if present and present.deployment:
-            return present.deployment
-        if present and present.asked and status != "failed":
-            return present.asked
-        standing = self.tracked.assembly.standing
-        return next((said.deployment for said in reversed(standing) if said.deployment), "")
 
     def _finish_reason(self, command: End) -> str | None:
         if (present := self.attempts.present) and present.finished:
