@@ -45,7 +45,7 @@ from tests.workers.honest_run import (
 )
 
 from klatch_schemas.codec import Delta
-from klatch_schemas.events import Event, StreamRetract, Usage
+from klatch_schemas.events import Event, StreamEnd, StreamRetract, Usage
 from klatch_schemas.ids import RequestId, Writer
 from klatch_workers.torture.evidence import Evidence, ModelCall, Observation, Stall, Struck
 from klatch_workers.torture.judge import judge
@@ -309,6 +309,15 @@ def test_a_cancelled_request_that_is_billed_for_what_stands_is_no_violation() ->
 )
 def test_what_a_request_asked_for_is_no_violation(evidence: Evidence) -> None:
     assert list(judge(evidence).violations) == []
+
+
+def test_a_reader_that_gave_up_before_the_end_was_not_deprived_of_it() -> None:
+    ended_ms = next(one.timestamp_ms for one in honest().stream if isinstance(one.said, StreamEnd))
+    early, late = (http("", None, until_ms=ended_ms + later) for later in (1_000, 6_000))
+    assert counts(judge(early)) == {}
+    assert judge(early).checked["readers that gave up before the end"] == 1
+    assert counts(judge(late)) == {"lost": 1}
+    assert judge(late).checked["readers that gave up before the end"] == 0
 
 
 def test_a_bill_is_its_tokens_times_their_price() -> None:

@@ -116,6 +116,7 @@ class HttpReader:
             tuple(self._unfit),
             self._deleted,
             self._hung_up_ms,
+            time.time() * 1000,
         )
 
     # --- one connection

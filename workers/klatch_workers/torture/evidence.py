@@ -5,6 +5,7 @@ Plain values, so that the judge is a pure function and a test can plant any lie.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from klatch_schemas.codec import Delta
@@ -71,6 +72,8 @@ class Observation:
     """Whether a door took its `DELETE`: from then on the log has a cancel."""
     hung_up_ms: float = 0.0
     """When it went away for good from the call that had asked, where that is to cancel it; 0: it did not."""
+    until_ms: float = inf
+    """When it read no more."""
 
 
 @dataclass(frozen=True, slots=True)

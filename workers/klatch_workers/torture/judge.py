@@ -13,7 +13,7 @@ from klatch_schemas.events import ChatRefused, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
-from klatch_workers.torture.evidence import Evidence, Stall
+from klatch_workers.torture.evidence import Evidence, Observation, Stall
 from klatch_workers.torture.heeded import checked as heeded
 from klatch_workers.torture.heeded import deadlines_of, wishes
 from klatch_workers.torture.ledgers import checked as ledgers
@@ -28,6 +28,8 @@ from klatch_workers.torture.told import resumed
 
 GRACE_MS: Final = 1_000.0
 """How long a process may take to hear of a cancel or an end before a call that it makes is one too many."""
+_HEARD_MS: Final = 5_000.0
+"""How much later than it is dated an end may be heard of."""
 LATE_CLOSE_MS: Final = 3_000.0
 """How long a model call may go on after a cancel while nothing keeps its worker from hearing of it."""
 
@@ -70,6 +72,9 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "faults": len(evidence.struck),
         "readers": len(evidence.observations),
         **{f"readers: {name}": number for name, number in Counter(one.reader for one in evidence.observations).items()},
+        "readers that gave up before the end": sum(
+            _impatient(case, seen) for case in cases.values() for seen in case.observations if not seen.left
+        ),
         "voided": sum(len(one.voided) for one in evidence.observations),
         "model_calls": len(evidence.calls),
         "stalled_ms": round(sum(one.until_ms - one.from_ms for one in evidence.stalls)),
@@ -127,8 +132,14 @@ def _lost(case: Case) -> Iterator[Violation]:
     elif case.told.text and not (case.turns or case.bare or case.told.assembly.state.undone):
         yield case.broke("lost", "its turn is not in the log", *case.decisions[:1])
     for seen in case.observations:
-        if seen.outcome is None and not seen.left:
+        if seen.outcome is None and not (seen.left or _impatient(case, seen)):
             yield case.broke("lost", f"its {seen.reader} reader heard of no end", *case.published[:1])
+
+
+def _impatient(case: Case, seen: Observation) -> bool:
+    """Whether a reader gave up before there was an end that it could have heard of."""
+    ended = case.told.ended
+    return seen.outcome is None and ended is not None and seen.until_ms < ended.timestamp_ms + _HEARD_MS
 
 
 def _ended_twice(case: Case) -> Iterator[Violation]:

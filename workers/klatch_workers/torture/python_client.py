@@ -7,6 +7,7 @@ was shown, and reads again from the start when it is told that its text is void.
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -67,7 +68,8 @@ class ClientReader:
     def observation(self) -> Observation:
         """What it was shown."""
         request = RequestId(self.stream.request)
-        return Observation("python", request, self._text(), self._outcome, tuple(self._voided))
+        until_ms = time.time() * 1000
+        return Observation("python", request, self._text(), self._outcome, tuple(self._voided), until_ms=until_ms)
 
     def _text(self) -> str:
         return "".join(shown.text for shown in self._shown)
