@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from klatch_agents.gateway.errors import (
@@ -32,6 +33,24 @@ KeyOf = Callable[[], Awaitable[str]]
 """Gives the key of the moment; empty: none. Raises ModelError."""
 
 
+class _Looking(aiohttp.BytesPayload):
+    """A body that has a last look, on the connection it is to leave on; the headers leave with its first bytes."""
+
+    def __init__(self, body: bytes, look: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(body)
+        self._look = look
+        self.objection: Exception | None = None
+        """What kept it from leaving. aiohttp tells only that it did not."""
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        try:
+            await self._look()
+        except Exception as error:
+            self.objection = error
+            raise
+        await super().write_with_length(writer, content_length)
+
+
 class Client:
     """Connections to one server, with its key and the header that says it."""
 
@@ -49,26 +68,24 @@ class Client:
         url: str,
         headers: Mapping[str, str],
         timeouts: Timeouts,
-        body: bytes | None = None,
+        body: bytes = b"",
+        before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> aiohttp.ClientResponse:
         """A response whose status is 200-299, its body unread. The caller closes it.
 
-        Raises ConnectError, RefusedError, StalledError, and MalformedError for a redirect.
+        Raises ConnectError, RefusedError, StalledError, MalformedError for a redirect, and what `before_send` raises.
         """
+        data = _Looking(body, before_send) if before_send else body or None
         sent = CIMultiDict(headers)
         sent["Content-Type"] = "application/json"
         self._key = await self._key_of()
         sent.update(self._key_headers(self._key))
-        with _named_failures(url, timeouts):
-            async with asyncio.timeout(timeouts.first_token):
-                response = await self._open_session().request(
-                    method,
-                    url,
-                    data=body,
-                    headers=sent,
-                    allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect, sock_connect=timeouts.connect),
-                )
+        try:
+            response = await self._answer(method, url, data, sent, timeouts)
+        except ModelError:
+            if isinstance(data, _Looking) and data.objection:
+                raise data.objection from None
+            raise
         if response.status < 300:
             return response
         try:
@@ -76,13 +93,27 @@ class Client:
         finally:
             response.close()
 
+    async def _answer(
+        self, method: str, url: str, data: bytes | _Looking | None, headers: CIMultiDict[str], timeouts: Timeouts
+    ) -> aiohttp.ClientResponse:
+        with _named_failures(url, timeouts):
+            async with asyncio.timeout(timeouts.first_token):
+                return await self._open_session().request(
+                    method,
+                    url,
+                    data=data,
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect, sock_connect=timeouts.connect),
+                )
+
     async def fetch(
         self,
         method: str,
         url: str,
         headers: Mapping[str, str],
         timeouts: Timeouts,
-        body: bytes | None = None,
+        body: bytes = b"",
     ) -> bytes:
         """The whole body of a good response."""
         async with await self.open(method, url, headers, timeouts, body) as response:

@@ -127,12 +127,12 @@ class OpenAICompatible:
         asked = continuing_body(call.body, call.prefix, self._endpoint.continues) if call.prefix else call.body
         try:
             body = dialect.streaming(asked, model, call.priority, options=with_options)
-            return await self._http.open("POST", url, headers, call.timeouts, _encode(body))
+            return await self._http.open("POST", url, headers, call.timeouts, _encode(body), call.before_send)
         except RefusedError as refused:
             if not (with_options and refused.status == 400 and "stream_options" in str(refused)):
                 raise
         body = dialect.streaming(asked, model, call.priority, options=False)
-        response = await self._http.open("POST", url, headers, call.timeouts, _encode(body))
+        response = await self._http.open("POST", url, headers, call.timeouts, _encode(body), call.before_send)
         self._refuse_stream_options.add(model)
         return response
 

@@ -64,6 +64,9 @@ class ModelCall:
     before_try: Callable[[str], Awaitable[None]] | None = None
     """Awaited before each try of a stream, behind whatever was waited for, with the name of the deployment that is
     asked; what it raises is the end of the call."""
+    before_send: Callable[[], Awaitable[None]] | None = None
+    """Awaited once the connection to the server stands, right before the request leaves on it: late, where a process
+    was stopped while it connected. What it raises is the end of the call; the server has seen nothing of it."""
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple, Protocol, Self, TypeVar
 
@@ -264,7 +265,8 @@ def _alias(call: ModelCall) -> str:
 
 
 def _call_of(line: Line, asked: _Asked, call: ModelCall) -> ModelCall:
-    return replace(call, model=_model_of(line, asked), timeouts=timeouts_of(asked.route.timeouts))
+    named = replace(call, model=_model_of(line, asked), timeouts=timeouts_of(asked.route.timeouts))
+    return replace(named, before_send=partial(call.before_try, line.deployment.name)) if call.before_try else named
 
 
 def _model_of(line: Line, asked: _Asked) -> str:
