@@ -1,6 +1,5 @@
 """A call looks twice whether it is still wanted: before it is tried, and on the connection, before a byte has left."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
@@ -28,7 +27,7 @@ async def gateway(upstream: Upstream) -> AsyncIterator[OpenAICompatible]:
         yield opened
 
 
-def looking(look: Callable[[], Awaitable[None]]) -> ModelCall:
+def looking(look: Callable[[str], Awaitable[None]]) -> ModelCall:
     body = {"model": "fake?text=hello", "messages": [{"role": "user", "content": "hello"}]}
     return ModelCall(body, before_send=look)
 
@@ -38,7 +37,7 @@ async def text_of(gateway: OpenAICompatible, asked: ModelCall) -> str:
         return "".join([text_in(batch) async for batch in reply])
 
 
-async def unwanted() -> None:
+async def unwanted(_: str) -> None:
     raise UnwantedError
 
 
@@ -47,7 +46,7 @@ async def test_the_last_look_is_on_the_connection_and_before_anything_left(
 ) -> None:
     seen = list[tuple[int, int]]()
 
-    async def look() -> None:
+    async def look(_: str) -> None:
         # What had left by now, the server would have by the time it answers another.
         async with OpenAICompatible(Endpoint(upstream.url)) as other:
             await other.models()
@@ -70,19 +69,19 @@ async def test_who_is_not_wanted_any_more_sends_nothing_and_the_next_call_goes_o
 
 
 async def test_the_router_looks_before_it_connects_and_again_before_it_sends(world: World) -> None:
-    asked, wanted = list[str](), asyncio.Event()
-    wanted.set()
+    asked = list[str]()
 
-    async def look(deployment: str) -> None:
+    async def look() -> None:
+        asked.append("")
+
+    async def last_look(deployment: str) -> None:
         asked.append(deployment)
-        if not wanted.is_set():
-            raise UnwantedError
-        wanted.clear()
+        raise UnwantedError
 
     world.route(world.on_a(), world.on_b(), tries=3)
     with pytest.raises(UnwantedError):
-        async with world.router.stream(replace(call(), before_try=look)):
+        async with world.router.stream(replace(call(), before_try=look, before_send=last_look)):
             raise AssertionError("it was called")
-    assert asked == [asked[0]] * 2, "it was stopped between the two, and is tried nowhere else"
+    assert asked == ["", "a"], "it was stopped between the two, and is tried nowhere else"
     assert not world.a.calls
     assert not world.b.calls

@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Self, cast
 from urllib.parse import urlsplit
 
@@ -123,16 +124,17 @@ class OpenAICompatible:
     async def _send(self, call: ModelCall, model: str) -> aiohttp.ClientResponse:
         url, dialect = self._endpoint.url("chat/completions", model), self._endpoint.dialect
         headers = {**call.headers, **self._endpoint.headers, **_STREAMING}
+        look = partial(call.before_send, call.deployment) if call.before_send else None
         with_options = model not in self._refuse_stream_options
         asked = continuing_body(call.body, call.prefix, self._endpoint.continues) if call.prefix else call.body
         try:
             body = dialect.streaming(asked, model, call.priority, options=with_options)
-            return await self._http.open("POST", url, headers, call.timeouts, _encode(body), call.before_send)
+            return await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
         except RefusedError as refused:
             if not (with_options and refused.status == 400 and "stream_options" in str(refused)):
                 raise
         body = dialect.streaming(asked, model, call.priority, options=False)
-        response = await self._http.open("POST", url, headers, call.timeouts, _encode(body), call.before_send)
+        response = await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
         self._refuse_stream_options.add(model)
         return response
 

@@ -61,12 +61,13 @@ class ModelCall:
     prefix: str = ""
     avoid: frozenset[str] = frozenset()
     """Deployments that failed this request before: taken only where there is no other."""
-    before_try: Callable[[str], Awaitable[None]] | None = None
-    """Awaited before each try of a stream, behind whatever was waited for, with the name of the deployment that is
-    asked; what it raises is the end of the call."""
-    before_send: Callable[[], Awaitable[None]] | None = None
-    """Awaited once the connection to the server stands, right before the request leaves on it: late, where a process
-    was stopped while it connected. What it raises is the end of the call; the server has seen nothing of it."""
+    before_try: Callable[[], Awaitable[None]] | None = None
+    """Awaited before each try of a stream, behind whatever was waited for; what it raises is the end of the call."""
+    before_send: Callable[[str], Awaitable[None]] | None = None
+    """Awaited once the connection to the server stands, right before the request leaves on it, with `deployment`:
+    late, where a process was stopped while it connected. What it raises is the end of the call; nothing has left."""
+    deployment: str = ""
+    """Which deployment it is sent to, where a route names one."""
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import NamedTuple, Protocol, Self, TypeVar
 
@@ -220,7 +219,7 @@ async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitSta
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(line.places.hold(asked.claim))
         if call.before_try:
-            await call.before_try(line.deployment.name)
+            await call.before_try()
         run = line.begin()
         opened.callback(run.left)
         try:
@@ -265,8 +264,8 @@ def _alias(call: ModelCall) -> str:
 
 
 def _call_of(line: Line, asked: _Asked, call: ModelCall) -> ModelCall:
-    named = replace(call, model=_model_of(line, asked), timeouts=timeouts_of(asked.route.timeouts))
-    return replace(named, before_send=partial(call.before_try, line.deployment.name)) if call.before_try else named
+    within = timeouts_of(asked.route.timeouts)
+    return replace(call, model=_model_of(line, asked), deployment=line.deployment.name, timeouts=within)
 
 
 def _model_of(line: Line, asked: _Asked) -> str:

@@ -4,11 +4,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 
 import pytest
 from tests.workers.generation.conftest import Generation
 
+from klatch_agents.gateway.port import ModelCall, ModelReply
+from klatch_agents.gateway.router import Router
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas.events import StreamCancel, Usage
 from klatch_schemas.records import Partition, Record
@@ -106,3 +110,48 @@ async def test_a_worker_that_was_stopped_between_two_tries_does_not_try_again_fo
         log.hearing.set()
         assert (await slow.settled(request)).status == "cancelled"
     assert len(slow.upstream.calls) == 1
+
+
+@dataclass
+class StoppedOnTheWay:
+    """The router, in a worker that is stopped once its connection to the model stands, and cancelled meanwhile."""
+
+    router: Router
+    stop: Callable[[], Awaitable[None]]
+
+    def stream(self, call: ModelCall) -> AbstractAsyncContextManager[ModelReply]:
+        look = call.before_send
+        assert look
+
+        async def before_send(deployment: str) -> None:
+            await self.stop()
+            await look(deployment)
+
+        return self.router.stream(replace(call, before_send=before_send))
+
+    def continues(self, call: ModelCall) -> bool:
+        return self.router.continues(call)
+
+    async def close(self) -> None:
+        await self.router.close()
+
+
+async def test_a_call_that_a_stopped_worker_did_not_send_after_all_costs_nothing(slow: Generation) -> None:
+    log = slow.log
+    assert isinstance(log, SlowLog)
+    request = slow.request("fake?text=hello")
+    cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+
+    async def stop() -> None:
+        log.hearing.clear()
+        await slow.write(CHAT_STREAM, "c1", cancel)
+        time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
+        log.hearing.set()
+
+    slow.between = lambda router: StoppedOnTheWay(router, stop)
+    async with slow.worker():
+        await slow.write_verdict(request)
+        await slow.write_admission(request)
+        settled = await slow.settled(request)
+    assert (settled.status, settled.usage, settled.deployment) == ("cancelled", Usage(), "")
+    assert not slow.upstream.calls

@@ -221,19 +221,19 @@ class RequestUnderWay:
             return Interrupted("superseded")
         if attempt.begun and attempt.begun.whole:
             return Spoken()
-        asked = self.spoke
+        asked, self.spoke = self.spoke, True
 
-        async def before_try(deployment: str) -> None:
+        async def before_send(deployment: str) -> None:
             nonlocal asked
             await self.attempts.still_wanted()
             asked, attempt.asked = True, deployment
 
-        self.spoke = True
         call = replace(
             self.prepared.call,
             request=f"{self.prepared.call.request}.{attempt.opening.attempt}",
             avoid=frozenset(self.failed_on),
-            before_try=before_try,
+            before_try=self.attempts.still_wanted,
+            before_send=before_send,
         )
         try:
             await attempt.stream(self.means.gateway, call)
