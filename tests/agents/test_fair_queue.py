@@ -75,6 +75,18 @@ def test_shares_are_by_weight_whatever_classes_tenants_give_themselves() -> None
     assert server.used_s["urgent"] / server.used_s["patient"] == pytest.approx(1.0, rel=0.1)
 
 
+@pytest.mark.parametrize("service_s", [0.02, 1.0, 60.0])
+def test_shares_are_by_weight_from_the_first_calls_on_however_long_calls_are(service_s: float) -> None:
+    server = Server(FairQueue(4), lambda _: service_s)
+    for _ in range(300):
+        server.ask(Claim("light", 1.0))
+        server.ask(Claim("heavy", 4.0))
+    for _ in range(200):
+        server.step()
+    heavy = sum(claim.tenant == "heavy" for claim in server.served[:200])
+    assert heavy / 200 == pytest.approx(0.8, abs=0.15), "both may catch up by 32 calls, which are not the same share"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_place_is_free_while_somebody_waits_and_no_place_is_given_twice(data: st.DataObject) -> None:

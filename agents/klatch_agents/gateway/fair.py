@@ -21,6 +21,11 @@ from itertools import count
 
 LEAST_WEIGHT = 1e-3
 
+_SLOWLY = 0.05
+"""By how much a call moves the mean once there were some."""
+
+_SHORTEST_S = 1e-3
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
@@ -69,7 +74,9 @@ class FairQueue:
         self._backlogged: set[str] = set()
         self._virtual = 0.0
         self._usual_s = 1.0
-        """How long a place is usually held: a running mean."""
+        """How long a place is usually held: the mean of the first calls, then a running one. Until one is over it is
+        the unit of time that tags are in."""
+        self._over = 0
         self._numbers = count()
 
     @property
@@ -103,7 +110,10 @@ class FairQueue:
         """The holder of a place is done with it."""
         since, charged = self._holding.pop(claim)
         held_s = max(0.0, now - since)
-        self._usual_s += 0.05 * (held_s - self._usual_s)
+        if not self._over:
+            charged *= self._measure(held_s)
+        self._over += 1
+        self._usual_s += max(_SLOWLY, 1 / self._over) * (held_s - self._usual_s)
         self._tenants[claim.tenant].tag += (held_s - charged) / _weight(claim)
         return self._next(now)
 
@@ -117,6 +127,15 @@ class FairQueue:
         """There are more places now, or fewer; those that are held are held on."""
         self.limit = limit
         return self._next(now)
+
+    def _measure(self, first_s: float) -> float:
+        """From calls to seconds, by the first call that is over: what was charged and credited so far was in calls."""
+        factor = max(first_s, _SHORTEST_S) / self._usual_s
+        for tenant in self._tenants.values():
+            tenant.tag *= factor
+        self._virtual *= factor
+        self._holding = {claim: (since, charged * factor) for claim, (since, charged) in self._holding.items()}
+        return factor
 
     def _next(self, now: float) -> Turn:
         granted, shed = list[Claim](), list[Claim]()
