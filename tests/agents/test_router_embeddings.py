@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import time
+from dataclasses import replace
 
 import pytest
 from tests.agents.conftest import World
 
-from klatch_agents.gateway.errors import ModelError
+from klatch_agents.gateway.errors import ExpiredError, ModelError
 from klatch_agents.gateway.port import ModelCall
 from klatch_agents.gateway.router import Router
 from klatch_schemas.events import CircuitBreaker, RouteTimeouts
@@ -57,3 +59,25 @@ async def test_an_embedding_that_probes_closes_the_breaker(world: World) -> None
     together = [world.router.embed(embedding()) for _ in range(3)]
     assert [one.deployment for one in await asyncio.gather(*together)] == ["a"] * 3
     assert world.clock.naps == [], "none waits while another probes"
+
+
+async def test_who_is_asked_for_an_embedding_is_said_on_the_connection_to_it(world: World) -> None:
+    world.route(world.on_a())
+    asked = list[tuple[str, int]]()
+
+    async def before_send(deployment: str) -> None:
+        asked.append((deployment, len(world.a.calls) + len(world.b.calls)))
+
+    embedded = await world.router.embed(replace(embedding(), before_send=before_send))
+    assert (asked, embedded.deployment) == ([("a", 0)], "a")
+
+
+async def test_an_embedding_that_waits_for_a_place_ends_at_its_deadline(world: World) -> None:
+    world.route(world.on_a(concurrency=1))
+    holding = asyncio.create_task(world.router.embed(embedding(header_delay=30)))
+    await world.a.changed(lambda: len(world.a.calls) == 1)
+    with pytest.raises(ExpiredError):
+        await world.router.embed(replace(embedding(), deadline=time.time() + 0.1))
+    holding.cancel()
+    await asyncio.wait([holding])
+    assert len(world.a.calls) == 1

@@ -114,9 +114,10 @@ class Client:
         headers: Mapping[str, str],
         timeouts: Timeouts,
         body: bytes = b"",
+        before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> bytes:
-        """The whole body of a good response."""
-        async with await self.open(method, url, headers, timeouts, body) as response:
+        """The whole body of a good response. Raises as `open` does, and TruncatedError."""
+        async with await self.open(method, url, headers, timeouts, body, before_send) as response:
             try:
                 async with asyncio.timeout(timeouts.first_token):
                     return await response.read()

@@ -7,7 +7,7 @@ server refused for `stream_options` is made once more without them.
 """
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,11 +102,16 @@ class OpenAICompatible:
         """See `Gateway.continues`."""
         return self._endpoint.continues != "none"
 
-    async def embed(self, body: Mapping[str, object], timeouts: Timeouts | None = None) -> bytes:
+    async def embed(
+        self,
+        body: Mapping[str, object],
+        timeouts: Timeouts | None = None,
+        before_send: Callable[[], Awaitable[None]] | None = None,
+    ) -> bytes:
         """See `Catalogue.embed`."""
         url = self._endpoint.url("embeddings", str(body.get("model", "")))
         within = timeouts or self._timeouts
-        return await self._http.fetch("POST", url, self._endpoint.headers, within, _encode(dict(body)))
+        return await self._http.fetch("POST", url, self._endpoint.headers, within, _encode(dict(body)), before_send)
 
     async def models(self) -> list[str]:
         """See `Catalogue.models`."""

@@ -175,9 +175,14 @@ class Embedded(NamedTuple):
 class Catalogue(Protocol):
     """What else a model server answers. Raises `ModelError`."""
 
-    async def embed(self, body: Mapping[str, object], timeouts: Timeouts | None = None) -> bytes:
+    async def embed(
+        self,
+        body: Mapping[str, object],
+        timeouts: Timeouts | None = None,
+        before_send: Callable[[], Awaitable[None]] | None = None,
+    ) -> bytes:
         """The raw answer to `POST /embeddings`. `first_token` covers the wait for its status line, and then the wait
-        for all of its body; None: the server's own time-outs."""
+        for all of its body; None: the server's own time-outs. `before_send`: as in a `ModelCall`."""
         ...
 
     async def models(self) -> list[str]:

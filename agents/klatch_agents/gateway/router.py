@@ -9,9 +9,10 @@ A route that changes is in force for the next call; calls under way end where th
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple, Protocol, Self, TypeVar
 
@@ -107,11 +108,12 @@ class Router:
         return route is not None and any(how_it_continues(one) != "none" for one in route.deployments if one.weight)
 
     async def embed(self, call: ModelCall) -> Embedded:
-        """What a deployment answers to `POST /embeddings` with the call's body. Raises ModelError."""
+        """What a deployment answers to `POST /embeddings` with the call's body. Raises ModelError, ExpiredError where
+        the call's deadline passes while it waits for a place."""
         asked = self._asked(call)
 
         async def attempt(line: Line) -> Embedded:
-            return Embedded(await _embed(line, asked, call.body), line.deployment.name)
+            return Embedded(await _embed(line, asked, call), line.deployment.name)
 
         return await self._served(asked, attempt)
 
@@ -243,12 +245,13 @@ async def _first_words(reply: AsyncIterator[list[Chunk]]) -> list[list[Chunk]]:
     return begun
 
 
-async def _embed(line: Line, asked: _Asked, body: Mapping[str, object]) -> bytes:
+async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes:
+    look = partial(call.before_send, line.deployment.name) if call.before_send else None
     async with line.places.hold(asked.claim):
         run = line.begin()
         try:
-            named = {**body, "model": _model_of(line, asked)}
-            answer = await line.server.embed(named, timeouts_of(asked.route.timeouts))
+            named = {**call.body, "model": _model_of(line, asked)}
+            answer = await line.server.embed(named, timeouts_of(asked.route.timeouts), look)
         except ModelError as error:
             run.failed(error)
             raise

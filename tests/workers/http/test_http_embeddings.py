@@ -1,5 +1,7 @@
 """Embeddings at the door count like all else a tenant asks for: admitted before, settled after, refused alike."""
 
+import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -40,6 +42,26 @@ class Server:
         if self.tokens is not None:
             said["usage"] = {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
         return Embedded(codec.dumps(said), "own")
+
+
+class Silent:
+    """A model server that is asked, or has no place for the call, and then says nothing."""
+
+    def __init__(self, *, asks: bool = True) -> None:
+        self.called = asyncio.Event()
+        self.left = asyncio.Event()
+        self.asks = asks
+
+    async def embed(self, call: ModelCall) -> Embedded:
+        assert call.before_send
+        if self.asks:
+            await call.before_send("own")
+        self.called.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.left.set()
+        raise AssertionError
 
 
 class Refusing:
@@ -120,3 +142,51 @@ async def test_a_field_of_klatchs_that_does_not_exist_is_named(kits: "Kits") -> 
     async with kits.serving(embeddings=Server()) as kit:
         answer = await kit.call("POST", "/v1/embeddings", {"input": "x", "klatch": {"persom": "ann"}})
         assert (answer.status, (await answer.json())["error"]["param"]) == (400, "klatch.persom")
+
+
+@pytest.mark.parametrize(("asks", "tokens", "cost"), [(True, 4, 8), (False, 0, 0)])
+async def test_who_hangs_up_ends_the_call_and_pays_for_what_a_server_was_asked(
+    kits: "Kits", asks: bool, tokens: int, cost: int
+) -> None:
+    server = Silent(asks=asks)
+    async with kits.serving(embeddings=server, prices=price) as kit:
+        calling = asyncio.create_task(kit.client().embeddings.create(model="m", input="hello"))
+        await server.called.wait()
+        calling.cancel()
+        await server.left.wait()
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
+    assert (settled.status, settled.usage.prompt_tokens, settled.cost_micros) == ("cancelled", tokens, cost)
+
+
+@pytest.mark.parametrize(("asks", "tokens"), [(True, 4), (False, 0)])
+async def test_a_deadline_ends_the_call_wherever_it_waits(kits: "Kits", asks: bool, tokens: int) -> None:
+    server = Silent(asks=asks)
+    async with kits.serving(embeddings=server) as kit:
+        with pytest.raises(openai.InternalServerError) as error:
+            await kit.client().embeddings.create(model="m", input="hello", extra_body={"klatch": {"timeout_ms": 100}})
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
+    assert (error.value.status_code, error.value.code) == (504, "deadline_exceeded")
+    assert server.left.is_set()
+    assert (settled.status, settled.usage.prompt_tokens, settled.usage.estimated) == ("expired", tokens, tokens > 0)
+
+
+async def test_a_call_ends_before_its_reservation_does_whatever_it_asks_for(kits: "Kits") -> None:
+    server = Server()
+    async with kits.serving(embeddings=server) as kit:
+        for ours in ({}, {"timeout_ms": 86_400_000}, {"deadline_ms": time.time_ns()}):
+            answer = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x", "klatch": ours})
+            assert answer.status == 200
+    assert [call.deadline and 800 < call.deadline - time.time() <= 900 for call in server.calls] == [True] * 3
+
+
+async def test_a_deadline_that_passes_before_admission_answers_is_one(kits: "Kits") -> None:
+    server = Server()
+    async with kits.serving(embeddings=server) as kit:
+        another = {"tenant": "globex", "writer": "admission", "status": "rejected"}
+        kit.stages.admits = lambda names: StreamEnd.model_validate({**names, **another})
+        body = {"model": "m", "input": "x", "klatch": {"timeout_ms": 100}}
+        answer = await kit.call("POST", "/v1/embeddings", body)
+        [requested] = kit.said(EmbeddingRequested, "chat.requests")
+        assert (answer.status, (await answer.json())["error"]["code"]) == (504, "deadline_exceeded")
+    assert requested.deadline_ms
+    assert not server.calls

@@ -1,7 +1,8 @@
 """`POST /v1/embeddings`: admitted and settled in the tenant's log like a chat completion, answered by the door itself.
 
 The texts stay here: the log gets their estimated tokens, and later what they really were. What fails is settled with
-nothing; a door that dies before it settles leaves a reservation that expires.
+nothing, what its client or its deadline cut short with the estimate, if a server had been asked by then; a door that
+dies before it settles leaves a reservation that expires.
 """
 
 import asyncio
@@ -14,10 +15,11 @@ import msgspec
 import structlog
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from klatch_agents.gateway.errors import ExpiredError
 from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas import codec
 from klatch_schemas.assembly import Ended
-from klatch_schemas.errors import InvalidRequest, KlatchError, NotFound, Unavailable
+from klatch_schemas.errors import Expired, InvalidRequest, KlatchError, NotFound, Unavailable
 from klatch_schemas.events import (
     EmbeddingAdmitted,
     EmbeddingRequested,
@@ -28,13 +30,14 @@ from klatch_schemas.events import (
     UsageSettled,
 )
 from klatch_schemas.ids import Conversation, NameField, PersonField
+from klatch_streams.admission import HOLD_MS
 from klatch_streams.estimate import Estimate
 from klatch_streams.log import LogError
 from klatch_workers.generation.conclude import cost_micros
 from klatch_workers.http.auth import tenant_of
-from klatch_workers.http.call import DEPLOYMENT, Call, header_value
+from klatch_workers.http.call import DEPLOYMENT, Call, Disconnected, header_value
 from klatch_workers.http.door import Embeddings, TextEmbedder
-from klatch_workers.http.envelope import checked, read_json, without_klatch
+from klatch_workers.http.envelope import DeadlineFields, checked, read_json, without_klatch
 from klatch_workers.http.errors import error_of_end
 from klatch_workers.http.intake import RETRY_AFTER_MS
 from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
@@ -46,10 +49,8 @@ log = structlog.get_logger("klatch.http.embeddings")
 _ESTIMATE: Final = Estimate()
 
 
-class EmbeddingFields(BaseModel):
-    """`"klatch": {...}` of a request body: whom it counts for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class EmbeddingFields(DeadlineFields):
+    """`"klatch": {...}` of a request body: whom it counts for, and until when."""
 
     person: PersonField | None = None
     use_case: NameField = "default"
@@ -78,27 +79,82 @@ async def embeddings(runtime: Runtime, call: Call) -> None:
         raise NotFound("this klatch serves no embeddings: start it with an embedding model")
     terms = runtime.door.terms
     body = await read_json(await call.body(terms.max_body_bytes), terms.off_loop_bytes)
-    event = _event(runtime, call, checked(_Asked, body))
-    admitted = await _admitted(runtime, call, event)
-    began, paid = time.monotonic(), _Paid()
+    asked = checked(_Asked, body)
+    now_ms = time.time_ns() // 1_000_000
+    until_ms = _until(asked.klatch, now_ms)
+    event = _event(call, asked, min(until_ms, now_ms + int(terms.admission_timeout_s * 1_000)))
+    admitted = await _admitted(runtime, call, event, until_ms)
+    began, making = time.monotonic(), _Making(call, event.tokens)
+    model_call = ModelCall(
+        without_klatch(body),
+        request=call.request,
+        tenant=call.tenant,
+        weight=admitted.weight,
+        priority=admitted.priority,
+        deadline=until_ms / 1_000,
+        before_send=making.sent,
+    )
     try:
-        model_call = ModelCall(
-            without_klatch(body),
-            request=call.request,
-            tenant=call.tenant,
-            weight=admitted.weight,
-            priority=admitted.priority,
-        )
-        embedded = await embedder.embed(model_call)
-        paid = _Paid("completed", _usage(embedded, event.tokens), embedded.deployment)
+        embedded = await making.made(embedder, model_call)
         told = [(DEPLOYMENT, header_value(embedded.deployment))] if embedded.deployment else None
         await call.answer(200, embedded.answer, told)
     finally:
-        await _settle(runtime, event, paid, int((time.monotonic() - began) * 1_000))
+        await _settle(runtime, event, making.paid, int((time.monotonic() - began) * 1_000))
 
 
-def _event(runtime: Runtime, call: Call, asked: _Asked) -> EmbeddingRequested:
-    patience_ms = int(runtime.door.terms.admission_timeout_s * 1_000)
+def _until(fields: EmbeddingFields, now_ms: int) -> int:
+    deadline_ms = fields.deadline(now_ms)
+    # None outlasts its reservation.
+    return now_ms + HOLD_MS if deadline_ms is None else min(deadline_ms, now_ms + HOLD_MS)
+
+
+class _Making:
+    """A model's call for a client that may leave before the answer, and what the call comes to."""
+
+    def __init__(self, call: Call, estimated: int) -> None:
+        self.paid = _Paid()
+        self._call = call
+        self._estimated = estimated
+        self._asked: str | None = None
+
+    async def sent(self, deployment: str) -> None:
+        """See `ModelCall.before_send`."""
+        self._asked = deployment
+
+    async def made(self, embedder: Embeddings, asked: ModelCall) -> Embedded:
+        """The answer. Raises KlatchError, ModelError; Expired at the deadline, Disconnected when the client is gone."""
+        assert asked.deadline is not None  # noqa: S101 - set above
+        making = asyncio.ensure_future(embedder.embed(asked))
+        self._call.watch(making.cancel)
+        try:
+            async with asyncio.timeout(asked.deadline - time.time()) as patience:
+                embedded = await making
+        except (ExpiredError, TimeoutError) as late:
+            if isinstance(late, TimeoutError) and not patience.expired():
+                raise
+            self._cut("expired")
+            raise _too_late() from None
+        except asyncio.CancelledError:
+            if not self._call.gone:
+                raise
+            self._cut("cancelled")
+            raise Disconnected from None
+        self.paid = _Paid("completed", _usage(embedded, self._estimated), embedded.deployment)
+        return embedded
+
+    def _cut(self, status: Status) -> None:
+        # A server that was asked has read the texts, whoever waits for what it makes of them.
+        if self._asked is None:
+            self.paid = _Paid(status)
+        else:
+            self.paid = _Paid(status, Usage(prompt_tokens=self._estimated, estimated=True), self._asked)
+
+
+def _too_late() -> Expired:
+    return Expired("the deadline passed before there was an answer")
+
+
+def _event(call: Call, asked: _Asked, decided_by_ms: int) -> EmbeddingRequested:
     return EmbeddingRequested(
         request=call.request,
         tenant=call.tenant,
@@ -108,36 +164,42 @@ def _event(runtime: Runtime, call: Call, asked: _Asked) -> EmbeddingRequested:
         model=asked.model,
         tokens=_ESTIMATE.of_input(asked.input),
         # What is decided later is decided for nobody.
-        deadline_ms=time.time_ns() // 1_000_000 + patience_ms,
+        deadline_ms=decided_by_ms,
     )
 
 
-async def _admitted(runtime: Runtime, call: Call, event: EmbeddingRequested) -> EmbeddingAdmitted:
+async def _admitted(runtime: Runtime, call: Call, event: EmbeddingRequested, until_ms: int) -> EmbeddingAdmitted:
     partition = runtime.partition(event.conversation)
     async with runtime.intake.turn(partition):
         reader = await runtime.hub.open(Stream(event.tenant, event.request), partition)
     try:
         draft = codec.draft(runtime.request_topic, event.tenant, event, traceparent=call.header(b"traceparent"))
         await runtime.intake.append(draft, runtime.requests_of(event.tenant))
-        return await _decision(call, reader, runtime.door.terms.admission_timeout_s)
+        return await _decided(call, reader, event.deadline_ms or until_ms, until_ms)
     finally:
         await reader.close()
 
 
-async def _decision(call: Call, reader: Reader, patience_s: float) -> EmbeddingAdmitted:
+async def _decided(call: Call, reader: Reader, by_ms: int, until_ms: int) -> EmbeddingAdmitted:
     try:
-        async with asyncio.timeout(patience_s):
-            while True:
-                heard = await reader.read()
-                if limits := rate_limits_in(heard):
-                    call.rate_limits = rate_limit_headers(limits)
-                for _, said in heard:
-                    if isinstance(said, EmbeddingAdmitted):
-                        return said
-                    if isinstance(said, StreamEnd) and (error := error_of_end(Ended(said.status, said))):
-                        raise error
+        async with asyncio.timeout(by_ms / 1_000 - time.time()):
+            return await _decision(call, reader)
     except TimeoutError:
+        if by_ms == until_ms:
+            raise _too_late() from None
         raise Unavailable("no admission worker answers; try again", retry_after_ms=RETRY_AFTER_MS) from None
+
+
+async def _decision(call: Call, reader: Reader) -> EmbeddingAdmitted:
+    while True:
+        heard = await reader.read()
+        if limits := rate_limits_in(heard):
+            call.rate_limits = rate_limit_headers(limits)
+        for _, said in heard:
+            if isinstance(said, EmbeddingAdmitted):
+                return said
+            if isinstance(said, StreamEnd) and (error := error_of_end(Ended(said.status, said))):
+                raise error
 
 
 async def _settle(runtime: Runtime, event: EmbeddingRequested, paid: _Paid, total_ms: int) -> None:
@@ -202,6 +264,8 @@ class TextEmbeddings:
         texts = _texts(body.get("input"))
         # OpenAI's own client asks for base64 of little-endian floats unless told otherwise.
         encoded = body.get("encoding_format") == "base64"
+        if call.before_send:
+            await call.before_send(call.deployment)
         vectors = await self._embed(texts)
         data = [
             {"object": "embedding", "index": index, "embedding": _base64(vector) if encoded else vector}

@@ -7,7 +7,7 @@ misspelt one is an error that names it. Of the rest only what klatch itself acts
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -23,10 +23,29 @@ _TURNS, _MEMORIES = 20, 4
 _DAY_MS = 86_400_000
 
 
-class KlatchFields(BaseModel):
-    """`"klatch": {...}` of a request body."""
+class DeadlineFields(BaseModel):
+    """Until when an answer is worth something, in `"klatch": {...}` of a request body."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    deadline_ms: Annotated[int, Field(ge=0)] | None = None
+    """Milliseconds since the epoch."""
+    timeout_ms: Annotated[int, Field(gt=0, le=_DAY_MS)] | None = None
+    """The same, from now on."""
+
+    @model_validator(mode="after")
+    def _one_deadline(self) -> Self:
+        if self.deadline_ms is not None and self.timeout_ms is not None:
+            raise ValueError("give deadline_ms or timeout_ms, not both")
+        return self
+
+    def deadline(self, now_ms: int) -> int | None:
+        """It as milliseconds since the epoch; None if there is none."""
+        return self.deadline_ms if self.timeout_ms is None else now_ms + self.timeout_ms
+
+
+class KlatchFields(DeadlineFields):
+    """`"klatch": {...}` of a chat completion's body."""
 
     conversation: ConversationField | None = None
     """None: the request is a conversation of its own."""
@@ -37,21 +56,11 @@ class KlatchFields(BaseModel):
     """None: nothing without a conversation, else its last turns, and what is known of a person who is named."""
     skills: tuple[NameField, ...] = ()
     priority: Annotated[int, Field(ge=0, le=9)] = 5
-    deadline_ms: Annotated[int, Field(ge=0)] | None = None
-    """Milliseconds since the epoch."""
-    timeout_ms: Annotated[int, Field(gt=0, le=_DAY_MS)] | None = None
-    """The same, from now on."""
     if_busy: Literal["enqueue", "reject", "interrupt", "rollback"] = "enqueue"
     on_crash: Literal["restart", "continue"] = "restart"
     on_disconnect: Literal["cancel", "continue"] | None = None
     """None: a client that goes away cancels, unless an `Idempotency-Key` says that it means to ask again."""
     context: RequestContext = RequestContext()
-
-    @model_validator(mode="after")
-    def _one_deadline(self) -> "KlatchFields":
-        if self.deadline_ms is not None and self.timeout_ms is not None:
-            raise ValueError("give deadline_ms or timeout_ms, not both")
-        return self
 
     @property
     def policy(self) -> MemoryPolicy:
@@ -99,9 +108,6 @@ class Asked(BaseModel):
     def event(self, request: RequestId, tenant: Tenant, traceparent: str | None) -> ChatRequested:
         """What is published."""
         ours = self.fields.klatch
-        deadline = ours.deadline_ms
-        if ours.timeout_ms is not None:
-            deadline = time.time_ns() // 1_000_000 + ours.timeout_ms
         context = ours.context
         if traceparent and not context.traceparent:
             context = context.model_copy(update={"traceparent": traceparent})
@@ -116,7 +122,7 @@ class Asked(BaseModel):
             memory=ours.policy,
             skills=ours.skills,
             priority=ours.priority,
-            deadline_ms=deadline,
+            deadline_ms=ours.deadline(time.time_ns() // 1_000_000),
             if_busy=ours.if_busy,
             on_crash=ours.on_crash,
             context=context,
