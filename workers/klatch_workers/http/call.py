@@ -83,7 +83,7 @@ class Call:
             if not message.get("more_body"):
                 return b"".join(parts)
 
-    def watch(self, on_gone: Callable[[], None]) -> None:
+    def watch(self, on_gone: Callable[[], object]) -> None:
         """Call `on_gone` as soon as the client hangs up: only `receive` tells, a failed send never does."""
 
         async def until_gone() -> None:
