@@ -126,8 +126,9 @@ class _Making:
         assert asked.deadline is not None  # noqa: S101 - set above
         making = asyncio.ensure_future(embedder.embed(asked))
         self._call.watch(making.cancel)
+        patience = asyncio.timeout(asked.deadline - time.time())
         try:
-            async with asyncio.timeout(asked.deadline - time.time()) as patience:
+            async with patience:
                 embedded = await making
         except (ExpiredError, TimeoutError) as late:
             if isinstance(late, TimeoutError) and not patience.expired():
