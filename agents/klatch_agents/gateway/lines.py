@@ -38,9 +38,10 @@ class Line:
     breaker: Breaker
     places: Places
 
-    def begin(self) -> "Run":
-        """A call is about to be made."""
-        return Run(self.breaker, probe=self.breaker.begin())
+    def begin(self) -> "Run | None":
+        """A call is about to be made; None: it must not be, the deployment cools down by now, or another probes it."""
+        # Asked and begun in one step of the loop, so that of many who were let through only one probes.
+        return None if self.breaker.cooling() else Run(self.breaker, probe=self.breaker.begin())
 
 
 class Run:

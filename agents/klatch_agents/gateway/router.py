@@ -97,7 +97,7 @@ class Router:
         asked = self._asked(call)
         async with AsyncExitStack() as held:
 
-            async def attempt(line: Line) -> ModelReply:
+            async def attempt(line: Line) -> ModelReply | None:
                 return await _stream(line, asked, call, held)
 
             yield await self._served(asked, attempt)
@@ -112,8 +112,9 @@ class Router:
         the call's deadline passes while it waits for a place."""
         asked = self._asked(call)
 
-        async def attempt(line: Line) -> Embedded:
-            return Embedded(await _embed(line, asked, call), line.deployment.name)
+        async def attempt(line: Line) -> Embedded | None:
+            answer = await _embed(line, asked, call)
+            return None if answer is None else Embedded(answer, line.deployment.name)
 
         return await self._served(asked, attempt)
 
@@ -147,8 +148,9 @@ class Router:
         claim = Claim(call.tenant, call.weight, call.priority, call.deadline)
         return _Asked(route, alias, call.request or str(next(self._numbers)), claim, bool(call.prefix), call.avoid)
 
-    async def _served(self, asked: _Asked, attempt: Callable[[Line], Awaitable[T]]) -> T:
-        """What the first deployment gives that serves. Raises the last failure when none does."""
+    async def _served(self, asked: _Asked, attempt: Callable[[Line], Awaitable[T | None]]) -> T:
+        """What the first deployment gives that serves; of an attempt None: no call was made. Raises the last failure
+        when none does."""
         route = asked.route
         view = self._lines.view(route)
         policy = choose_until_served(route, asked.seed, view, continuing=asked.continuing, avoid=asked.avoid)
@@ -163,8 +165,8 @@ class Router:
             error: ModelError | None = None
             try:
                 line = self._lines.line(route, step.deployment)
-                if not line.breaker.cooling():
-                    return await attempt(line)
+                if not line.breaker.cooling() and (served := await attempt(line)) is not None:
+                    return served
             except ModelError as failed:
                 failure = error = failed
                 self._tell(asked, step.deployment.name, failed)
@@ -216,14 +218,17 @@ class RoutedReply:
             raise
 
 
-async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitStack) -> ModelReply:
-    """Have a place, call, and wait for a word; all of it is left when `held` is."""
+async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitStack) -> ModelReply | None:
+    """Have a place, call, and wait for a word; all of it is left when `held` is. None: no call was made, for the
+    deployment began to cool down while its place was waited for."""
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(line.places.hold(asked.claim))
+        run = line.begin()
+        if run is None:
+            return None
+        opened.callback(run.left)
         if call.before_try:
             await call.before_try()
-        run = line.begin()
-        opened.callback(run.left)
         try:
             reply = await opened.enter_async_context(line.server.stream(_call_of(line, asked, call)))
             rest = aiter(reply)
@@ -245,10 +250,13 @@ async def _first_words(reply: AsyncIterator[list[Chunk]]) -> list[list[Chunk]]:
     return begun
 
 
-async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes:
+async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes | None:
+    """As `_stream`, for an embedding."""
     look = partial(call.before_send, line.deployment.name) if call.before_send else None
     async with line.places.hold(asked.claim):
         run = line.begin()
+        if run is None:
+            return None
         try:
             named = {**call.body, "model": _model_of(line, asked)}
             answer = await line.server.embed(named, timeouts_of(asked.route.timeouts), look)
