@@ -120,6 +120,12 @@ async def test_vllm_is_told_the_priority_where_it_schedules_by_it(upstream: Upst
     assert called.body["priority"] == 2
 
 
+async def test_a_body_gives_itself_no_better_priority_than_its_tenant_has(upstream: Upstream) -> None:
+    asked = {**BODY, "model": "fake", "priority": -9}
+    called = await reached(upstream, Dialect("vllm", priority=True), body=asked, priority=5)
+    assert called.body["priority"] == 5
+
+
 @pytest.mark.parametrize(("kind", "name"), [("openai", "max_completion_tokens"), ("openai-compatible", "max_tokens")])
 async def test_a_limit_on_tokens_goes_by_the_name_that_its_server_takes(
     upstream: Upstream, kind: Any, name: str

@@ -26,7 +26,7 @@ class Dialect:
     api_version: str | None = None
     auth: Literal["key", "token"] = "key"
     priority: bool = False
-    """vLLM: pass a call's priority on."""
+    """vLLM: pass a call's priority on, in place of what its body asks for."""
 
     def path(self, what: Literal["chat/completions", "embeddings", "models"], model: str) -> str:
         """What follows the base URL."""
@@ -66,7 +66,7 @@ class Dialect:
             # A running total on every chunk: what a stream has cost is known wherever it is cut.
             sent["stream_options"] = {**cast("dict[str, object]", options), "continuous_usage_stats": True}
         if self.priority:
-            sent.setdefault("priority", priority)
+            sent["priority"] = priority
         return sent
 
 
