@@ -15,6 +15,7 @@ from klatch_agents.gateway.port import Chunk, ModelCall
 from klatch_agents.gateway.router import Router
 from klatch_agents.gateway.routing import how_it_continues
 from klatch_agents.testing.upstream import Upstream
+from klatch_agents.testing.upstream.http import Connection, Request
 from klatch_schemas.events import Deployment, ModelRouted
 
 
@@ -92,6 +93,20 @@ async def ask(router: Router, asked: ModelCall | None = None) -> tuple[str, str]
         said = "".join([text_in(batch) async for batch in reply])
         assert reply.finished is not None
         return reply.deployment, said
+
+
+@asynccontextmanager
+async def answering(answer: Callable[[Connection, Request], None]) -> AsyncGenerator[str]:
+    """The URL of a server that answers as no model server does."""
+    open_ones = set[Connection]()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(answer, open_ones), "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+        for one in list(open_ones):
+            one.drop()
 
 
 @asynccontextmanager

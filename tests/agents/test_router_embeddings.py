@@ -6,12 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from tests.agents.conftest import World
+from tests.agents.conftest import World, answering
 
-from klatch_agents.gateway.errors import ExpiredError, ModelError
+from klatch_agents.gateway.errors import ExpiredError, MalformedError, ModelError, StreamError
 from klatch_agents.gateway.port import ModelCall
 from klatch_agents.gateway.router import Router
-from klatch_schemas.events import CircuitBreaker, RouteTimeouts
+from klatch_schemas.events import CircuitBreaker, Deployment, RouteTimeouts
 
 
 async def test_embeddings_take_the_same_way(world: World) -> None:
@@ -81,3 +81,49 @@ async def test_an_embedding_that_waits_for_a_place_ends_at_its_deadline(world: W
     holding.cancel()
     await asyncio.wait([holding])
     assert len(world.a.calls) == 1
+
+
+IN_DISGUISE = pytest.mark.parametrize(
+    ("said", "kind", "failure"),
+    [
+        (b'{"error": "Unexpected endpoint or method. (POST /v1/embeddings)"}', "application/json", StreamError),
+        (b'{"data": [{"embedding": [1.0]}], "error": {"message": "half of it"}}', "application/json", StreamError),
+        (b"<html>Welcome to nginx!</html>", "text/html", MalformedError),
+        (b'{"object": "list"}', "application/json", MalformedError),
+        (b'{"data": null}', "application/json", MalformedError),
+    ],
+    ids=["error", "error-beside", "page", "no-list", "null"],
+)
+
+
+@IN_DISGUISE
+async def test_a_200_that_is_no_list_of_embeddings_is_a_failure_that_the_next_answers(
+    world: World, said: bytes, kind: str, failure: type[ModelError]
+) -> None:
+    async with answering(lambda at, _: at.respond(200, said, {"content-type": kind})) as url:
+        odd = Deployment(name="odd", url=url)
+        world.route(odd, world.on_b())
+        assert (await world.router.embed(embedding())).deployment == "b"
+        world.route(odd, tries=1)
+        with pytest.raises(failure) as failed:
+            await world.router.embed(embedding())
+    assert failed.value.status == 502
+    assert "event stream" not in failed.value.message
+
+
+async def test_a_200_that_is_an_error_opens_the_breaker(world: World) -> None:
+    async with answering(lambda at, _: at.respond(200, b'{"error": "no such model"}')) as url:
+        odd = Deployment(name="odd", url=url)
+        world.route(odd, tries=1, breaker=CircuitBreaker(failures=2, cool_down_s=60))
+        for code in ("model_stream_error", "model_stream_error", "model_unavailable"):
+            with pytest.raises(ModelError) as failed:
+                await world.router.embed(embedding())
+            assert failed.value.code == code
+
+
+@pytest.mark.parametrize("beside", [{}, {"error": None}, {"x-vendor": {"a": [1]}}])
+async def test_a_list_of_embeddings_is_passed_on_as_it_came(world: World, beside: dict[str, object]) -> None:
+    said = json.dumps({"data": [{"embedding": "AACAPw=="}], **beside}, indent=3).encode()
+    async with answering(lambda at, _: at.respond(200, said)) as url:
+        world.route(Deployment(name="odd", url=url))
+        assert (await world.router.embed(embedding())).answer == said

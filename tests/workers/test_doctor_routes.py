@@ -1,12 +1,14 @@
 """What the doctor finds about routes: what there is, the keys that are missing, and which deployments answer."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from tests.agents.conftest import answering
 
 from klatch_agents.testing.upstream import Upstream
 from klatch_schemas.events import Deployment, ModelRouted, RouteTimeouts
@@ -127,3 +129,16 @@ async def test_a_trial_waits_as_long_as_its_route_says(upstream: Upstream, embed
 async def test_without_routes_it_says_where_models_go() -> None:
     [said] = await found()
     assert (said.level, "KLATCH_MODEL_URL" in said.says) == ("ok", True)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"data": []}, {"data": [{"object": "embedding"}]}, {"data": [{"embedding": "AACAPw=="}]}, {"data": [7]}],
+    ids=["empty", "missing", "base64", "number"],
+)
+async def test_an_embedding_that_is_not_numbers_is_a_trial_that_failed(said: dict[str, object]) -> None:
+    async with answering(lambda at, _: at.respond(200, json.dumps(said).encode())) as url:
+        odd = ModelRouted(alias="m", deployments=(Deployment(name="odd", url=url),))
+        [tried] = [one async for one in trials(Settings(), [odd], embed=True)]
+    assert (tried.code, tried.dimension) == ("model_reply_malformed", 0)
+    assert "embedding" in (tried.error or "")

@@ -1,13 +1,14 @@
 """Tries deployments with a real, small call, each by itself: no fallback, no retry, so that each failure is seen."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from klatch_agents.gateway.errors import ModelError
+import msgspec
+
+from klatch_agents.gateway.errors import MalformedError, ModelError
 from klatch_agents.gateway.openai_compatible import OpenAICompatible
 from klatch_agents.gateway.port import ModelCall
 from klatch_agents.gateway.router import timeouts_of
@@ -102,5 +103,23 @@ async def _embedding(server: OpenAICompatible, route: ModelRouted, one: Deployme
     began = time.monotonic()
     body = {"model": one.model or route.alias, "input": "hello", "encoding_format": "float"}
     raw = await server.embed(body, timeouts_of(route.timeouts))
-    vector = json.loads(raw)["data"][0]["embedding"]
-    return Trial(route.alias, one.name, milliseconds=round(1000 * (time.monotonic() - began)), dimension=len(vector))
+    took_ms = round(1000 * (time.monotonic() - began))
+    return Trial(route.alias, one.name, milliseconds=took_ms, dimension=len(_first_vector(raw)))
+
+
+class _Embedding(msgspec.Struct):
+    embedding: list[float]
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+
+
+def _first_vector(raw: bytes) -> list[float]:
+    try:
+        data = msgspec.json.decode(raw, type=_Embeddings).data
+    except msgspec.DecodeError as error:
+        raise MalformedError(f"the answer holds no embedding in numbers: {error}") from error
+    if not data:
+        raise MalformedError("the answer holds no embedding: its list of them is empty")
+    return data[0].embedding

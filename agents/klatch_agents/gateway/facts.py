@@ -60,6 +60,11 @@ class _Wire(msgspec.Struct, gc=False):
     object: str | None = None
 
 
+class _EmbeddingsWire(msgspec.Struct):
+    data: list[msgspec.Raw]
+    error: msgspec.Raw = _ABSENT
+
+
 class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
@@ -77,6 +82,7 @@ class _UsageWire(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Wire).decode
+_decode_embeddings = msgspec.json.Decoder(_EmbeddingsWire).decode
 _decode_usage = msgspec.json.Decoder(_UsageWire).decode
 
 
@@ -132,6 +138,15 @@ def read_error(raw: bytes) -> ErrorBody:
         code=code if isinstance(code, str | int) else None,
         extra={k: v for k, v in error.items() if k not in _ERROR_MEMBERS},
     )
+
+
+def are_embeddings(answer: bytes) -> bool:
+    """Whether a 200 holds a list of embeddings, and no error; what they are is the caller's to read."""
+    try:
+        wire = _decode_embeddings(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return not _says(wire.error)
 
 
 _ERROR_MEMBERS = frozenset({"message", "type", "param", "code"})

@@ -118,23 +118,27 @@ class Client:
     ) -> bytes:
         """The whole body of a good response. Raises as `open` does, and TruncatedError."""
         async with await self.open(method, url, headers, timeouts, body, before_send) as response:
-            try:
-                async with asyncio.timeout(timeouts.first_token):
-                    return await response.read()
-            except TimeoutError as error:
-                raise StalledError(f"{url} sent half an answer and fell silent") from error
-            except aiohttp.ClientError as error:
-                raise TruncatedError(f"{url} broke off in the middle of its answer") from error
+            return await self.whole(response, timeouts)
 
-    def not_a_stream(self, response: aiohttp.ClientResponse, body: bytes) -> ModelError:
-        """Why a 200 that is no event stream is no reply: it is an error in disguise, or this is no
-        Chat Completions server."""
+    async def whole(self, response: aiohttp.ClientResponse, timeouts: Timeouts) -> bytes:
+        """All of a good response's body. Raises StalledError, TruncatedError."""
+        try:
+            async with asyncio.timeout(timeouts.first_token):
+                return await response.read()
+        except TimeoutError as error:
+            raise StalledError(f"{response.url} sent half an answer and fell silent") from error
+        except aiohttp.ClientError as error:
+            raise TruncatedError(f"{response.url} broke off in the middle of its answer") from error
+
+    def not_as_asked(self, response: aiohttp.ClientResponse, body: bytes, asked: str) -> ModelError:
+        """Why a 200 that is not what was asked for is no answer: it is an error in disguise, or this is no
+        server of OpenAI's API."""
         upstream = request_id(response)
         if b'"error"' in body:
             return StreamError(read_error(self._without_key(body)), upstream_request_id=upstream)
         return MalformedError(
-            f"{response.url} answered {response.content_type} where an event stream was asked for; "
-            "is the URL that of a Chat Completions API, ending in /v1?",
+            f"{response.url} answered {response.content_type} where {asked} was asked for; "
+            "is the URL that of an OpenAI-compatible API, ending in /v1?",
             upstream_request_id=upstream,
         )
 

@@ -21,6 +21,7 @@ from klatch_agents.gateway import http
 from klatch_agents.gateway.continuing import Continues, continuing_body
 from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.errors import MalformedError, RefusedError
+from klatch_agents.gateway.facts import are_embeddings
 from klatch_agents.gateway.http import KeyOf
 from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.reply import StreamedReply
@@ -111,7 +112,12 @@ class OpenAICompatible:
         """See `Catalogue.embed`."""
         url = self._endpoint.url("embeddings", str(body.get("model", "")))
         within = timeouts or self._timeouts
-        return await self._http.fetch("POST", url, self._endpoint.headers, within, _encode(dict(body)), before_send)
+        sent = _encode(dict(body))
+        async with await self._http.open("POST", url, self._endpoint.headers, within, sent, before_send) as response:
+            raw = await self._http.whole(response, within)
+            if not are_embeddings(raw):
+                raise self._http.not_as_asked(response, raw, "a list of embeddings")
+            return raw
 
     async def models(self) -> list[str]:
         """See `Catalogue.models`."""
@@ -147,7 +153,7 @@ class OpenAICompatible:
         if response.content_type not in ("application/json", "text/html"):
             return  # servers exist that send events as text/plain
         body = await self._http.read(response)
-        raise self._http.not_a_stream(response, body)
+        raise self._http.not_as_asked(response, body, "an event stream")
 
 
 class _Model(msgspec.Struct):

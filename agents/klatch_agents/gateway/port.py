@@ -181,7 +181,7 @@ class Catalogue(Protocol):
         timeouts: Timeouts | None = None,
         before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> bytes:
-        """The raw answer to `POST /embeddings`. `first_token` covers the wait for its status line, and then the wait
+        """The raw answer to `POST /embeddings`, a list. `first_token` covers the wait for its status line, and then the wait
         for all of its body; None: the server's own time-outs. `before_send`: as in a `ModelCall`."""
         ...
 
