@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
+from tests.agents.conftest import answering
 
 from klatch_agents.gateway.errors import (
     ConnectError,
@@ -25,6 +26,7 @@ from klatch_agents.gateway.http import retry_after
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.port import Chunk, Finished, ModelCall, Timeouts
 from klatch_agents.testing.upstream import Upstream
+from klatch_agents.testing.upstream.http import Connection, Request
 
 QUICK = Timeouts(connect=2, first_token=2, idle=2)
 KEY = "sk-secret-1234"
@@ -229,6 +231,43 @@ async def test_a_server_that_refuses_stream_options_is_asked_without_them_and_re
         assert heard.finished is not None
         assert heard.finished.usage is None
     assert ["stream_options" in c.body for c in upstream.calls] == [True, False, False]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("shape", ["json", "text"])
+async def test_the_name_of_stream_options_is_found_wherever_a_refusal_says_it(status: int, shape: str) -> None:
+    """[26] As FastAPI says it where models are strict, behind all that it says before."""
+    wrong = [{"type": "extra_forbidden", "loc": ["body", name]} for name in ("x" * 600, "stream_options")]
+    said = json.dumps({"detail": wrong}).encode()
+    asked = list[bool]()
+
+    def answer(at: Connection, request: Request) -> None:
+        asked.append("stream_options" in json.loads(request.body))
+        if asked[-1]:
+            at.respond(status, said if shape == "json" else said[1:])
+        else:
+            at.begin_events({})
+            at.write(b'data: {"choices":[{"delta":{"content":"yes"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
+            at.end()
+
+    async with answering(answer) as url, OpenAICompatible(Endpoint(url), QUICK) as gateway:
+        heard = [await hear(gateway, call()) for _ in range(2)]
+    assert [one.finished is not None for one in heard] == [True, True]
+    assert asked == [True, False, False]
+
+
+@pytest.mark.parametrize("status", [401, 500])
+async def test_a_refusal_of_another_kind_is_none_of_stream_options(status: int) -> None:
+    said = b'{"error": {"message": "you said stream_options"}}'
+    asked = list[Request]()
+
+    def answer(at: Connection, request: Request) -> None:
+        asked.append(request)
+        at.respond(status, said)
+
+    async with answering(answer) as url, OpenAICompatible(Endpoint(url), QUICK) as gateway:
+        assert isinstance((await hear(gateway, call())).error, RefusedError)
+    assert len(asked) == 1
 
 
 async def test_any_other_400_is_not_tried_again(gateway: OpenAICompatible, upstream: Upstream) -> None:

@@ -90,10 +90,13 @@ class RefusedError(ModelError):
         *,
         retry_after: float | None = None,
         upstream_request_id: str | None = None,
+        said: bytes = b"",
     ) -> None:
+        """`said` is the whole of the server's answer, without keys, where messages are cut."""
         super().__init__(body.message, upstream_request_id=upstream_request_id)
         self.status = status
         self.body = body
+        self.said = said
         self.retry_after = retry_after
         self.retriable = status in _RETRIABLE or status >= 500
         if isinstance(body.code, str) and body.code:

@@ -196,12 +196,13 @@ class Client:
                 f"{url} answered with a redirect ({response.status}); give its final URL instead",
                 upstream_request_id=upstream,
             )
-        raw = await self.read(response, min(10.0, timeouts.idle))
+        said = self._without_key(await self.read(response, min(10.0, timeouts.idle)))
         return RefusedError(
             response.status,
-            read_error(self._without_key(raw)),
+            read_error(said),
             retry_after=retry_after(response.headers),
             upstream_request_id=upstream,
+            said=said,
         )
 
     def _without_key(self, said: bytes) -> bytes:

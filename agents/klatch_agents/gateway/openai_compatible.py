@@ -142,7 +142,7 @@ class OpenAICompatible:
             body = dialect.streaming(asked, model, call.priority, options=with_options)
             return await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
         except RefusedError as refused:
-            if not (with_options and refused.status == 400 and "stream_options" in str(refused)):
+            if not (with_options and refused.status in _WRONG_REQUEST and b"stream_options" in refused.said):
                 raise
         body = dialect.streaming(asked, model, call.priority, options=False)
         response = await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
@@ -164,6 +164,8 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+_WRONG_REQUEST = (400, 422)
+"""How a server refuses a member that it does not know; FastAPI's say 422."""
 # Compression buffers what should flow.
 _STREAMING = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
 
