@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
-from tests.fidelity.conftest import PATIENCE, deltas, finishes, is_cut, text_of, until_left
+from tests.fidelity.conftest import PATIENCE, deltas, finishes, is_cut, said_in, text_of, until_left
 from tests.fidelity.wire import Talk, event, finish, role, whole, words
 
 from klatch_schemas.events import RouteTimeouts, StreamEnd
@@ -70,6 +70,38 @@ async def test_a_cut_has_no_marker_and_no_finish(stack: "Stack", cut: Any) -> No
     answer = await stack.chat(script)
     assert is_cut(await answer.events())["code"] == "model_reply_truncated"
     assert (await stack.told(answer, StreamEnd)).status == "failed"
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"data: [DONE] \n\n",
+        b"data:  [DONE]\t \n\n",
+        b"data: {half a ch\n\n",
+        b"data: [1]\n\n",
+        event({"error": ERROR}),
+        b"event: error\n" + event({"error": ERROR}),
+    ],
+    ids=["blank-behind", "blanks-around", "no-json", "no-object", "error", "named-error"],
+)
+async def test_what_comes_behind_the_last_finish_undoes_nothing(stack: "Stack", junk: bytes) -> None:
+    """[36] Nor the usage that came before it."""
+    sent = whole("all").removesuffix(b"data: [DONE]\n\n") + junk
+    events = await stack.stream(sent, stream_options={"include_usage": True})
+    assert (text_of(events), finishes(events), events[-1].data) == ("all", [(0, "stop")], "[DONE]")
+    assert [said["usage"]["completion_tokens"] for said in said_in(events) if said.get("usage")] == [3]
+
+
+async def test_a_marker_with_blanks_ends_no_half_an_answer(stack: "Stack") -> None:
+    """[4, 36]"""
+    assert is_cut(await stack.stream(HALF + b"data: [DONE] \n\n"))["code"] == "model_reply_truncated"
+
+
+async def test_junk_before_the_last_finish_breaks_the_reply(stack: "Stack") -> None:
+    """[36] Choice 1 is still to come."""
+    sent = role() + words("all") + finish().removesuffix(b"data: [DONE]\n\n") + b"data: {half a ch\n\n"
+    events = await stack.stream(sent, n=2)
+    assert events[-1].json["error"]["code"] == "model_reply_malformed"
 
 
 @pytest.mark.parametrize("cut", [Talk.drop, Talk.end], ids=["drop", "clean-end"])

@@ -107,7 +107,7 @@ class Finished:
     """How a whole reply ended: every choice that was seen has its finish_reason.
 
     `ending` tells what the wire did after the last one: the `[DONE]` marker, a clean end of the
-    body, or neither (`cut`: then the usage may be missing though the text is whole). `usage` is
+    body, or neither (`cut`, or what cannot be read: then the usage may be missing though the text is whole). `usage` is
     the last that was sent, for servers that send a running total on every chunk.
     """
 

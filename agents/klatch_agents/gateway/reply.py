@@ -6,7 +6,7 @@ choice lacks its finish_reason. One timer a reply watches for silence, re-armed 
 
 import asyncio
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypedDict
 
 import aiohttp
 import msgspec
@@ -107,7 +107,7 @@ class StreamedReply:
                 return self._decoder.feed(read)
             return [] if cut else self._decoder.end()
         except sse.TooLargeError as error:
-            self._fail(MalformedError, str(error))
+            self._spoil(MalformedError(str(error), **self._named()))
             return []
 
     def _take(self, items: list[sse.Event | sse.Comment]) -> list[Chunk]:
@@ -125,13 +125,18 @@ class StreamedReply:
         return batch
 
     def _chunk(self, event: sse.Event) -> Chunk | None:
+        """None: the stream is over, well or not."""
         try:
             chunk = read_chunk(event.data, event.name)
         except ValueError:
-            self._fail(MalformedError, "the model server sent an event that is no chunk of a reply")
+            if event.data.strip() == _DONE:  # looked at here, where it costs whole replies nothing
+                self._end("done", None)
+            else:
+                what = "the model server sent an event that is no chunk of a reply"
+                self._spoil(MalformedError(what, **self._named()))
             return None
         if isinstance(chunk, ErrorBody):
-            self._failure = StreamError(chunk, upstream_request_id=self.upstream_request_id, spoke=self._spoke)
+            self._spoil(StreamError(chunk, **self._named()))
             return None
         return chunk
 
@@ -173,22 +178,40 @@ class StreamedReply:
     def _end(self, ending: Literal["done", "eof", "cut"], cut: Exception | None) -> None:
         """The stream is over: the reply is whole, or it is broken.
 
-        Once every choice has finished nothing on the wire can undo the answer, so then a cut or a
-        silence is an ending too. Without `[DONE]` every choice that was asked for must be there.
+        Once every choice has finished nothing on the wire can undo the answer, so then a cut, a silence,
+        an error or junk is an ending too. Without `[DONE]` every choice that was asked for must be there.
         """
-        unfinished = self._seen - self._finishes.keys()
-        enough = bool(self._finishes) if ending == "done" else len(self._finishes) >= self._asked
-        if enough and not unfinished:
+        if self._is_whole(ending):
             self.finished = Finished(dict(self._finishes), self._usage, ending)
         elif self._silence.broken:
-            self._fail(StalledError, f"the model server was silent for {self._silence.limit:g} s")
+            what = f"the model server was silent for {self._silence.limit:g} s"
+            self._failure = StalledError(what, **self._named())
         else:
             how = f"was cut off ({type(cut).__name__})" if cut else f"ended ({ending})"
-            missing = sorted(unfinished) or "all"
-            self._fail(TruncatedError, f"the reply {how} without a finish_reason for choices: {missing}")
+            missing = sorted(self._seen - self._finishes.keys()) or "all"
+            what = f"the reply {how} without a finish_reason for choices: {missing}"
+            self._failure = TruncatedError(what, **self._named())
 
-    def _fail(self, error: type[ModelError], message: str) -> None:
-        self._failure = error(message, upstream_request_id=self.upstream_request_id, spoke=self._spoke)
+    def _spoil(self, failure: ModelError) -> None:
+        """What came cannot be read on: see `_end`."""
+        if self._is_whole("cut"):
+            self._end("cut", None)
+        else:
+            self._failure = failure
+
+    def _is_whole(self, ending: Literal["done", "eof", "cut"]) -> bool:
+        enough = bool(self._finishes) if ending == "done" else len(self._finishes) >= self._asked
+        return enough and not self._seen - self._finishes.keys()
+
+    def _named(self) -> "_Named":
+        return {"upstream_request_id": self.upstream_request_id, "spoke": self._spoke}
+
+
+class _Named(TypedDict):
+    """What a failure bears of the reply that it ends."""
+
+    upstream_request_id: str | None
+    spoke: bool
 
 
 class _Silence:
