@@ -2,7 +2,7 @@
 
 import pytest
 
-from klatch_agents.gateway.health import LONGEST_COOL_DOWN, PROBE_LOOK_S, Breaker
+from klatch_agents.gateway.health import LONGEST_ASKED_S, LONGEST_COOL_DOWN, PROBE_LOOK_S, Breaker
 from klatch_schemas.events import CircuitBreaker
 
 TERMS = CircuitBreaker(failures=3, cool_down_s=10)
@@ -106,6 +106,12 @@ def test_a_pause_that_the_server_asks_for_is_kept_and_is_no_failure(clock: Clock
     clock.at += 4
     assert breaker.cooling() == 0
     assert not breaker.begin(), "nothing is broken, so nothing is probed"
+
+
+def test_a_pause_of_more_than_an_hour_is_not_believed(clock: Clock) -> None:
+    breaker = Breaker(TERMS, clock)
+    breaker.told_to_wait(10 * LONGEST_ASKED_S, probe=breaker.begin())
+    assert breaker.cooling() == LONGEST_ASKED_S == 3600
 
 
 def test_without_a_limit_of_failures_it_never_opens(clock: Clock) -> None:

@@ -22,7 +22,7 @@ from klatch_agents.gateway.errors import (
     StreamError,
     TruncatedError,
 )
-from klatch_agents.gateway.http import retry_after
+from klatch_agents.gateway.http import LONGEST_RETRY_AFTER_S, retry_after
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.port import Chunk, Finished, ModelCall, Timeouts
 from klatch_agents.testing.upstream import Upstream
@@ -432,6 +432,10 @@ async def test_no_server_there_is_a_connect_error_that_names_the_url(unused_tcp_
         ({"retry-after": "soon"}, None),
         ({"retry-after": "-1"}, None),
         ({"retry-after": "nan"}, None),
+        ({"retry-after": "9" * 400}, LONGEST_RETRY_AFTER_S),
+        ({"retry-after-ms": "9" * 400}, LONGEST_RETRY_AFTER_S),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, LONGEST_RETRY_AFTER_S),
+        ({"retry-after": "Wed, 21 Oct 99999999999999999999 07:28:00 GMT"}, None),
         ({}, None),
     ],
 )

@@ -15,6 +15,8 @@ from klatch_schemas.events import CircuitBreaker
 
 LONGEST_COOL_DOWN = 8
 """Doubled at most so far, as a multiple of the first cool-down."""
+LONGEST_ASKED_S = 3600.0
+"""The longest pause that a server is believed to need: a slip of its clock must not take it out for days."""
 PROBE_LOOK_S = 1.0
 """How soon to look again while another call probes."""
 
@@ -73,10 +75,10 @@ class Breaker:
             self._wait(self.terms.cool_down_s * doubled)
 
     def told_to_wait(self, seconds: float, *, probe: bool) -> None:
-        """The server asked for a pause."""
+        """The server asked for a pause; more than `LONGEST_ASKED_S` it does not get."""
         self.left(probe=probe)
         if self.terms.failures:
-            self._wait(seconds)
+            self._wait(min(seconds, LONGEST_ASKED_S))
 
     def left(self, *, probe: bool) -> None:
         """The caller left, or was refused for its own doing: nothing was learnt."""

@@ -27,6 +27,8 @@ from klatch_agents.gateway.facts import read_error
 from klatch_agents.gateway.port import Timeouts
 
 _LONGEST_ERROR_BODY = 2**20
+LONGEST_RETRY_AFTER_S = 366 * 86400.0
+"""What a server asks for beyond that is told as this."""
 
 
 KeyOf = Callable[[], Awaitable[str]]
@@ -217,17 +219,17 @@ def request_id(response: aiohttp.ClientResponse) -> str | None:
 
 
 def retry_after(headers: CIMultiDictProxy[str]) -> float | None:
-    """Seconds to wait, from `retry-after-ms` or `Retry-After` (seconds or a date); never below 0."""
+    """Seconds to wait, from `retry-after-ms` or `Retry-After` (seconds or a date): 0 to `LONGEST_RETRY_AFTER_S`."""
     for header, seconds in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(header, "").strip()
         if value.replace(".", "", 1).isdecimal():
-            return float(value) * seconds
+            return min(float(value) * seconds, LONGEST_RETRY_AFTER_S)
     try:
         at = parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    return max(0.0, (at - datetime.now(UTC)).total_seconds())
+    return min(max(0.0, (at - datetime.now(UTC)).total_seconds()), LONGEST_RETRY_AFTER_S)
 
 
 @contextmanager
