@@ -4,20 +4,21 @@ import asyncio
 
 import pytest
 from structlog.testing import capture_logs
-from tests.agents.conftest import Book, World, ask, call, routed
+from tests.agents.conftest import Book, World, answering, ask, call, routed
 
 from klatch_agents.gateway.errors import (
     ConnectError,
     ExpiredError,
     ModelError,
     RefusedError,
+    StalledError,
     TruncatedError,
     UnroutableError,
 )
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
-from klatch_agents.gateway.router import Router
+from klatch_agents.gateway.router import LISTING_S, Router, listing_of
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted
+from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted, RouteTimeouts
 
 NOWHERE = "http://127.0.0.1:9/v1"
 """The discard port: nobody listens."""
@@ -250,6 +251,22 @@ async def test_models_are_the_aliases_and_what_the_default_lists_if_it_can_be_as
             await made.router.models()
         made.route(made.on_a())
         assert await made.router.models() == ["m"]
+
+
+async def test_a_default_that_is_silent_keeps_nobody_from_the_aliases(world: World) -> None:
+    async with answering(lambda _at, _request: None) as url:
+        silent = Deployment(name="default", url=url)
+        default = ModelRouted(alias="*", deployments=(silent,), timeouts=RouteTimeouts(first_token_s=0.2))
+        async with routed(world.a, world.b, default) as made, asyncio.timeout(20):
+            with pytest.raises(StalledError):
+                await made.router.models()
+            made.route(made.on_a())
+            assert await made.router.models() == ["m"]
+
+
+@pytest.mark.parametrize(("route_s", "waited_s"), [(300.0, LISTING_S), (0.5, 0.5)])
+def test_a_list_of_models_is_waited_for_no_longer_than_ten_seconds(route_s: float, waited_s: float) -> None:
+    assert listing_of(RouteTimeouts(first_token_s=route_s)).first_token == waited_s <= 10
 
 
 async def test_no_key_gets_into_a_log_line_an_error_or_a_repr() -> None:

@@ -119,10 +119,10 @@ class OpenAICompatible:
                 raise self._http.not_as_asked(response, raw, "a list of embeddings")
             return raw
 
-    async def models(self) -> list[str]:
+    async def models(self, timeouts: Timeouts | None = None) -> list[str]:
         """See `Catalogue.models`."""
         url = self._endpoint.url("models")
-        raw = await self._http.fetch("GET", url, self._endpoint.headers, self._timeouts)
+        raw = await self._http.fetch("GET", url, self._endpoint.headers, timeouts or self._timeouts)
         try:
             return [model.id for model in msgspec.json.decode(raw, type=_Models).data]
         except msgspec.DecodeError as error:

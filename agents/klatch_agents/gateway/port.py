@@ -181,10 +181,11 @@ class Catalogue(Protocol):
         timeouts: Timeouts | None = None,
         before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> bytes:
-        """The raw answer to `POST /embeddings`, a list. `first_token` covers the wait for its status line, and then the wait
-        for all of its body; None: the server's own time-outs. `before_send`: as in a `ModelCall`."""
+        """The raw answer to `POST /embeddings`, a list of embeddings. `first_token` covers the wait for its status
+        line, and then the wait for all of its body; None: the server's own time-outs. `before_send`: as in a
+        `ModelCall`."""
         ...
 
-    async def models(self) -> list[str]:
-        """The ids that the server lists."""
+    async def models(self, timeouts: Timeouts | None = None) -> list[str]:
+        """The ids that the server lists; time-outs as for `embed`."""
         ...

@@ -33,6 +33,10 @@ MOST_HELD_BACK = 64
 """Batches without a word that are held back, so that a call can still be made anew unseen."""
 
 
+LISTING_S = 10.0
+"""The longest that the default server's list of models is waited for: there is an answer without it."""
+
+
 class Routes(Protocol):
     """The routes in force."""
 
@@ -48,6 +52,11 @@ class Routes(Protocol):
 def timeouts_of(route: RouteTimeouts) -> Timeouts:
     """A route's time-outs as a call bears them."""
     return Timeouts(connect=route.connect_s, first_token=route.first_token_s, idle=route.idle_s)
+
+
+def listing_of(route: RouteTimeouts) -> Timeouts:
+    """A route's time-outs for a list of models."""
+    return replace(timeouts_of(route), first_token=min(route.first_token_s, LISTING_S))
 
 
 class _Asked(NamedTuple):
@@ -119,13 +128,14 @@ class Router:
         return await self._served(asked, attempt)
 
     async def models(self) -> list[str]:
-        """The aliases, and what the default server lists."""
+        """The aliases, and what the default server lists, if it does so in time. Raises its ModelError where there is
+        no alias."""
         names = sorted(self._routes.aliases())
         if self._default is None:
             return names
         try:
             line = self._lines.line(self._default, self._default.deployments[0])
-            listed = await line.server.models()
+            listed = await line.server.models(listing_of(self._default.timeouts))
         except ModelError as error:
             if not names:
                 raise
