@@ -53,7 +53,7 @@ from klatch_streams.quota import checks, ledger
 from klatch_streams.quota.calendar import Moment, moment
 from klatch_streams.quota.changes import recorded
 from klatch_streams.quota.checks import Counted
-from klatch_streams.quota.counters import Correction, Counter, Need
+from klatch_streams.quota.counters import Correction, Counter, Counters, Need
 from klatch_streams.quota.ledger import Held, Ledger
 from klatch_streams.quota.rules import Asked, Rules, Scope, Settings, micros, model_of
 from klatch_streams.seen import MEMORY_MS
@@ -154,11 +154,9 @@ class Admission:
             price=plan.price.completion,
             scopes=tuple(scope.key for scope, _ in counted),
         )
-        counted = [Counted(scope, counter.add(now, plan.need)) for scope, counter in counted]
+        state, counted = _entered(_held(known, asked.request, held), counted, plan.need, now)
         terms = _Terms(plan.limit, checks.rate_limits(counted, now))
-        admitted = _admitted(state.rules.settings, asked, requested_ms, held, terms)
-        state = _with(_held(known, asked.request, held), counted)
-        return state, [admitted]
+        return state, [_admitted(state.rules.settings, asked, requested_ms, held, terms)]
 
     def _estimated(self, asked: Asked) -> Estimated:
         if isinstance(asked, EmbeddingRequested):
@@ -217,23 +215,27 @@ def _set(state: Ledger, said: QuotaLimitSet) -> Ledger:
 
 
 def _counted(state: Ledger, scopes: Sequence[Scope], now: Moment) -> list[Counted]:
-    return [Counted(scope, _counter(state, scope, now)) for scope in scopes]
+    return [Counted(scope, _counter(state.used, state.counters, scope, now)) for scope in scopes]
 
 
-def _counter(state: Ledger, scope: Scope, now: Moment) -> Counter:
-    counter = state.counters.get(scope.key, now) if scope.key else state.used.at(now)
+def _counter(used: Counter, counters: Counters, scope: Scope, now: Moment) -> Counter:
+    counter = counters.get(scope.key, now) if scope.key else used.at(now)
     limits = scope.limits
     return counter.bursting(now, limits.burst_requests is not None, limits.burst_tokens is not None)
 
 
-def _with(state: Ledger, counted: Sequence[Counted]) -> Ledger:
-    used, counters = state.used, state.counters
-    for scope, counter in counted:
+def _entered(state: Ledger, counted: Sequence[Counted], need: Need, now: Moment) -> tuple[Ledger, list[Counted]]:
+    """With a request counted in each of its scopes, of which two may share a counter."""
+    used, counters, after = state.used, state.counters, list[Counted]()
+    for scope, looked_at in counted:
+        unchanged = counters is state.counters or not scope.key
+        counter = (looked_at if unchanged else _counter(used, counters, scope, now)).add(now, need)
+        after.append(Counted(scope, counter))
         if scope.key:
             counters = counters.put(scope.key, counter)
         else:
             used = counter
-    return msgspec.structs.replace(state, used=used, counters=counters)
+    return msgspec.structs.replace(state, used=used, counters=counters), after
 
 
 class _Plan(NamedTuple):
@@ -337,27 +339,31 @@ def _settle(state: Ledger, settled: UsageSettled) -> Ledger:
     if late is None:
         return _release(state, settled.request, known, more)
     state = msgspec.structs.replace(state, overdue=state.overdue.discard(settled.request))
-    return _corrected(state, late, late.corrected(more, moment(state.clock_ms))[1], ended=False)
+    return _corrected(state, late, late.corrected(more, moment(state.clock_ms))[1])
 
 
 def _release(state: Ledger, request: str, held: Held, more: Need) -> Ledger:
     state = msgspec.structs.replace(state, held=state.held.discard(request))
-    return _corrected(state, held, held.corrected(more, moment(state.clock_ms))[1], ended=True)
+    return _corrected(state, held, held.corrected(more, moment(state.clock_ms))[1], running=-1)
 
 
-def _corrected(state: Ledger, held: Held, by: Correction, *, ended: bool) -> Ledger:
+def _corrected(state: Ledger, held: Held, by: Correction, *, running: int = 0) -> Ledger:
     now, used, counters = moment(state.clock_ms), state.used, state.counters
     for key in held.scopes:
         if key:
-            counters = counters.put(key, counters.get(key, now).correct(by, ended))
+            counters = counters.put(key, counters.get(key, now).correct(by, running))
         else:
-            used = used.at(now).correct(by, ended)
+            used = used.at(now).correct(by, running)
     return msgspec.structs.replace(state, used=used, counters=counters)
 
 
 def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequence[Emit]]:
-    """More for a reply that has nearly used what it was granted; asked twice, it is told the same."""
-    held = state.held.get(said.request)
+    """More for a reply that has nearly used what it was granted; asked twice, it is told the same.
+
+    Who asks lives: a reservation that expired meanwhile is in force again.
+    """
+    held, late = state.held.get(said.request), state.overdue.get(said.request)
+    held = held or late
     if held is None or held.granted is None:
         return state, ()
     granted, limit = held.granted, None
@@ -374,7 +380,8 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
             granted=granted + more,
             expires_ms=max(held.expires_ms, _expiry(state.clock_ms, held.entered_ms, None)),
         )
-        state = _corrected(_held(state, said.request, kept), held, added, ended=False)
+        state = _corrected(_held(state, said.request, kept), held, added, running=1 if late else 0)
+        state = msgspec.structs.replace(state, overdue=state.overdue.discard(said.request)) if late else state
         granted += more
     told = StreamBudget(
         request=said.request,

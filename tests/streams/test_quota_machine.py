@@ -433,10 +433,10 @@ class Quotas(RuleBasedStateMachine):
         assert any(before[scope][name] + more > _most(limits, name) for scope, limits in scopes.items()), name
 
     def _asks(self, fact: Fact, said: UsageRunning) -> None:
-        running = fact.until_ms > self.now
         room = self.model.room(fact, self.now)
         effects = self.say(said)
-        assert bool(effects) == running
+        known = self.now - fact.entered_ms < MEMORY_MS or fact.asked.request in self.state.seen
+        assert bool(effects) == (known and not fact.settled)
         for event in (emit.event for emit in effects):
             assert isinstance(event, StreamBudget)
             assert fact.granted is not None

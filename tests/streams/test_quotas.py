@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -358,6 +359,18 @@ def test_a_reply_that_goes_on_asking_keeps_its_reservation() -> None:
         assert acme.refuses() == "concurrent_requests"
 
 
+def test_a_reply_that_asks_later_than_its_reservation_lasted_is_granted_more_and_holds_a_slot_again() -> None:
+    acme = Tenants(Limits(tokens_per_day=10_000, concurrent_requests=1), LimitRule(person="*", limits=Limits()))
+    assert acme.refuses(tokens=None, person="ann") is None
+    acme.now += HOLD_MS + 2 * MINUTE
+    told = [acme.runs(100), acme.runs(100)]
+    assert [(one.granted, one.limit) for one in told if one] == [(200, None), (200, None)]
+    assert (acme.state.used.running, set(acme.state.held), len(acme.state.overdue)) == (1, {"r1"}, 0)
+    assert acme.refuses() == "concurrent_requests"
+    acme.settles(150, request="r1")
+    assert (acme.state.used.running, acme.state.used.day_tokens) == (0, 150)
+
+
 # --- what is passed on
 
 
@@ -443,6 +456,48 @@ def test_people_beyond_the_most_share_counters_that_never_count_too_little(said:
         assert all(kept.get(one, now).day_tokens >= used for one, used in real.items())
         assert kept.count <= 5 + counters.SHARED
         assert kept.count == sum(map(len, kept.shards.values()))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9), st.integers(0, 9), st.booleans()), max_size=40))
+def test_two_subjects_of_a_request_that_share_a_counter_are_counted_and_freed_twice(
+    said: list[tuple[int, int, int, bool]],
+) -> None:
+    rules = [LimitRule(person="*", limits=Limits()), LimitRule(model="*", limits=Limits())]
+    acme, owed, used = Tenants(None, *rules), dict[str, int](), dict[str, int]()
+    acme.state = msgspec.structs.replace(acme.state, counters=Counters(HashTrieMap(), 0, 0))
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(counters, "SHARED", 2)
+        for person, model, tokens, settles in said:
+            names = {"person": f"p{person}", "body": {"model": f"m{model}", "max_tokens": tokens}}
+            assert acme.refuses(**names) is None
+            for name in (f"p{person}", f"m{model}"):
+                used[name] = used.get(name, 0) + 16 + tokens
+            if settles:
+                acme.settles(16 + tokens)
+        for number in range(1, len(said) + 1):
+            held = acme.state.held.get(f"r{number}")
+            owed |= {f"r{number}": held.tokens} if held else {}
+        held_in = [one for shard in acme.state.counters.shards.values() for one in shard.values()]
+        assert sum(one.running for one in held_in) == 2 * len(owed)
+        assert sum(one.day_tokens for one in held_in) == sum(used.values())
+        for request, tokens in owed.items():
+            acme.settles(tokens, request=request)
+        held_in = [one for shard in acme.state.counters.shards.values() for one in shard.values()]
+        assert all(one.running == 0 for one in held_in)
+
+
+def test_an_hours_burst_is_not_forgotten_where_a_month_ends() -> None:
+    each = LimitRule(person="*", limits=Limits(tokens_per_minute=100, burst_tokens=6_000))
+    acme = Tenants(None, each)
+    acme.now += 16 * DAY + 12 * HOUR - 5 * MINUTE
+    assert acme.refuses(person="ann", tokens=5_884) is None
+    acme.settles(5_900)
+    assert acme.refuses(person="ann", tokens=200) == "tokens_per_minute"
+    acme.now += 6 * MINUTE
+    for _ in range(2 * counters.SHARDS):
+        acme.now += SECOND
+        acme.settles(0, request="none")
+    assert acme.refuses(person="ann", tokens=5_000) == "tokens_per_minute"
 
 
 def test_only_the_shards_that_changed_are_written_again() -> None:

@@ -110,8 +110,9 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.hour_tokens and self.hour_tokens.add(now.ms, tokens),
         )
 
-    def correct(self, by: Correction, ended: bool) -> Counter:
-        """Change what a request was counted with, and whether it is running; the counter is one of `at`."""
+    def correct(self, by: Correction, running: int) -> Counter:
+        """Change what a request was counted with, and by how much it is one of those that run; the counter is one of
+        `at`."""
         return Counter(
             self.requests,
             self.tokens.correct(by.entered_ms, by.tokens),
@@ -121,7 +122,7 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.month,
             self.month_tokens + by.month.tokens,
             self.month_micros + by.month.micros,
-            self.running - ended,
+            self.running + running,
             self.hour_requests,
             self.hour_tokens and self.hour_tokens.correct(by.entered_ms, by.tokens),
         )
@@ -137,6 +138,7 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             or self.month_tokens
             or self.month_micros
             or (self.hour_requests and self.hour_requests.slots)
+            or (self.hour_tokens and self.hour_tokens.slots)
         )
 
 
