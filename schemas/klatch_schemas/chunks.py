@@ -2,7 +2,8 @@
 
 State is kept per choice and per tool call *index* (OpenAI's streaming reference); unknown fields of a delta survive:
 strings are concatenated, lists extended, anything else is taken from the last chunk that had it; only klatch's own
-member is put together from what several chunks say in it.
+member is put together from what several chunks say in it. What says nothing (null, an empty text, list or object)
+never takes the place of what was said. It is total: any JSON a server sends is kept or left out, and raises nothing.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,12 @@ Json = dict[str, JsonValue]
 
 # A delta repeats these whole; concatenating them would double them.
 _REPEATED = frozenset({"role", "id", "type", "index"})
+_NOTHING: tuple[JsonValue, ...] = (None, "", [], {})
+"""What servers write where they have nothing to say: SGLang `"tool_calls": null`, Qwen `"id": ""`."""
+_DEEPEST = 100
+"""Objects within objects that are put together; what is deeper is taken from the last chunk."""
+_MOST = 2**53
+"""More is no count of tokens."""
 _OF_CHUNKS = frozenset({"id", "model", "object", "choices", "obfuscation"})
 """Beside `choices`: kept elsewhere, or (padding against eavesdroppers) of a chunk alone."""
 
@@ -41,25 +48,27 @@ class Reply:
         self.model = self.model or str(chunk.get("model") or "")
         for name, value in chunk.items():
             if name == "usage":
-                self._usage = value or self._usage
+                self._usage = cast("Json", value) if value and isinstance(value, dict) else self._usage
             elif name == _OURS and isinstance(value, dict):
                 self._ours.update(cast("Json", value))
             elif name not in _OF_CHUNKS and value not in (None, "") and (value or name != "created"):
                 self._top[name] = value
-        for choice in chunk.get("choices") or ():
+        for choice in objects_in(chunk.get("choices")):
             self._choice(choice)
 
-    def _choice(self, said: Mapping[str, Any]) -> None:
-        choice = self._choices.setdefault(int(said.get("index") or 0), {"message": {}, "finish_reason": None})
+    def _choice(self, said: Json) -> None:
+        choice = self._choices.setdefault(_index(said), {"message": {}, "finish_reason": None})
         message = choice["message"]
         assert isinstance(message, dict)  # noqa: S101 - made two lines above
-        delta: Json = said.get("delta") or {}
-        _merge(message, delta)
+        _merge(message, _object(said.get("delta")))
         if said.get("finish_reason"):
             choice["finish_reason"] = said["finish_reason"]
         for name, value in said.items():
             if name == "logprobs":
                 _merge(choice, {name: value})
+            elif name == "message":
+                # What a server repeats whole beside its deltas adds only what they have not said.
+                _merge(message, {own: one for own, one in _object(value).items() if message.get(own) in _NOTHING})
             elif name not in {"index", "delta", "finish_reason"}:
                 choice[name] = value
 
@@ -92,14 +101,13 @@ class Reply:
 
 
 def usage_of(said: Mapping[str, Any]) -> Usage:
-    """Read a usage object; details that are missing or null count as 0."""
-    prompt: Mapping[str, Any] = said.get("prompt_tokens_details") or {}
-    completion: Mapping[str, Any] = said.get("completion_tokens_details") or {}
+    """Read a usage object; what is missing, null or no count is 0."""
+    prompt, completion = _object(said.get("prompt_tokens_details")), _object(said.get("completion_tokens_details"))
     return Usage(
-        prompt_tokens=said.get("prompt_tokens") or 0,
-        completion_tokens=said.get("completion_tokens") or 0,
-        cached_tokens=prompt.get("cached_tokens") or 0,
-        reasoning_tokens=completion.get("reasoning_tokens") or 0,
+        prompt_tokens=_count(said.get("prompt_tokens")),
+        completion_tokens=_count(said.get("completion_tokens")),
+        cached_tokens=_count(prompt.get("cached_tokens")),
+        reasoning_tokens=_count(completion.get("reasoning_tokens")),
     )
 
 
@@ -111,6 +119,19 @@ def objects_in(listed: object) -> list[Json]:
 
 def _text(value: JsonValue) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _object(value: object) -> Json:
+    return cast("Json", value) if isinstance(value, dict) else {}
+
+
+def _index(choice: Json) -> int:
+    index = choice.get("index")
+    return int(index) if isinstance(index, int | float) and index == index // 1 else 0
+
+
+def _count(value: JsonValue) -> int:
+    return int(value) if isinstance(value, int | float) and 0 <= value < _MOST else 0
 
 
 def _message(choice: Json) -> Json:
@@ -127,45 +148,55 @@ def _without_index(call: JsonValue) -> JsonValue:
     return {name: value for name, value in call.items() if name != "index"} if isinstance(call, dict) else call
 
 
-def _merge(into: Json, said: Mapping[str, JsonValue]) -> None:
+def _merge(into: Json, said: Mapping[str, JsonValue], depth: int = 0) -> None:
     for name, value in said.items():
         old = into.get(name)
-        if name == "tool_calls" and isinstance(value, list):
-            _merge_calls(into, value)
+        if name == "tool_calls":
+            _merge_calls(into, objects_in(value))
+        elif value in _NOTHING and old is not None:
+            continue
         elif old is None or name in _REPEATED:
-            into[name] = value if value is not None else old
+            into[name] = value
         elif isinstance(old, str) and isinstance(value, str):
             into[name] = old + value
         elif isinstance(old, list) and isinstance(value, list):
             into[name] = [*old, *value]
-        elif isinstance(old, dict) and isinstance(value, dict):
+        elif isinstance(old, dict) and isinstance(value, dict) and depth < _DEEPEST:
             merged = dict(old)
-            _merge(merged, value)
+            _merge(merged, value, depth + 1)
             into[name] = merged
-        elif value is not None:
+        else:
             into[name] = value
 
 
-def _merge_calls(message: Json, fragments: list[JsonValue]) -> None:
+def _merge_calls(message: Json, fragments: list[Json]) -> None:
     # Fragments belong together by `index`, never by position; a server that leaves it out, or numbers whole
     # calls all 0, tells them apart by id.
-    calls = message.setdefault("tool_calls", [])
-    assert isinstance(calls, list)  # noqa: S101 - only ever set above
+    if not fragments:
+        return
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        calls = message["tool_calls"] = list[JsonValue]()
     for fragment in fragments:
-        if isinstance(fragment, dict):
-            call = _call_for(calls, fragment)
-            if call is None:
-                call = {"index": fragment.get("index", len(calls))}
-                calls.append(call)
-            _merge(call, fragment)
+        call = _call_for(calls, fragment)
+        if call is None:
+            call = {"index": fragment.get("index", len(calls))}
+            calls.append(call)
+        _merge(call, fragment)
 
 
 def _call_for(calls: list[JsonValue], fragment: Json) -> Json | None:
-    name, index = fragment.get("id"), fragment.get("index")
+    index = fragment.get("index")
     if index is None:
         last = calls[-1] if calls else None
-        return last if isinstance(last, dict) and (not name or last.get("id") in (None, name)) else None
+        return last if isinstance(last, dict) and _may_be_one(last, fragment) else None
     for call in reversed(calls):
         if isinstance(call, dict) and call.get("index") == index:
-            return call if not name or call.get("id") in (None, name) else None
+            return call if _may_be_one(call, fragment) else None
     return None
+
+
+def _may_be_one(call: Json, fragment: Json) -> bool:
+    """Whether the ids do not tell a call and a fragment apart; most fragments have none, or an empty one."""
+    name, theirs = fragment.get("id"), call.get("id")
+    return not name or not theirs or name == theirs

@@ -127,6 +127,22 @@ async def test_whole_calls_that_are_all_number_0_are_told_apart_by_id(stack: "St
     assert [(one["id"], one["function"]["arguments"]) for one in calls] == [(f"c{n}", f'{{"n":{n}}}') for n in range(3)]
 
 
+async def test_servers_that_write_out_what_they_do_not_say_lose_no_call(stack: "Stack") -> None:
+    """[17] SGLang says `tool_calls: null` on every chunk, Qwen `id: ""` on every fragment after the first."""
+    sent = event(chunk({"role": "assistant", "content": "", "tool_calls": None})) + call("", 0, "f", "c0")
+    for part in ARGUMENTS:
+        fragment = {"index": 0, "id": "", "type": "function", "function": {"arguments": part}}
+        sent += event(chunk({"role": "", "content": None, "tool_calls": [fragment]}))
+    sent += event(chunk({"content": None, "tool_calls": None}, "tool_calls")) + b"data: [DONE]\n\n"
+    function = {"name": "f", "arguments": "".join(ARGUMENTS)}
+    called = [{"id": "c0", "type": "function", "function": function}]
+    assert (await stack.whole(sent))["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": called,
+    }
+
+
 @pytest.mark.parametrize("said", ["stop", "STOP", "end_turn"])
 async def test_a_reply_that_calls_tools_finishes_with_tool_calls_whatever_the_vendor_says(
     stack: "Stack", said: str
