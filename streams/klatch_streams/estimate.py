@@ -11,9 +11,10 @@ from typing import NamedTuple, cast
 from pydantic import JsonValue
 
 _MOST_TOKENS = 1_000_000_000
-_MOST_CHOICES = 128
 _READ = ("messages", "prediction", "tools", "functions", "response_format")
 """What a model reads of a body."""
+_LIMITS = ("max_completion_tokens", "max_tokens")
+_LONGEST_NUMBER = 40
 _NUMBER = "12345678"
 """Stands for any number: writing out a huge one may raise."""
 _AROUND = 2
@@ -37,7 +38,10 @@ class Estimate:
 
     - prompt = bytes of all text in UTF-8 / `bytes_per_token` + `per_message` for each message + `per_media` for each
       image, recording or file + `overhead`;
-    - completion = `max_completion_tokens`, else `max_tokens`, else `completion`.
+    - completion = the larger of `max_completion_tokens` and `max_tokens`, else `completion`.
+
+    The larger, because a server heeds the name that it knows and passes over the other. One that says no number
+    (-1 is no limit to some) bounds nothing, and then at least `completion` is counted.
 
     Byte-pair tokens of the usual models average 4 bytes in English prose and code, 2.5 to 3.5 in other scripts.
     """
@@ -55,10 +59,12 @@ class Estimate:
 
     def of(self, body: Mapping[str, JsonValue]) -> Estimated:
         """What a request with this body may cost."""
-        said = _said(body)
+        limits = _limits(body)
+        bounded = bool(limits) and None not in limits
+        least = 0 if bounded else self.completion
         prompt = min(self._prompt(body), _MOST_TOKENS)
-        completion = _choices(body) * (self.completion if said is None else said)
-        return Estimated(prompt, min(completion, _MOST_TOKENS - prompt), said is not None)
+        completion = _choices(body) * max(least, *(limit or 0 for limit in limits), 0)
+        return Estimated(prompt, min(completion, _MOST_TOKENS - prompt), bounded)
 
     def of_input(self, said: object) -> int:
         """What embedding an `input` may cost: texts as in prompts, and two more tokens each; a number is a token."""
@@ -109,16 +115,26 @@ def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _said(body: Mapping[str, JsonValue]) -> int | None:
-    for name in ("max_completion_tokens", "max_tokens"):
-        if (said := _whole(body.get(name))) is not None:
-            return said
-    return None
+def _limits(body: Mapping[str, JsonValue]) -> list[int | None]:
+    """What a request says of how long a reply may be, under either name; None for what is no limit."""
+    return [_whole(said) for name in _LIMITS if (said := body.get(name)) is not None]
 
 
 def _choices(body: Mapping[str, JsonValue]) -> int:
-    return min(max(_whole(body.get("n")) or 1, 1), _MOST_CHOICES)
+    return max(_whole(body.get("n")) or 1, 1)
 
 
 def _whole(value: JsonValue) -> int | None:
+    """A whole number, also in what lenient servers read as one: `5.0`, `"5"`."""
+    if isinstance(value, str):
+        value = _number(value)
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None
     return min(value, _MOST_TOKENS) if type(value) is int and value >= 0 else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text) if len(text) <= _LONGEST_NUMBER else None
+    except ValueError:
+        return None

@@ -17,6 +17,16 @@ Body = dict[str, JsonValue]
         ({}, 1_016),
         ({"max_tokens": 5}, 21),
         ({"max_completion_tokens": 7, "max_tokens": 5}, 23),
+        ({"max_completion_tokens": 1, "max_tokens": 100_000}, 100_016),
+        ({"max_completion_tokens": None, "max_tokens": 5}, 21),
+        ({"max_completion_tokens": 1, "max_tokens": -1}, 1_016),
+        ({"max_completion_tokens": 5_000, "max_tokens": "no end"}, 5_016),
+        ({"max_tokens": 5, "n": 2_000}, 10_016),
+        ({"max_tokens": "5", "n": "2000"}, 10_016),
+        ({"max_tokens": 5.0, "n": 2e3}, 10_016),
+        ({"max_tokens": 5.5, "n": float("nan")}, 1_016),
+        ({"max_tokens": float("inf"), "n": -3}, 1_016),
+        ({"max_tokens": "9" * 5_000}, 1_016),
         ({"max_tokens": 5, "n": 3}, 31),
         ({"max_tokens": -5}, 1_016),
         ({"max_tokens": True}, 1_016),
@@ -34,13 +44,29 @@ def test_the_estimate_follows_its_formula(body: Body, tokens: int) -> None:
     assert ESTIMATE.tokens(body) == tokens
 
 
+@pytest.mark.parametrize(
+    ("body", "bounded"),
+    [
+        ({}, False),
+        ({"max_tokens": 5}, True),
+        ({"max_completion_tokens": 1, "max_tokens": 100_000}, True),
+        ({"max_completion_tokens": 1, "max_tokens": -1}, False),
+        ({"max_completion_tokens": 1, "max_tokens": True}, False),
+        ({"max_completion_tokens": 1, "max_tokens": None}, True),
+        ({"max_completion_tokens": 1, "max_tokens": [5]}, False),
+    ],
+)
+def test_a_reply_is_bounded_only_by_what_every_server_reads_as_a_bound(body: Body, bounded: bool) -> None:
+    assert ESTIMATE.of(body).bounded is bounded
+
+
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 
 
-@given(st.dictionaries(st.sampled_from(["messages", "tools", "n", "max_tokens", "x"]), _json))
+@given(st.dictionaries(st.sampled_from(["messages", "tools", "n", "max_tokens", "max_completion_tokens", "x"]), _json))
 def test_any_body_has_an_estimate(body: Body) -> None:
     assert 16 <= ESTIMATE.tokens(body) <= 10**9
 

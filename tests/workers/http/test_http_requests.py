@@ -46,6 +46,7 @@ async def test_nobody_enters_without_a_key(kit: "Kit", path: str) -> None:
         ({"messages": ["hi"]}, "messages.0"),
         ({"stream": "perhaps"}, "stream"),
         ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
         ({"stream_options": {"include_usage": 7}}, "stream_options.include_usage"),
         ({"klatch": {"convresation": "c"}}, "klatch.convresation"),
         ({"klatch": {"conversation": "\u0001"}}, "klatch.conversation"),

@@ -21,6 +21,8 @@ M = TypeVar("M", bound=BaseModel)
 
 _TURNS, _MEMORIES = 20, 4
 _DAY_MS = 86_400_000
+_MOST_CHOICES = 128
+"""As at OpenAI."""
 
 
 class DeadlineFields(BaseModel):
@@ -88,7 +90,7 @@ class ChatFields(BaseModel):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     klatch: KlatchFields = KlatchFields()
 
     @property
