@@ -17,7 +17,7 @@ from klatch_schemas.client import raise_unless_completed
 from klatch_schemas.errors import ERRORS, Blocked, KlatchError, ModelFailed, StreamBroken, Unavailable
 from klatch_schemas.events import Status, StreamEnd, StreamError
 from klatch_schemas.ids import Conversation, RequestId, Tenant
-from klatch_workers.http.errors import as_klatch_error, error_body, error_headers, error_of_end, status_of
+from klatch_workers.http.errors import Answered, as_klatch_error, error_body, error_headers, error_of_end, status_of
 from klatch_workers.torture.door import HttpReader
 from klatch_workers.torture.evidence import Asked
 from klatch_workers.torture.load import Trouble, Turn
@@ -44,7 +44,7 @@ def at_the_door(end: Ended) -> KlatchError:
 
 
 def over_http(error: KlatchError) -> str | None:
-    said = codec.loads(error_body(error, REQUEST))["error"]["klatch"]
+    said = codec.loads(error_body(error, Answered(REQUEST)))["error"]["klatch"]
     return outcome_of(said["code"], said.get("status"))
 
 
@@ -97,8 +97,8 @@ async def reading(
 
 
 def refusal(error: KlatchError) -> web.Response:
-    headers = {name.decode(): said.decode() for name, said in error_headers(error)}
-    return web.Response(status=status_of(error), body=error_body(error, REQUEST), headers=headers)
+    headers = {name.decode(): said.decode() for name, said in error_headers(error, Answered(REQUEST))}
+    return web.Response(status=status_of(error), body=error_body(error, Answered(REQUEST)), headers=headers)
 
 
 # A worker's fault is a request's end, and none of the door's.

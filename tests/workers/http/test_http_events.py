@@ -353,5 +353,5 @@ async def test_a_door_that_closes_before_an_accepted_reply_is_whole_says_where_t
         answer = await asking
         error = (await answer.json())["error"]
         assert (answer.status, error["code"]) == (503, "unavailable")
-        assert "read on at the resume link" in error["message"]
+        assert "read on at /v1/streams/" in error["message"]
         assert error["klatch"]["resume"] == f"/v1/streams/{answer.headers['x-request-id']}?conversation=c"

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from klatch_schemas.errors import KlatchError, RequestTooLarge
 from klatch_schemas.ids import Conversation, RequestId, Tenant
-from klatch_workers.http.errors import Headers, error_body, error_headers, status_of
+from klatch_workers.http.errors import Answered, Headers, error_body, error_headers, status_of
 from klatch_workers.http.request_ids import new_request_id
 
 _EVENTS: Headers = [
@@ -44,6 +44,10 @@ class Call:
         self.conversation: Conversation | None = None
         self.resume: str | None = None
         """Where a client that lost its answer may read on."""
+        self.accepted = False
+        """Whether its request is known to stand in the log."""
+        self.keyed = b"idempotency-key" in self.headers
+        """Whether asking again finds the same request."""
         self.rate_limits: Headers = []
         """What the answer says of limits, if it is known before it begins."""
         self.started = False
@@ -113,9 +117,10 @@ class Call:
 
     async def refuse(self, error: KlatchError) -> None:
         """Answer with an error: as a status, or, once a stream has begun, as its last event."""
-        body = error_body(error, self.request, self.resume)
+        asked = Answered(self.request, self.resume, self.accepted, self.keyed)
+        body = error_body(error, asked)
         if not self.started:
-            headers = error_headers(error)
+            headers = error_headers(error, asked)
             if error.deployment:
                 headers.append((DEPLOYMENT, header_value(error.deployment)))
             if self.rate_limits:

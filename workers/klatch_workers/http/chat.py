@@ -67,19 +67,20 @@ def _place(call: Call, conversation: Conversation) -> None:
 
 async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *, large: bool) -> Reader:
     """A reader of the stream: of the one that exists already under this key, else of the one that is asked for."""
-    keyed = call.header(b"idempotency-key") is not None
-    if keyed and (place := runtime.recent.get(stream)):
+    if call.keyed and (place := runtime.recent.get(stream)):
         _place(call, place.conversation)
+        call.accepted = True
         partition = Partition(runtime.stream_topic, place.number)
         return await _opened(runtime, call, stream, partition, place.start)
     assert call.conversation is not None  # noqa: S101 - set by _name
     partition = runtime.partition(call.conversation)
-    start = await _window_start(runtime, partition) if keyed else None
+    start = await _window_start(runtime, partition) if call.keyed else None
     reader = await _opened(runtime, call, stream, partition, start)
     try:
         began = reader.position
-        if not (keyed and await reader.find()):
+        if not (call.keyed and await reader.find()):
             await _publish(runtime, call, asked, large=large)
+        call.accepted = True
         runtime.recent.put(stream, Place(partition.number, began, call.conversation))
     except BaseException:
         await reader.close()
@@ -127,7 +128,7 @@ async def _answer(runtime: Runtime, call: Call, reader: Reader, asked: Asked) ->
 async def _abandoned(runtime: Runtime, call: Call, stream: Stream, asked: Asked) -> None:
     wish = asked.fields.klatch.on_disconnect
     log.info("client.gone", request=call.request, cancels=wish)
-    if wish == "continue" or (wish is None and call.header(b"idempotency-key") is not None):
+    if wish == "continue" or (wish is None and call.keyed):
         return
     assert call.conversation is not None  # noqa: S101 - set by _name
     draft = runtime.cancel_draft(stream, call.conversation, "the client disconnected")

@@ -6,6 +6,7 @@ under `klatch`. Whatever is no error of ours becomes a 500 that says nothing abo
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from klatch_agents.gateway.errors import ModelError
@@ -119,16 +120,48 @@ def _of_model(error: ModelError) -> KlatchError:
     return mapped
 
 
-def error_body(error: KlatchError, request: str, resume: str | None = None) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What is known of a request that an error answers."""
+
+    request: str
+    resume: str | None = None
+    """Where its reply is read on."""
+    accepted: bool = False
+    """Whether it stands in the log, so that it is brought to its end whoever reads."""
+    keyed: bool = False
+    """Whether asking again names the same request, by an `Idempotency-Key` or by its id."""
+
+    def repeated_by(self, error: KlatchError) -> bool:
+        """Whether a client may send the same again by itself.
+
+        What is accepted and runs is found again by its key, and without one there would be a second request. What
+        has ended tells the same again under its key, and is done with without one.
+        """
+        ended = error.ended is not None
+        return _retriable(error) and not (self.accepted and self.keyed == ended)
+
+    def goes_on(self, error: KlatchError) -> bool:
+        """Whether only its answer was lost, and asking again would make a second request."""
+        return self.accepted and not self.keyed and error.ended is None and _retriable(error)
+
+
+def error_body(error: KlatchError, asked: Answered) -> bytes:
     """The JSON of an error, as OpenAI's clients read it; `klatch` has what they have no place for."""
-    said: dict[str, Any] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    message = error.message
+    if asked.goes_on(error):
+        # In place of what there is to do about the error.
+        message = (
+            f"{message.partition(';')[0]}; the request goes on, asking again makes another: read on at {asked.resume}"
+        )
+    said: dict[str, Any] = {"message": message, "type": error.type, "param": error.param, "code": error.code}
     if isinstance(error, UpstreamSaid):
         said |= {name: value for name, value in error.upstream.items() if value is not None}
     ours = {
         "code": error.code,
         "status": error.ended,
-        "request": request,
-        "resume": resume,
+        "request": asked.request,
+        "resume": asked.resume,
         "limit": error.limit,
         "retry_after_ms": error.retry_after_ms,
         "upstream_request": error.upstream_request if isinstance(error, UpstreamSaid) else None,
@@ -149,12 +182,12 @@ def _retriable(error: KlatchError) -> bool:
     return error.retriable
 
 
-def error_headers(error: KlatchError) -> Headers:
+def error_headers(error: KlatchError, asked: Answered) -> Headers:
     """`retry-after` in seconds and milliseconds, the limit that refused, and whether to try again at all.
 
     `x-should-retry` is what OpenAI's clients ask first: they would repeat a 409 or a 502 that must not be repeated.
     """
-    headers: Headers = [(b"x-should-retry", b"true" if _retriable(error) else b"false")]
+    headers: Headers = [(b"x-should-retry", b"true" if asked.repeated_by(error) else b"false")]
     if error.retry_after_ms is not None:
         headers.append((b"retry-after", b"%d" % max(1, -(-error.retry_after_ms // 1000))))
         headers.append((b"retry-after-ms", b"%d" % error.retry_after_ms))

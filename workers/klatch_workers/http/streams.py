@@ -69,4 +69,6 @@ async def _found(runtime: Runtime, call: Call, last: EventId | None) -> Found:
     found = await find(runtime, Stream(call.tenant, call.request), hints)
     call.conversation = found.conversation
     call.resume = f"/v1/streams/{call.request}"
+    # Its id names it as a key would.
+    call.accepted = call.keyed = True
     return found
