@@ -1,9 +1,12 @@
 """Keys of model servers: from where a keys file says, current, and in no error."""
 
+import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from klatch_agents.gateway.errors import MisconfiguredError
 from klatch_workers.model_keys import ModelKeys
@@ -59,10 +62,93 @@ async def test_a_command_is_run_again_only_after_its_time(tmp_path: Path) -> Non
     assert [await brief.named("kept")() for _ in range(2)] == ["2", "3"]
 
 
+@dataclass
+class Clock:
+    """Moves when a test says so."""
+
+    now: float = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def command_of(folder: Path, then: str, every_s: float = 100) -> str:
+    """A command that counts its runs in `runs`."""
+    return f"{{ command = ['sh', '-c', 'echo run >> {folder}/runs; {then}'], every_s = {every_s} }}"
+
+
+def runs_in(folder: Path) -> int:
+    return len((folder / "runs").read_text().splitlines())
+
+
+async def test_a_command_that_hangs_is_run_once_for_all_who_wait_and_holds_up_no_other_key(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    hangs = command_of(tmp_path, f"cat {tmp_path}/fifo; exit 1")
+    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nhangs = {hangs}\nother = {{ command = ['echo', 'b'] }}"), Clock())
+    waiting = [asyncio.create_task(keys.named("hangs")()) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert [await keys.named("other")() for _ in range(2)] == ["b", "b"]
+    assert not any(one.done() for one in waiting)
+    # Who leaves takes nothing from the others.
+    waiting[0].cancel()
+    await asyncio.to_thread((tmp_path / "fifo").write_text, SECRET)
+    left, *failed = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(left, asyncio.CancelledError)
+    assert {type(one) for one in failed} == {MisconfiguredError}
+    with pytest.raises(MisconfiguredError, match="ended with 1"):
+        await keys.named("hangs")()
+    assert runs_in(tmp_path) == 1
+
+
+async def test_a_token_that_is_not_renewed_is_used_for_as_long_again_and_its_command_rests(tmp_path: Path) -> None:
+    token, clock = tmp_path / "token", Clock()
+    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, f'cat {token}')}"), clock)
+    told = list[tuple[str, int]]()
+
+    async def ask(after_s: float) -> None:
+        clock.now += after_s
+        told.append((await keys.named("kept")(), runs_in(tmp_path)))
+
+    token.write_text(SECRET)
+    with capture_logs() as logged:
+        await ask(0)
+        token.unlink()
+        for after_s in (99, 1, 9, 1):
+            await ask(after_s)
+        token.write_text("new")
+        for after_s in (9, 1):
+            await ask(after_s)
+    assert told == [*((SECRET, runs) for runs in (1, 1, 2, 2, 3, 3)), ("new", 4)]
+    assert [one["event"] for one in logged if one["log_level"] == "warning"] == ["model_key.not_renewed"] * 2
+    assert SECRET not in str(logged)
+    token.unlink()
+    await ask(199)
+    clock.now += 10
+    with pytest.raises(MisconfiguredError, match="ended with 1"):
+        await keys.named("kept")()
+
+
+@pytest.mark.parametrize("source", ['"""{text}"""', "{{ file = '{path}' }}", "{{ command = ['cat', '{path}'] }}"])
+async def test_a_key_loses_the_space_around_it_and_may_hold_no_line_end(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "key"
+
+    async def key(text: str) -> str:
+        path.write_text(text)
+        return await ModelKeys(keys_file(tmp_path, f"[keys]\nwanted = {source.format(text=text, path=path)}")).named(
+            "wanted"
+        )()
+
+    assert await key(f"{SECRET}\n") == SECRET
+    with pytest.raises(MisconfiguredError, match="'wanted' has a line end") as refused:
+        await key(f"{SECRET}\n{SECRET}")
+    assert SECRET not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("[keys]\n", "has no key 'wanted': add it"),
+        ("[keys]\nwanted = { file = '/dev/null' }", "in /dev/null, which is empty"),
         ("[keys]\nwanted = { file = '/no/such/file' }", "cannot be read from /no/such/file"),
         ("[keys]\nwanted = { env = 'NO_SUCH_VARIABLE_HERE' }", r"\$NO_SUCH_VARIABLE_HERE, which is not set"),
         ("[keys]\nwanted = { command = ['false'] }", "ended with 1"),

@@ -7,8 +7,9 @@
     entra = { command = ["az", "account", "get-access-token", "--query", "accessToken", "-o", "tsv",
               "--resource", "https://cognitiveservices.azure.com"], every_s = 1800 }
 
-The file is read again when it changes, and so is one that it names; a command is run again after `every_s`. So a key
-or a token that is renewed needs no restart. Reading happens in the event loop: these are small local files.
+The file is read again when it changes, and so is one that it names; a command is run again after `every_s`, once for
+all who wait for it. So a key or a token that is renewed needs no restart. While its command fails, a token is used for
+another `every_s`. Reading happens in the event loop: these are small local files.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from klatch_agents.gateway.errors import MisconfiguredError
@@ -25,7 +27,11 @@ from klatch_schemas.codec import explain
 from klatch_schemas.ids import NameField
 from klatch_workers.settings import environment_variable
 
+log = structlog.get_logger(__name__)
+
 _COMMAND_PATIENCE_S = 30.0
+_REST_S = 10.0
+"""How long a command that failed is left alone: each call would wait for it again."""
 
 
 class _File(BaseModel):
@@ -56,14 +62,59 @@ class _Keys(BaseModel):
     keys: dict[NameField, _Source]
 
 
+class _Token:
+    """What a command makes: kept while it is fresh, made by one run at a time, used on for a while if that fails."""
+
+    def __init__(self, source: _Command, name: str, clock: Callable[[], float]) -> None:
+        self._source = source
+        self._name = name
+        self._clock = clock
+        self._made: tuple[float, str] | None = None
+        self._failed: tuple[float, MisconfiguredError] | None = None
+        self._running: asyncio.Task[str] | None = None
+
+    async def current(self) -> str:
+        """The token. Raises MisconfiguredError."""
+        now = self._clock()
+        if self._made and now - self._made[0] < self._source.every_s:
+            return self._made[1]
+        if self._failed and now - self._failed[0] < _REST_S:
+            return self._instead(now, self._failed[1])
+        if self._running is None:
+            self._running = asyncio.create_task(self._renew(), name="model-key")
+            # Everybody may have left by the time it fails.
+            self._running.add_done_callback(lambda run: run.cancelled() or run.exception())
+        # Who leaves takes nothing from the others who wait.
+        return await asyncio.shield(self._running)
+
+    async def _renew(self) -> str:
+        try:
+            made = _sendable(await _run(self._source.command, self._name), self._name)
+        except MisconfiguredError as error:
+            now = self._clock()
+            self._failed = now, error
+            log.warning("model_key.not_renewed", key=self._name, error=error.message, had_one=self._made is not None)
+            return self._instead(now, error)
+        else:
+            self._made, self._failed = (self._clock(), made), None
+            return made
+        finally:
+            self._running = None
+
+    def _instead(self, now: float, error: MisconfiguredError) -> str:
+        if self._made is None or now - self._made[0] >= 2 * self._source.every_s:
+            raise MisconfiguredError(error.message)
+        return self._made[1]
+
+
 class ModelKeys:
     """The keys that a keys file names; `path` None: there are none."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
+        self._clock = clock
         self._read: tuple[float, _Keys] | None = None
-        self._made: dict[_Command, tuple[float, str]] = {}
-        self._making = asyncio.Lock()
+        self._tokens: dict[_Command, _Token] = {}
 
     def named(self, name: str) -> Callable[[], Awaitable[str]]:
         """What gives the key of that name, whenever it is needed. Raises MisconfiguredError."""
@@ -91,13 +142,14 @@ class ModelKeys:
             case None:
                 raise MisconfiguredError(f"{self._path} has no key {name!r}: add it under [keys]")
             case SecretStr():
-                return source.get_secret_value()
+                return _sendable(source.get_secret_value(), name)
             case _File():
-                return _content(source.file, name)
+                return _sendable(_content(source.file, name), name)
             case _Environment():
-                return _variable(source.env, name)
+                return _sendable(_variable(source.env, name), name)
             case _Command():
-                return await self._output(source, name)
+                token = self._tokens.setdefault(source, _Token(source, name, self._clock))
+                return await token.current()
 
     def _file(self, path: Path) -> _Keys:
         try:
@@ -113,26 +165,30 @@ class ModelKeys:
             raise MisconfiguredError(f"the keys file {path} is not TOML") from None
         return self._read[1]
 
-    async def _output(self, source: _Command, name: str) -> str:
-        async with self._making:
-            made = self._made.get(source)
-            if made is None or time.monotonic() - made[0] >= source.every_s:
-                made = self._made[source] = time.monotonic(), await _run(source.command, name)
-            return made[1]
-
 
 def _content(path: Path, name: str) -> str:
     try:
-        return path.read_text().strip()
+        content = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfiguredError(f"the key {name!r} cannot be read from {path}: {type(error).__name__}") from None
+    if not content:
+        raise MisconfiguredError(f"the key {name!r} is to be found in {path}, which is empty")
+    return content
 
 
 def _variable(variable: str, name: str) -> str:
     value = environment_variable(variable)
-    if not value:
+    if not value or not value.strip():
         raise MisconfiguredError(f"the key {name!r} is to be found in ${variable}, which is not set")
     return value.strip()
+
+
+def _sendable(key: str, name: str) -> str:
+    """The key as a header may hold it, without space around it. Raises MisconfiguredError."""
+    key = key.strip()
+    if not key.isprintable():
+        raise MisconfiguredError(f"the key {name!r} has a line end or another control character in it: no header may")
+    return key
 
 
 async def _run(command: tuple[str, ...], name: str) -> str:

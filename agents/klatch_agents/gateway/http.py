@@ -17,6 +17,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from klatch_agents.gateway.errors import (
     ConnectError,
     MalformedError,
+    MisconfiguredError,
     ModelError,
     RefusedError,
     StalledError,
@@ -80,7 +81,7 @@ class Client:
         data = _Looking(body, before_send) if before_send else body or None
         sent = CIMultiDict(headers)
         sent["Content-Type"] = "application/json"
-        self._key = await self._key_of()
+        self._key = await self._key_within(timeouts.first_token)
         sent.update(self._key_headers(self._key))
         try:
             response = await self._answer(method, url, data, sent, timeouts)
@@ -94,6 +95,13 @@ class Client:
             raise await self._refusal(response, url, timeouts)
         finally:
             response.close()
+
+    async def _key_within(self, seconds: float) -> str:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._key_of()
+        except TimeoutError as error:
+            raise MisconfiguredError(f"the key of the model server was not there within {seconds:g} s") from error
 
     async def _answer(
         self, method: str, url: str, data: bytes | _Looking | None, headers: CIMultiDict[str], timeouts: Timeouts
