@@ -143,7 +143,7 @@ class Answered:
 
     def goes_on(self, error: KlatchError) -> bool:
         """Whether only its answer was lost, and asking again would make a second request."""
-        return self.accepted and not self.keyed and error.ended is None and _retriable(error)
+        return self.accepted and not self.keyed and error.ended is None and isinstance(error, Unavailable)
 
 
 def error_body(error: KlatchError, asked: Answered) -> bytes:
