@@ -2,7 +2,7 @@
 
 Both are made from the log's own account of the stream, so they agree with what every reader saw, and making them
 again after a crash makes the same records under the same ids. The billing rule: what the model server counted;
-where it sent no count (cancelled, cut, superseded), klatch's own of the text that stands and a bound on the prompt.
+where it sent no count (cancelled, cut, superseded), klatch's own of the text that stands and of the prompt.
 Of a reply that was continued, the tokens of every attempt: klatch's own count of what stood when the last one began,
 and what that one counted; the prompt is the last one's, in which its server also read the text it continued. Text that
 an attempt took back (`restart`) is not billed: the tenant did not get it.
@@ -11,6 +11,7 @@ an attempt took back (`restart`) is not billed: the tenant did not get it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from typing import Final
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
@@ -24,7 +25,10 @@ from klatch_schemas.events import (
     UsageSettled,
 )
 from klatch_streams.counting import tokens_in
+from klatch_streams.estimate import Estimate
 
+_PROMPT: Final = Estimate(bytes_per_token=4, per_message=4, overhead=0)
+"""How a prompt is counted that no server counted: as it was reserved, images and files among it, with less to spare."""
 PriceOf = Callable[[str, str], Prices | None]
 """What a model costs at a deployment, where it is known."""
 
@@ -65,10 +69,10 @@ def usage_of(admitted: ChatAdmitted, assembly: Assembly, spoke: bool) -> Usage:
 
 
 def usage_without_count(admitted: ChatAdmitted, tokens: int, spoke: bool) -> Usage:
-    """Klatch's own count of a reply, and four bytes of JSON a token of the prompt."""
+    """Klatch's own count of a reply and of its prompt."""
     if not spoke and not tokens:
         return Usage()
-    prompt = len(codec.dumps(admitted.request.body.get("messages"))) // 4
+    prompt = _PROMPT.of(admitted.request.body).prompt
     return Usage(prompt_tokens=prompt, completion_tokens=tokens, estimated=True)
 
 
