@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from klatch_agents.gateway.errors import ModelError
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -66,6 +68,8 @@ class ModelCall:
     before_send: Callable[[str], Awaitable[None]] | None = None
     """Awaited once the connection to the server stands, right before the request leaves on it, with `deployment`:
     late, where a process was stopped while it connected. What it raises is the end of the call; nothing has left."""
+    failed: Callable[[ModelError], None] | None = None
+    """Told of each try that came to nothing, before anything else is waited for."""
     deployment: str = ""
     """Which deployment it is sent to, where a route names one."""
 

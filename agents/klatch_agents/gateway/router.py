@@ -245,6 +245,8 @@ async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitSta
             begun = await _first_words(rest)
         except ModelError as error:
             run.failed(error)
+            if call.failed:
+                call.failed(error)
             raise
         run.spoke()
         held.push_async_exit(opened.pop_all())

@@ -5,7 +5,7 @@ exactly which text stands, and whether somebody else's opening won. A first atte
 that the model would have to know; but after a stall, such as of a zombie that wakes, the log is read first.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
@@ -45,6 +45,11 @@ class Attempts:
     present: Attempt | None = None
     """The last that this owner opened."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether a model has got the prompt, and did not fail, in the last attempt of this owner."""
+        return self.present is not None and self.present.asked is not None
+
     def in_force(self) -> bool:
         """Whether the attempt in force is this owner's."""
         return self.present is not None and self.tracked.assembly.state.writer == self.present.opening.writer
@@ -66,6 +71,18 @@ class Attempts:
             return present.asked
         standing = self.tracked.assembly.standing
         return next((said.deployment for said in reversed(standing) if said.deployment), "")
+
+    def sent(self, call: ModelCall, attempt: Attempt) -> ModelCall:
+        """The call as the attempt makes it: it looks again whether it is wanted, and notes who gets it as it leaves."""
+
+        async def before_send(deployment: str) -> None:
+            await self.still_wanted()
+            attempt.asked = deployment
+
+        named = f"{call.request}.{attempt.opening.attempt}"
+        return replace(
+            call, request=named, before_try=self.still_wanted, before_send=before_send, failed=attempt.failed
+        )
 
     def give_up(self) -> None:
         """The attempt in force is nobody's any more."""

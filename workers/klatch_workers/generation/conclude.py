@@ -42,7 +42,7 @@ class Asked:
     prompt_version: int | None = None
     recalled: tuple[str, ...] = ()
     spoke: bool = False
-    """Whether a model was called."""
+    """Whether a model got the prompt, and did not fail."""
 
 
 @dataclass(frozen=True, slots=True)

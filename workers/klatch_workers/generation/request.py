@@ -85,7 +85,6 @@ class RequestUnderWay:
     attempts: Attempts
     prepared: Prepared | None = None
     first_token_ms: int | None = None
-    spoke: bool = False
     failed_on: set[str] = field(default_factory=set[str])
     """Deployments whose answers broke off."""
 
@@ -221,27 +220,13 @@ class RequestUnderWay:
             return Interrupted("superseded")
         if attempt.begun and attempt.begun.whole:
             return Spoken()
-        asked, self.spoke = self.spoke, True
-
-        async def before_send(deployment: str) -> None:
-            nonlocal asked
-            await self.attempts.still_wanted()
-            asked, attempt.asked = True, deployment
-
-        call = replace(
-            self.prepared.call,
-            request=f"{self.prepared.call.request}.{attempt.opening.attempt}",
-            avoid=frozenset(self.failed_on),
-            before_try=self.attempts.still_wanted,
-            before_send=before_send,
-        )
+        call = replace(self.prepared.call, avoid=frozenset(self.failed_on))
         try:
-            await attempt.stream(self.means.gateway, call)
+            await attempt.stream(self.means.gateway, self.attempts.sent(call, attempt))
         except Overtaken:
-            # What never reached a model costs nothing.
-            self.spoke = asked
             return Interrupted("superseded")
         except ModelError as error:
+            attempt.failed(error)
             self.failed_on.add(attempt.deployment)
             broken = broken_by(error)
             log.info("model.failed", request=self.tracked.request, code=error.code, seq=attempt.seq, again=broken.again)
@@ -340,14 +325,14 @@ class RequestUnderWay:
         # What stands may be a dead owner's: it was read, and its model was paid.
         written = present.deltas - present.closings if present else 0
         assembly = self.tracked.assembly
-        spoke = self.spoke or bool(assembly.standing)
-        return usage_without_count(self.admitted, own_count(assembly, written), spoke)
+        asked = self.attempts.asked or bool(assembly.standing)
+        return usage_without_count(self.admitted, own_count(assembly, written), asked)
 
     def _plain_usage(self) -> Usage:
         """The same without a look into what was said: a delta is a token."""
         present, standing = self.attempts.present, self.tracked.assembly.standing
         tokens = max(present.deltas if present else 0, len(standing))
-        return usage_without_count(self.admitted, tokens, self.spoke or bool(standing))
+        return usage_without_count(self.admitted, tokens, self.attempts.asked or bool(standing))
 
     async def _conclude(self, *, plain: bool = False) -> Report:
         means, request, assembly = self.means, self.admitted.request, self.tracked.assembly
@@ -387,11 +372,11 @@ class RequestUnderWay:
 
     def _asked(self) -> Asked:
         if self.prepared:
-            return self.prepared.asked(self.spoke)
+            return self.prepared.asked(self.attempts.asked)
         if self.tracked.assembly.standing:
             # Concluding for a dead owner: the turn holds the request's messages as the model saw them.
             return asked_before(self.admitted.request, self.tracked.verdict)
-        return Asked(spoke=self.spoke)
+        return Asked(spoke=self.attempts.asked)
 
     def _note_first_token(self) -> None:
         present = self.attempts.present

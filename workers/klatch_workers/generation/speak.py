@@ -7,6 +7,7 @@ is the gateway's affair, after it the policy's.
 
 import asyncio
 
+from klatch_agents.gateway.errors import ModelError
 from klatch_agents.gateway.port import Chunk, Finished, Gateway, ModelCall
 from klatch_agents.gateway.port import Usage as Counted
 from klatch_schemas import codec
@@ -44,8 +45,8 @@ class Attempt:
         """How many deltas were written."""
         self.closings = 0
         """How many of them, the last, are no model's: they say that a budget was spent."""
-        self.asked = ""
-        """Which deployment was asked last."""
+        self.asked: str | None = None
+        """Which deployment has got the call, and has not failed; None: none, and nobody has read the prompt."""
         self.deployment = ""
         """Which deployment answers."""
         self.trailer: list[bytes] = []
@@ -83,6 +84,11 @@ class Attempt:
                 # While the log does not answer, the model's connection waits too: memory is bounded, nothing is lost.
                 await self._batches.room(self._draft.partition or 0)
             self.finished = reply.finished
+
+    def failed(self, error: ModelError) -> None:
+        """Who was asked has failed, and is not paid; but for a filter, which has read what it refused."""
+        if not error.filtered:
+            self.asked = None
 
     def _stop(self, prefix: bytes, credit: Credit) -> None:
         for closing in credit.closing():
