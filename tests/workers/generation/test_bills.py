@@ -13,6 +13,8 @@ from klatch_schemas.events import (
     Deployment,
     ModelRouted,
     Prices,
+    PromptPublished,
+    PromptReference,
     StreamCancel,
     Usage,
 )
@@ -129,3 +131,11 @@ async def test_a_filter_that_refuses_has_read_the_prompt(generation: Any) -> Non
         settled = await generation.settled(await generation.admit("m"))
     assert (settled.status, settled.deployment) == ("blocked", "own")
     assert settled.cost_micros == cost_micros(settled.usage, PRICES) > 0
+
+
+async def test_a_cut_reply_is_billed_for_the_prompt_that_its_model_was_sent(generation: Any) -> None:
+    generation.book.prompts["long"] = PromptPublished(name="long", version=1, template="Be brief. " * 1_000)
+    async with generation.worker():
+        request = await generation.admit(SILENT, prompt=PromptReference(name="long"))
+        settled = await cancelled_once_asked(generation, request)
+    assert settled.usage.prompt_tokens > 2_500

@@ -8,10 +8,12 @@ and what that one counted; the prompt is the last one's, in which its server als
 an attempt took back (`restart`) is not billed: the tenant did not get it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Final
+from typing import Final, cast
+
+from pydantic import JsonValue
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
@@ -65,14 +67,15 @@ def usage_of(admitted: ChatAdmitted, assembly: Assembly, spoke: bool) -> Usage:
     """What the request is billed for."""
     if assembly.end and assembly.end.usage:
         return assembly.end.usage
-    return usage_without_count(admitted, own_count(assembly), spoke or bool(assembly.standing))
+    # An end without a usage is no generation's own: what its model was sent is not known.
+    return usage_without_count(admitted.request.body, own_count(assembly), spoke or bool(assembly.standing))
 
 
-def usage_without_count(admitted: ChatAdmitted, tokens: int, spoke: bool) -> Usage:
-    """Klatch's own count of a reply and of its prompt."""
+def usage_without_count(body: Mapping[str, object], tokens: int, spoke: bool) -> Usage:
+    """Klatch's own count of a reply, and of the body that its model was sent."""
     if not spoke and not tokens:
         return Usage()
-    prompt = _PROMPT.of(admitted.request.body).prompt
+    prompt = _PROMPT.of(cast("Mapping[str, JsonValue]", body)).prompt
     return Usage(prompt_tokens=prompt, completion_tokens=tokens, estimated=True)
 
 

@@ -7,7 +7,7 @@ the model's reply closes its connection. Nothing is decided here; see `klatch_st
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
 
@@ -326,13 +326,17 @@ class RequestUnderWay:
         written = present.deltas - present.closings if present else 0
         assembly = self.tracked.assembly
         asked = self.attempts.asked or bool(assembly.standing)
-        return usage_without_count(self.admitted, own_count(assembly, written), asked)
+        return usage_without_count(self._sent(), own_count(assembly, written), asked)
+
+    def _sent(self) -> Mapping[str, object]:
+        """What the model was sent, with prompt, turns and memories; of a dead owner's call only the request is known."""
+        return self.prepared.call.body if self.prepared else self.admitted.request.body
 
     def _plain_usage(self) -> Usage:
         """The same without a look into what was said: a delta is a token."""
         present, standing = self.attempts.present, self.tracked.assembly.standing
         tokens = max(present.deltas if present else 0, len(standing))
-        return usage_without_count(self.admitted, tokens, self.attempts.asked or bool(standing))
+        return usage_without_count(self._sent(), tokens, self.attempts.asked or bool(standing))
 
     async def _conclude(self, *, plain: bool = False) -> Report:
         means, request, assembly = self.means, self.admitted.request, self.tracked.assembly
