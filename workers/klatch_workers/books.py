@@ -4,12 +4,14 @@ Each is a live view of its topic; a change written to the ledger is in force as 
 a second.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from klatch_schemas.events import ModelRouted, Prices, PromptPublished, TenantConfigured
+from klatch_schemas.events import Deployment, ModelRouted, Prices, PromptPublished, TenantConfigured
 from klatch_schemas.ids import Tenant
 from klatch_streams.ledger import Ledger
 
+DEFAULT = "default"
+"""What the deployment of models without a route is called."""
 EVERYBODY = "*"
 """Stands in a prompt's key for "of all tenants"; no tenant can be called so."""
 
@@ -57,9 +59,26 @@ class RouteBook:
         return [route.alias for route in self._ledger.values()]
 
     def prices(self, alias: str, deployment: str) -> Prices | None:
-        """What a deployment of a route costs, where it is known."""
-        route = self._ledger.get(alias)
-        return next((one.prices for one in route.deployments if one.name == deployment), None) if route else None
+        """What a deployment of a route costs; of one that is gone from it, the most that it may have cost.
+
+        That is the price of its name in other routes; else the highest of its route, where that still stands; else of
+        the route `*`, else of any. None for what has no price, and for a server that no route ever named.
+        """
+        route, gone = self._ledger.get(alias), deployment not in ("", DEFAULT)
+        own = list(route.deployments) if route else []
+        if named := [one for one in own if one.name == deployment]:
+            return named[0].prices
+        every = [one for other in self._ledger.values() for one in other.deployments]
+        namesakes = [one for one in every if one.name == deployment]
+        anybodys = self._ledger.get("*")
+        return _highest(namesakes or own or (anybodys.deployments if anybodys else every)) if gone else None
+
+
+def _highest(deployments: Iterable[Deployment]) -> Prices | None:
+    prices = [one.prices for one in deployments if one.prices]
+    if not prices:
+        return None
+    return Prices(prompt=max(one.prompt for one in prices), completion=max(one.completion for one in prices))
 
 
 class KeyBook(Mapping[str, Tenant]):

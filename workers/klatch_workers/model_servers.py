@@ -4,11 +4,9 @@ from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
 from klatch_agents.gateway.routing import how_it_continues
 from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted
+from klatch_workers.books import DEFAULT
 from klatch_workers.model_keys import ModelKeys
 from klatch_workers.settings import Settings
-
-DEFAULT = "default"
-"""What the deployment of models without a route is called."""
 
 
 class ModelServers:

@@ -188,8 +188,8 @@ class Worker:
     async def start(self) -> None:
         log, settings = self._generation.log, self._generation.settings()
         opened = await Ledger[ModelRouted].open(log, MODELS, NAMESPACE, ModelRouted)
-        routes, servers = await self._parts.enter_async_context(opened), ModelServers(settings)
-        router = Router(RouteBook(routes), servers.open, servers.default_route(), wall=self._generation.wall)
+        self.routes, servers = await self._parts.enter_async_context(opened), ModelServers(settings)
+        router = Router(RouteBook(self.routes), servers.open, servers.default_route(), wall=self._generation.wall)
         gateway = await self._parts.enter_async_context(router)
         preparer = Preparer(prompts=self._generation.book, verdict_patience_s=self._generation.verdict_patience_s)
         self.stage = GenerationStage(
@@ -198,7 +198,7 @@ class Worker:
             self._generation.between(gateway),
             preparer,
             max_in_flight=self._generation.max_in_flight,
-            prices=RouteBook(routes).prices,
+            prices=RouteBook(self.routes).prices,
         )
         self.runner = Runner(log, self.stage, "klatch.generation", self._settings)
         self._task = asyncio.create_task(self.runner.run())

@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 import pytest
+from tests.workers.generation.test_routes import leave_said
+from tests.workers.generation.test_successors import leave_open
 
 from klatch_schemas.events import (
     ChatRequested,
@@ -114,7 +116,7 @@ async def test_deployments_that_failed_and_that_cool_down_are_paid_nothing(gener
 
 
 async def test_a_cancel_after_all_that_were_asked_failed_pays_none_of_them(generation: Any) -> None:
-    await route(generation, generation.upstream.url, "fake?status=503&retry_after=60")
+    await route(generation, generation.upstream.url, "fake?status=503&retry_after=5")
     async with generation.worker():
         request = await generation.admit("m")
         await generation.upstream.changed(lambda: any(call.outcome == "refused" for call in generation.upstream.calls))
@@ -139,3 +141,46 @@ async def test_a_cut_reply_is_billed_for_the_prompt_that_its_model_was_sent(gene
         request = await generation.admit(SILENT, prompt=PromptReference(name="long"))
         settled = await cancelled_once_asked(generation, request)
     assert settled.usage.prompt_tokens > 2_500
+
+
+async def no_route(generation: Any) -> None:
+    await publish(generation.log, MODELS, "m", None, Namespace())
+
+
+async def test_a_route_that_goes_while_its_reply_runs_does_not_make_it_free(generation: Any) -> None:
+    await route(generation, generation.upstream.url, "fake?tokens=400&rate=100")
+    async with generation.worker() as worker:
+        request = await generation.admit("m")
+        await generation.upstream.changed(lambda: bool(generation.upstream.calls))
+        await no_route(generation)
+        while worker.routes.get("m"):
+            await worker.routes.changed()
+        await cancel(generation, request)
+        settled = await generation.settled(request)
+    assert (settled.status, settled.deployment) == ("cancelled", "own")
+    assert settled.cost_micros == cost_micros(settled.usage, PRICES) > 0
+
+
+async def test_a_dead_owners_reply_by_a_deployment_that_is_gone_costs_the_highest_price_there_is(
+    generation: Any,
+) -> None:
+    cheap = Deployment(name="cheap", url=generation.upstream.url, prices=Prices(prompt=1, completion=20))
+    dear = Deployment(name="dear", url=generation.upstream.url, prices=PRICES)
+    for one in (cheap, dear):
+        await publish(generation.log, MODELS, one.name, ModelRouted(alias=one.name, deployments=(one,)), Namespace())
+    request = generation.request("m", on_crash="continue")
+    await leave_open(generation, request)
+    await leave_said(generation, request, "own", finish="stop")
+    await generation.write_verdict(request)
+    await generation.write_admission(request)
+    async with generation.worker():
+        settled = await generation.settled(request)
+    assert (settled.status, settled.deployment) == ("completed", "own")
+    assert settled.cost_micros == cost_micros(settled.usage, Prices(prompt=2.5, completion=20)) > 0
+
+
+async def test_models_without_a_route_cost_nothing_whatever_others_cost(generation: Any) -> None:
+    await route(generation, generation.upstream.url, "fake")
+    async with generation.worker():
+        settled = await generation.settled(await generation.admit("fake?text=hello"))
+    assert (settled.status, settled.deployment, settled.cost_micros) == ("completed", "default", 0)

@@ -5,13 +5,13 @@ exactly which text stands, and whether somebody else's opening won. A first atte
 that the model would have to know; but after a stall, such as of a zombie that wakes, the log is read first.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import structlog
 
 from klatch_agents.gateway.port import ModelCall
-from klatch_schemas.events import ChatAdmitted, Status, StreamAttempt
+from klatch_schemas.events import ChatAdmitted, Prices, Status, StreamAttempt
 from klatch_schemas.ids import Writer
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import CHAT_STREAM
@@ -44,6 +44,8 @@ class Attempts:
     """Attempts up to this one are nobody's any more: their owner is succeeded, or said nothing for too long."""
     present: Attempt | None = None
     """The last that this owner opened."""
+    _priced: dict[str, Prices | None] = field(default_factory=dict[str, Prices | None])
+    """By deployment that this owner asked: what it cost then."""
 
     @property
     def asked(self) -> bool:
@@ -78,11 +80,19 @@ class Attempts:
         async def before_send(deployment: str) -> None:
             await self.still_wanted()
             attempt.asked = deployment
+            # A route that goes while it answers must not make the reply free.
+            self._priced[deployment] = self.means.prices(str(call.model or call.body.get("model") or ""), deployment)
 
         named = f"{call.request}.{attempt.opening.attempt}"
         return replace(
             call, request=named, before_try=self.still_wanted, before_send=before_send, failed=attempt.failed
         )
+
+    def prices(self, model: str, deployment: str) -> Prices | None:
+        """What a deployment cost when this owner asked it; one that another owner asked, what is known of it now."""
+        if deployment in self._priced:
+            return self._priced[deployment]
+        return self.means.prices(model, deployment)
 
     def give_up(self) -> None:
         """The attempt in force is nobody's any more."""

@@ -329,7 +329,7 @@ class RequestUnderWay:
         return usage_without_count(self._sent(), own_count(assembly, written), asked)
 
     def _sent(self) -> Mapping[str, object]:
-        """What the model was sent, with prompt, turns and memories; of a dead owner's call only the request is known."""
+        """What the model was sent, with prompt, turns and memories; of a dead owner's call the request is known."""
         return self.prepared.call.body if self.prepared else self.admitted.request.body
 
     def _plain_usage(self) -> Usage:
@@ -344,7 +344,7 @@ class RequestUnderWay:
             await self.place.first()
         asked = self._asked()
         timing = Timing(int(time.time() * 1000), self.first_token_ms)
-        settled = settlement(self.admitted, assembly, asked, timing, means.prices)
+        settled = settlement(self.admitted, assembly, asked, timing, self.attempts.prices)
         drafts = [self.effects.draft(SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
         finished = None if plain else turn(self.admitted, assembly, asked, timing, head.offset if head else None)
