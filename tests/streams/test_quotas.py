@@ -401,6 +401,25 @@ def test_a_client_is_told_the_limits_with_the_least_left() -> None:
     assert (tokens.name, tokens.limit, tokens.remaining) == ("tokens_per_minute", 400, 200)
 
 
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("requests", Limits(requests_per_minute=1, burst_requests=99)),
+        ("tokens", Limits(tokens_per_minute=100, burst_tokens=9_900)),
+    ],
+)
+def test_a_client_is_told_of_the_hour_where_that_has_less_left_than_the_minute(kind: str, limits: Limits) -> None:
+    acme = Tenants(limits)
+    assert [acme.refuses() for _ in range(59)] == [None] * 59
+    last = acme.asks()
+    assert isinstance(last, ChatAdmitted)
+    assert last.rate_limits
+    told = getattr(last.rate_limits, kind)
+    hour = 60 * getattr(limits, f"{kind}_per_minute")
+    assert (told.name, told.limit, told.remaining, told.reset_ms) == (f"{kind}_per_minute", hour, 0, HOUR + MINUTE)
+    assert acme.refuses() == f"{kind}_per_minute"
+
+
 def test_a_tenant_without_limits_is_told_of_none() -> None:
     admitted = Tenants().asks()
     assert isinstance(admitted, ChatAdmitted)

@@ -130,50 +130,73 @@ def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | 
 # --- what clients are told ------------------------------------------------------------------------------------------
 
 
-_Standing = tuple[int, str, int, int]
-"""How a scope stands with one limit: what is left, by which it is compared; the limit; its height; and which of the
-request's scopes it is."""
+class _Standing(NamedTuple):
+    """How a scope stands with one limit; compared by what is left."""
+
+    left: int
+    name: str
+    most: int
+    place: int
+    """Which of the request's scopes it is."""
+    hourly: bool = False
+    """Whether the hour of a limit with a burst is meant, and not its minute."""
 
 
 def rate_limits(counted: Sequence[Counted], now: Moment) -> RateLimits | None:
-    """Where a request stands that is counted in all of `counted`; None: nothing limits its kind."""
+    """Where a request stands that is counted in all of `counted`; None: nothing limits its kind.
+
+    A limit with a burst has two windows, its minute and its hour: the one with less left counts.
+    """
     requests, tokens = list[_Standing](), list[_Standing]()
     for place, (scope, counter) in enumerate(counted):
         limits = scope.limits
         if (most := limits.requests_per_minute) is not None:
-            most += limits.burst_requests or 0
-            requests.append((most - counter.requests.total, "requests_per_minute", most, place))
+            windows = (counter.requests, counter.hour_requests)
+            requests += _sliding("requests_per_minute", most, limits.burst_requests or 0, windows, place)
         if (most := limits.concurrent_requests) is not None:
-            requests.append((most - counter.running, "concurrent_requests", most, place))
+            requests.append(_Standing(most - counter.running, "concurrent_requests", most, place))
         if (most := limits.tokens_per_minute) is not None:
-            most += limits.burst_tokens or 0
-            tokens.append((most - counter.tokens.total, "tokens_per_minute", most, place))
+            windows = (counter.tokens, counter.hour_tokens)
+            tokens += _sliding("tokens_per_minute", most, limits.burst_tokens or 0, windows, place)
         for budget in scope.budgets:
             if not budget.money:
-                tokens.append((budget.most - budget.used(counter), budget.name, budget.most, place))
+                tokens.append(_Standing(budget.most - budget.used(counter), budget.name, budget.most, place))
     if not requests and not tokens:
         return None
     return RateLimits(requests=_tightest(requests, counted, now), tokens=_tightest(tokens, counted, now))
 
 
+def _sliding(
+    name: str, most: int, burst: int, windows: tuple[Window, Window | None], place: int
+) -> Iterator[_Standing]:
+    minute, hour = windows
+    yield _Standing(most + burst - minute.total, name, most + burst, place)
+    if hour:
+        yield _Standing(SLOTS * most - hour.total, name, SLOTS * most, place, hourly=True)
+
+
 def _tightest(found: list[_Standing], counted: Sequence[Counted], now: Moment) -> RateLimit | None:
     if not found:
         return None
-    left, name, most, place = min(found)
-    reset_ms = _reset(name, counted[place].counter, now)
-    return RateLimit(name=name, limit=most, remaining=max(0, left), reset_ms=reset_ms)
+    one = min(found)
+    reset_ms = _reset(one, counted[one.place].counter, now)
+    return RateLimit(name=one.name, limit=one.most, remaining=max(0, one.left), reset_ms=reset_ms)
 
 
-def _reset(name: str, counter: Counter, now: Moment) -> int:
+def _reset(one: _Standing, counter: Counter, now: Moment) -> int:
     """Milliseconds until nothing of a limit would be used, if nothing else came."""
-    match name:
+    match one.name:
         case "requests_per_minute":
-            return counter.requests.empty_after(now.ms)
+            return _empty(counter.hour_requests if one.hourly else counter.requests, now)
         case "tokens_per_minute":
-            return counter.tokens.empty_after(now.ms)
+            return _empty(counter.hour_tokens if one.hourly else counter.tokens, now)
         case "concurrent_requests":
             return _SLOT_RETRY_MS
         case "tokens_per_month":
             return until_next_month(now.ms)
         case _:
             return until_tomorrow(now.ms)
+
+
+def _empty(window: Window | None, now: Moment) -> int:
+    return window.empty_after(now.ms) if window else 0
