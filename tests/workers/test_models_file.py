@@ -71,7 +71,10 @@ def test_a_deployment_is_written_once_and_used_by_any_route(tmp_path: Path) -> N
         (('kind = "local"', 'kind = "local"\nurl = "http://x/v1"'), "deployment here: `local` is the worker's own"),
         (('kind = "vllm"', 'kind = "vlm"'), "deployment own: kind"),
         (("concurrency = 32", "concurency = 32"), "deployment east: concurency"),
-        (("tries = 4", "tries = 0"), "tries"),
+        (("tries = 4", "tries = 0"), "routes.gpt-4o.tries"),
+        (("weight = 3", "weight = -1"), "route gpt-4o: deployment own: weight: .* greater than or equal to 0"),
+        (("tier = 1", 'tier = "one"'), "route gpt-4o: deployment own: tier: .* valid integer"),
+        (("tier = 1", "teir = 1"), r"routes.gpt-4o.to.1.teir: Extra inputs"),
         (("[routes.small]", "[routes.small"), "is not TOML"),
     ],
 )

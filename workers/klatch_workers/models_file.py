@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from klatch_schemas.codec import explain
 from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted, RouteTimeouts
@@ -43,8 +43,9 @@ class _To(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     deployment: NameField
-    weight: float | None = None
-    tier: int | None = None
+    # Checked as a deployment's, so that what is wrong is told with its name.
+    weight: object = None
+    tier: object = None
 
     def of(self, deployment: Deployment) -> Deployment:
         given = {"weight": self.weight, "tier": self.tier}
@@ -52,10 +53,15 @@ class _To(BaseModel):
         return Deployment.model_validate({**deployment.model_dump(), **said})
 
 
+def _spelt_out(to: object) -> object:
+    """`"own"` is short for `{ deployment = "own" }`."""
+    return {"deployment": to} if isinstance(to, str) else to
+
+
 class _Route(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    to: Annotated[list[NameField | _To], Field(min_length=1)]
+    to: Annotated[list[Annotated[_To, BeforeValidator(_spelt_out)]], Field(min_length=1)]
     tries: Annotated[int, Field(ge=1, le=20)] = 3
     timeouts: RouteTimeouts = RouteTimeouts()
     breaker: CircuitBreaker = CircuitBreaker()
@@ -129,17 +135,23 @@ async def write_models(
 
 
 def _routed(alias: str, route: _Route, deployments: dict[str, Deployment], by: str) -> ModelRouted:
-    to = [_To(deployment=one) if isinstance(one, str) else one for one in route.to]
-    for one in to:
+    for one in route.to:
         if one.deployment not in deployments:
             raise ModelsFileError(f"route {alias}: there is no [deployments.{one.deployment}]")
-    if len({one.deployment for one in to}) < len(to):
+    if len({one.deployment for one in route.to}) < len(route.to):
         raise ModelsFileError(f"route {alias} names a deployment twice: give it one weight")
     return ModelRouted(
         alias=alias,
-        deployments=tuple(one.of(deployments[one.deployment]) for one in to),
+        deployments=tuple(_weighed(alias, one, deployments[one.deployment]) for one in route.to),
         timeouts=route.timeouts,
         tries=route.tries,
         breaker=route.breaker,
         by=by,
     )
+
+
+def _weighed(alias: str, to: _To, deployment: Deployment) -> Deployment:
+    try:
+        return to.of(deployment)
+    except ValidationError as error:
+        raise ModelsFileError(f"route {alias}: deployment {to.deployment}: {explain(error)}") from error
