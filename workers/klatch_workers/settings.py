@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from klatch_agents.gateway.continuing import Continues
+from klatch_schemas.codec import explain
 
 PREFIX = "KLATCH_"
 
@@ -128,6 +129,11 @@ def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -
                 raise UnknownSetting(f"{variable} is not a setting of klatch{hint}")
             told[known[variable]] = environment[variable]
     return Settings(**told | {name: value for name, value in options.items() if value is not None})
+
+
+def what_is_wrong(error: ValueError) -> str:
+    """What `read_settings` raised, as one line."""
+    return explain(error) if isinstance(error, ValidationError) else str(error)
 
 
 def environment_variable(name: str) -> str | None:

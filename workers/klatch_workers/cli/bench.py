@@ -16,6 +16,7 @@ import click
 import msgspec
 
 from klatch_workers.logs import configure_logs
+from klatch_workers.settings import read_settings, what_is_wrong
 from klatch_workers.up.everything import STAGES
 
 T = TypeVar("T")
@@ -76,6 +77,10 @@ def bench(  # noqa: PLR0913, PLR0917 - click hands over every option
         report = msgspec.json.decode(source.read_bytes(), type=Report)
     else:
         if machine.is_busy(machine.load()):
+        try:
+            read_settings()  # those of what it starts, minutes later
+        except ValueError as error:
+            raise click.UsageError(what_is_wrong(error)) from error
             click.echo(f"The load average is {machine.load():.1f}: take ratios, not figures, from this run.", err=True)
         with _folder(keep) as folder:
             if stages:

@@ -23,7 +23,7 @@ from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import Namespace
 from klatch_streams.log import Log, LogError
 from klatch_workers.logs import configure_logs
-from klatch_workers.settings import Settings, UnknownSetting, read_settings
+from klatch_workers.settings import Settings, read_settings, what_is_wrong
 
 FAILED: Final = 1
 MISUSED: Final = 2
@@ -60,8 +60,8 @@ class Context:
         """From options, the environment and `run.json`. Raises CommandFailed."""
         try:
             settings = read_settings(environment, **options)
-        except (UnknownSetting, ValueError) as error:
-            raise CommandFailed(str(error), MISUSED) from error
+        except ValueError as error:
+            raise CommandFailed(what_is_wrong(error), MISUSED) from error
         configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "warning")
         # It logs every attempt to connect; that none succeeded is said once, in our words.
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)

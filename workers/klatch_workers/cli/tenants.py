@@ -1,23 +1,26 @@
 """`klatch tenants`: the tenants ledger of a deployment.
 
-Exit codes: 0 done, 2 misused, 3 Kafka cannot be reached.
+Exit codes: 0 done, 1 it failed, 2 misused, 3 Kafka cannot be reached.
 """
 
-import asyncio
-import json
-import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from klatch_schemas.events import TenantConfigured
-from klatch_schemas.topics import TENANTS, Namespace
-from klatch_streams.kafka.options import KafkaOptions
-from klatch_streams.kafka_log import KafkaLog
+from klatch_schemas.topics import TENANTS
 from klatch_streams.ledger import Ledger
-from klatch_streams.log import LogError
-from klatch_workers.settings import read_settings
+from klatch_workers.cli.context import (
+    MISUSED,
+    CommandFailed,
+    Context,
+    kafka_options,
+    opened_log,
+    perform,
+    say_json,
+    shared_options,
+)
 from klatch_workers.tenants import TenantsFileError, read_tenants, write_tenants
 
 
@@ -26,12 +29,14 @@ def tenants() -> None:
     """Write tenants, their keys and limits, and list them."""
 
 
+def _options(command: Any) -> Any:
+    return kafka_options(shared_options(command))
+
+
 @tenants.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--kafka", metavar="HOST:PORT", help="Bootstrap servers.  [KLATCH_KAFKA]")
-@click.option("--namespace", metavar="NAME", help="Prefix of topics and groups.  [KLATCH_NAMESPACE]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def apply(file: Path, kafka: str | None, namespace: str | None, as_json: bool) -> None:
+@_options
+def apply(file: Path, as_json: bool, **options: Any) -> None:
     """Put the tenants that FILE names into the ledger; in force within a second. Tenants it leaves out stay.
 
     \b
@@ -40,54 +45,44 @@ def apply(file: Path, kafka: str | None, namespace: str | None, as_json: bool) -
     [tenants.acme.limits]
     requests_per_minute = 60
     """
-    try:
-        named = read_tenants(file)
-    except TenantsFileError as error:
-        raise click.UsageError(str(error)) from error
 
-    async def write(log: KafkaLog, space: Namespace) -> None:
-        changed = await write_tenants(log, space, named, by="klatch tenants")
+    async def work() -> int:
+        context = Context.read(**options)
+        try:
+            named = read_tenants(file)
+            async with opened_log(context) as log:
+                changed = await write_tenants(log, context.namespace, named, by="klatch tenants")
+        except TenantsFileError as error:
+            raise CommandFailed(str(error), MISUSED) from error
         if as_json:
-            click.echo(json.dumps({"tenants": len(named), "changed": changed}))
+            say_json({"tenants": len(named), "changed": changed})
         else:
             click.echo(f"{len(named)} tenants, changed: {', '.join(changed) or 'none'}")
+        return 0
 
-    _run(kafka, namespace, write)
+    perform(work, as_json=as_json)
 
 
 @tenants.command("list")
-@click.option("--kafka", metavar="HOST:PORT", help="Bootstrap servers.  [KLATCH_KAFKA]")
-@click.option("--namespace", metavar="NAME", help="Prefix of topics and groups.  [KLATCH_NAMESPACE]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a tenant.")
-def list_(kafka: str | None, namespace: str | None, as_json: bool) -> None:
+@_options
+def list_(as_json: bool, **options: Any) -> None:
     """The tenants in the ledger, with their limits; of keys only the ids."""
 
-    async def show(log: KafkaLog, space: Namespace) -> None:
-        async with await Ledger[TenantConfigured].open(log, TENANTS, space, TenantConfigured) as ledger:
-            for tenant in sorted(ledger.values(), key=lambda one: one.tenant):
-                limits = tenant.limits.model_dump(exclude_none=True)
-                keys = [key.id for key in tenant.keys]
-                if as_json:
-                    click.echo(json.dumps({"tenant": tenant.tenant, "limits": limits, "keys": keys}))
-                else:
-                    said = ", ".join(f"{name}={value}" for name, value in limits.items()) or "no limits"
-                    click.echo(f"{tenant.tenant:<24} {len(keys)} keys   {said}")
+    async def work() -> int:
+        context = Context.read(**options)
+        async with (
+            opened_log(context) as log,
+            await Ledger[TenantConfigured].open(log, TENANTS, context.namespace, TenantConfigured) as ledger,
+        ):
+            standing = sorted(ledger.values(), key=lambda one: one.tenant)
+        for tenant in standing:
+            limits = tenant.limits.model_dump(exclude_none=True)
+            keys = [key.id for key in tenant.keys]
+            if as_json:
+                say_json({"tenant": tenant.tenant, "limits": limits, "keys": keys})
+            else:
+                said = ", ".join(f"{name}={value}" for name, value in limits.items()) or "no limits"
+                click.echo(f"{tenant.tenant:<24} {len(keys)} keys   {said}")
+        return 0
 
-    _run(kafka, namespace, show)
-
-
-def _run(kafka: str | None, namespace: str | None, work: Callable[[KafkaLog, Namespace], Awaitable[None]]) -> None:
-    settings = read_settings(kafka=kafka, namespace=namespace)
-
-    async def run() -> None:
-        log = await KafkaLog.open(KafkaOptions(settings.kafka))
-        try:
-            await work(log, Namespace.named(settings.namespace))
-        finally:
-            await log.close()
-
-    try:
-        asyncio.run(run())
-    except LogError as error:
-        click.echo(f"klatch tenants: {error}", err=True)
-        sys.exit(3)
+    perform(work, as_json=as_json)

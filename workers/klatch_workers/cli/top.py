@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import click
 
-from klatch_workers.settings import Settings, UnknownSetting, read_settings
+from klatch_workers.settings import Settings, read_settings, what_is_wrong
 
 _REFUSED, _MISUSED, _UNREACHABLE = 1, 2, 3
 _TIMEOUT_S = 10.0
@@ -65,14 +65,20 @@ def top(  # noqa: PLR0913 - a command has the parameters that it has
     # Into a pipe, a table that redraws itself makes no sense; lines of JSON do.
     pause = None if once or not (as_json or sys.stdout.isatty()) else interval
     try:
-        source = find_source(read_settings(views_url=views_url, internal_key=internal_key, data=data))
+        source = find_source(_settings(views_url=views_url, internal_key=internal_key, data=data))
         asyncio.run(_watch(source, query, pause, as_json))
-    except (_Failed, UnknownSetting) as error:
-        code = error.exit_code if isinstance(error, _Failed) else _MISUSED
+    except _Failed as error:
         click.echo(json.dumps({"error": str(error)}) if as_json else f"Error: {error}", err=not as_json)
-        sys.exit(code)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(0)
+
+
+def _settings(**options: Any) -> Settings:
+    try:
+        return read_settings(**options)
+    except ValueError as error:
+        raise _Failed(what_is_wrong(error), _MISUSED) from error
 
 
 def find_source(settings: Settings) -> Source:

@@ -3,22 +3,19 @@
 Exit codes: 0 done and in order, 1 something differs (or failed), 2 misused, 3 Kafka cannot be reached.
 """
 
-import asyncio
 import json
-import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
 
 from klatch_schemas.topics import Namespace
 from klatch_streams.kafka.options import KafkaOptions
-from klatch_streams.kafka.wire import Unreachable
-from klatch_streams.log import LogError
 from klatch_streams.topic_admin import Described, Partitions, check_topics, create_topics, describe_topics
-from klatch_workers.settings import UnknownSetting, read_settings
+from klatch_workers.cli.context import Context, kafka_options, perform, shared_options
 
 _STARTUP_S = 3.0
 
@@ -41,26 +38,16 @@ def _command(body: Callable[..., Coroutine[Any, Any, int]]) -> Callable[..., Non
     """The options and errors of every command here; `body` returns the exit code."""
 
     @topics.command(name=body.__name__, help=body.__doc__)
-    @click.option("--kafka", metavar="HOST:PORT", help="Bootstrap servers.  [KLATCH_KAFKA]")
-    @click.option("--namespace", metavar="NAME", help="Prefix of topics and groups.  [KLATCH_NAMESPACE]")
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+    @kafka_options
+    @shared_options
     @wraps(body)
-    def command(kafka: str | None, namespace: str | None, as_json: bool, **rest: Any) -> None:
-        try:
-            settings = read_settings(kafka=kafka, namespace=namespace)
-        except (UnknownSetting, ValueError) as error:
-            raise click.UsageError(str(error)) from error
-        options = KafkaOptions(settings.kafka, startup_s=_STARTUP_S)
-        target = Target(options, Namespace.named(settings.namespace), as_json)
-        try:
-            code = asyncio.run(body(target, **rest))
-        except LogError as error:
-            code = 3 if isinstance(error, Unreachable) else 1
-            if as_json:
-                click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-            else:
-                click.echo(f"Error: {error}", err=True)
-        sys.exit(code)
+    def command(kafka: str | None, namespace: str | None, data: Path | None, as_json: bool, **rest: Any) -> None:
+        async def work() -> int:
+            context = Context.read(kafka=kafka, namespace=namespace, data=data)
+            options = KafkaOptions(context.bootstrap, startup_s=_STARTUP_S)
+            return await body(Target(options, context.namespace, as_json), **rest)
+
+        perform(work, as_json=as_json)
 
     return command
 

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
-from pydantic import ValidationError
 
-from klatch_schemas.codec import explain
 from klatch_schemas.topics import Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
@@ -25,7 +23,7 @@ from klatch_streams.log import LogError
 from klatch_workers.kafka import KafkaChildError
 from klatch_workers.logs import configure_logs
 from klatch_workers.models_file import ModelsFileError
-from klatch_workers.settings import Settings, UnknownSetting, read_settings
+from klatch_workers.settings import Settings, read_settings, what_is_wrong
 from klatch_workers.tenants import TenantsFileError
 from klatch_workers.up.children import ChildFailed
 from klatch_workers.up.everything import LOCAL_TENANT, AlreadyUp, Everything, Wanted, everything, keep_broker
@@ -64,8 +62,8 @@ def up(kafka: str | None, tenants: Path | None, models: Path | None, as_json: bo
     """
     try:
         settings = read_settings(**options)
-    except (UnknownSetting, ValueError) as error:
-        raise click.UsageError(explain(error) if isinstance(error, ValidationError) else str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(what_is_wrong(error)) from error
     configure_logs("warning")
     # What it would log over and over while a broker is away is said once, by what fails for good.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)

@@ -19,7 +19,7 @@ import structlog
 from klatch_streams.supervise import supervise
 from klatch_workers import event_loop
 from klatch_workers.logs import configure_logs
-from klatch_workers.settings import Settings, UnknownSetting, read_settings
+from klatch_workers.settings import Settings, read_settings, what_is_wrong
 from klatch_workers.wiring import STAGES, Begin, MissingSetting, WrongSetup, run_stage
 
 log = structlog.get_logger(__name__)
@@ -34,7 +34,7 @@ NICENESS = {"views": 10}
 @click.option("--namespace", metavar="NAME", help="Prefix of topics and groups.  [KLATCH_NAMESPACE]")
 @click.option("--http", metavar="HOST:PORT", help="Where the HTTP door listens.  [KLATCH_HTTP]")
 @click.option("--model-url", metavar="URL", help="An OpenAI-compatible model server, with /v1.  [KLATCH_MODEL_URL]")
-@click.option("--model", metavar="NAME", help="Asked for instead of each request's own.  [KLATCH_MODEL]")
+@click.option("--model", metavar="NAME", help="Asked for models without a route.  [KLATCH_MODEL]")
 @click.option("--data", metavar="DIR", help="Klatch's data folder.  [KLATCH_DATA]")
 @click.option("--once", is_flag=True, help="End when the stage fails instead of starting it anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print facts as one JSON object a line.")
@@ -46,8 +46,8 @@ def worker(stage: str, once: bool, as_json: bool, wait: bool, **options: Any) ->
     """
     try:
         settings = read_settings(**options)
-    except (UnknownSetting, ValueError) as error:
-        raise click.UsageError(str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(what_is_wrong(error)) from error
     configure_logs(settings.log_level)
     names = list(STAGES) if stage == "all" else [stage]
 

@@ -9,14 +9,13 @@ import structlog
 from klatch_streams.log import LogError
 from klatch_workers import event_loop
 from klatch_workers.logs import configure_logs
-from klatch_workers.settings import UnknownSetting, read_settings
+from klatch_workers.settings import Settings, read_settings, what_is_wrong
 from klatch_workers.views.run import ViewsFailed, run_views
 
 log = structlog.get_logger(__name__)
 
 
-async def _main() -> int:
-    settings = read_settings()
+async def _main(settings: Settings) -> int:
     configure_logs(settings.log_level)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -32,6 +31,7 @@ async def _main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(event_loop.run(_main()))
-    except UnknownSetting as unknown:
-        sys.exit(f"error: {unknown}")
+        told = read_settings()
+    except ValueError as wrong:
+        sys.exit(f"error: {what_is_wrong(wrong)}")
+    sys.exit(event_loop.run(_main(told)))
