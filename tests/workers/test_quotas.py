@@ -93,10 +93,26 @@ async def test_what_is_set_stands_in_the_tenants_log_and_in_its_history(log: Mem
 
 
 async def test_a_tenant_that_does_not_exist_is_told_with_those_that_do(log: MemoryLog) -> None:
-    with pytest.raises(UnknownTenant, match=r"no tenant 'acne'.*holds acme.*klatch tenants apply"):
+    unknown = r"no tenant 'acne'.*did you mean acme\?.*holds acme.*klatch tenants apply"
+    with pytest.raises(UnknownTenant, match=unknown):
         await set_quota(log, SPACE, Tenant("acne"), Change(weight=2.0), by="")
+    with pytest.raises(UnknownTenant, match=unknown):
+        await read_quota(log, SPACE, Tenant("acne"), 0)
     with pytest.raises(ValidationError):
         await set_quota(log, SPACE, ACME, Change(weight=1_000.0), by="")
+
+
+async def test_a_tenant_that_only_admission_knows_is_shown(log: MemoryLog) -> None:
+    direct = QuotaLimitSet(tenant=Tenant("direct"), limits=Limits(tokens_per_day=5))
+    await log.append([codec.draft(CHAT_REQUESTS.name, "direct", direct)])
+    [only] = standings(await read_quota(log, SPACE, Tenant("direct"), 0))
+    assert (only.limit, only.most) == ("tokens_per_day", 5)
+
+
+async def test_what_stands_is_set_again_where_that_is_asked_for(log: MemoryLog) -> None:
+    for again in (False, True):
+        await set_quota(log, SPACE, ACME, Change(), by="ann", again=again)
+    assert [(one.by, one.limits.tokens_per_day) for one in settings(log)] == [("test", 1_000), ("ann", 1_000)]
 
 
 @pytest.mark.parametrize("snapshot_after", [None, 1, 3])
@@ -159,6 +175,11 @@ async def test_a_tenant_that_keeps_its_limits_gets_only_its_keys(log: MemoryLog)
         (["acme", "--cost-per-day", "ten"], "neither an amount of US dollars, such as 12.50"),
         (["acme", "--cost-per-day", "0.0000001"], "counted in millionths"),
         (["acme", "--cost-per-day", "inf"], "counted in millionths"),
+        (["acme", "--cost-per-day", "1e999999"], "'--cost-per-day': '1e999999' is not between 0 and 1,000,000,000"),
+        (["acme", "--cost-per-day", "1000000000.01"], "is not between 0 and 1,000,000,000"),
+        (["acme", "--tokens-per-day", "9" * 5_000], "'--tokens-per-day': '9999"),
+        (["acme", "--tokens-per-day", "9" * 5_000], "is not between 0 and 1,000,000,000,000,000"),
+        (["acme", "--tokens-per-day", "1000000000000001"], "is not between 0 and 1,000,000,000,000,000"),
         (["acme", "--person", "*", "--weight", "2"], "are the whole tenant's"),
         (["acme", "--priority", "12"], "0<=x<=9"),
     ],

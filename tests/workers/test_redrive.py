@@ -223,7 +223,7 @@ async def test_an_older_limit_never_undoes_a_newer_one(yard: Yard, capsys: Said)
     await yard.dead(value=codec.encode(limit))
     [letter, _] = await yard.redrive(capsys)
     assert letter["state"] == "refused"
-    assert "klatch tenants apply" in letter["why"]
+    assert "`klatch tenants apply FILE --again`" in letter["why"]
     assert not yard.back()
 
 

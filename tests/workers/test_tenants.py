@@ -13,7 +13,7 @@ from klatch_schemas.topics import CHAT_REQUESTS, TENANTS, TOPICS, Namespace
 from klatch_streams.ledger import Ledger
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.books import KeyBook
-from klatch_workers.tenants import TenantsFileError, read_tenants, tenant_configured, write_tenants
+from klatch_workers.tenants import KeyTaken, TenantsFileError, read_tenants, tenant_configured, write_tenants
 
 KEY = "klatch-0123456789"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
@@ -24,6 +24,7 @@ DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
     [
         ("t.toml", f'[tenants.acme]\nkeys = ["{KEY}"]\n[tenants.acme.limits]\nconcurrent_requests = 2\n'),
         ("t.toml", f'[tenants.acme]\nkeys = ["sha256:{DIGEST}"]\nlimits = {{concurrent_requests = 2}}\n'),
+        ("t.toml", f'[tenants.acme]\nkeys = ["sha256:{DIGEST.upper()}"]\nlimits = {{concurrent_requests = 2}}\n'),
         ("t.json", f'{{"tenants": {{"acme": {{"keys": ["{KEY}"], "limits": {{"concurrent_requests": 2}}}}}}}}'),
     ],
 )
@@ -42,6 +43,12 @@ def test_keys_are_kept_by_their_hash_however_they_are_given(tmp_path: Path, name
         ('[tenants."no spaces"]\n', "no spaces"),
         ("[tenants.acme.limits]\nrequests_per_minute = -1\n", "requests_per_minute"),
         ("[tenants", "not TOML"),
+        ('[tenants.acme]\nkeys = ["klatch-12345", "sha256:9f86"]\n', r"tenants\.acme\.keys\.1: .*64 hex digits"),
+        (f'[tenants.acme]\nkeys = ["SHA256:{DIGEST[1:]}g"]\n', r"tenants\.acme\.keys\.0: .*64 hex digits"),
+        (
+            f'[tenants.acme]\nkeys = ["{KEY}"]\n[tenants.other]\nkeys = ["sha256:{DIGEST}"]\n',
+            f"tenants.acme and tenants.other have one key, {DIGEST[:12]}",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_names_the_place(tmp_path: Path, text: str, named: str) -> None:
@@ -57,6 +64,27 @@ async def test_what_differs_is_written_and_what_does_not_is_left() -> None:
     assert await write_tenants(log, Namespace(), [tenant], by="test") == []
     (set_limits,) = [codec.decode(record.value) for record in log.records(CHAT_REQUESTS.name)]
     assert set_limits == QuotaLimitSet(tenant=Tenant("acme"), limits=Limits(requests_per_minute=60), by="test")
+
+
+async def test_what_stands_is_written_again_where_that_is_asked_for() -> None:
+    log = MemoryLog({topic.name: 1 for topic in TOPICS})
+    tenant = tenant_configured(Tenant("acme"), [KEY], Limits(requests_per_minute=60))
+    for _ in range(2):
+        assert await write_tenants(log, Namespace(), [tenant], by="test", again=True) == ["acme"]
+    said = [codec.decode(record.value) for record in log.records(CHAT_REQUESTS.name)]
+    assert said == [QuotaLimitSet(tenant=Tenant("acme"), limits=Limits(requests_per_minute=60), by="test")] * 2
+
+
+async def test_a_key_of_a_tenant_that_stands_in_the_ledger_is_given_to_no_other() -> None:
+    log = MemoryLog({topic.name: 1 for topic in TOPICS})
+    acme = tenant_configured(Tenant("acme"), [KEY], Limits())
+    other = tenant_configured(Tenant("other"), [KEY], Limits())
+    await write_tenants(log, Namespace(), [acme], by="test")
+    with pytest.raises(KeyTaken, match=rf"tenants\.other\.keys: the key {DIGEST[:12]}… is acme's"):
+        await write_tenants(log, Namespace(), [other], by="test")
+    assert len(log.records(CHAT_REQUESTS.name)) == len(log.records(TENANTS.name)) == 1, "nothing was written"
+    moved = [acme.model_copy(update={"keys": ()}), other]
+    assert await write_tenants(log, Namespace(), moved, by="test") == ["acme", "other"]
 
 
 async def test_a_key_that_is_written_while_a_door_serves_is_known_to_it() -> None:

@@ -4,7 +4,8 @@ Where a tenant stands is admission's own ledger, made again: its snapshot, and w
 folded by the decider. So it is as true as a decision made now would be.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,11 +28,15 @@ _DIMENSIONS: Final = ("use_case", "person", "model")
 
 
 class UnknownTenant(LookupError):
-    """The ledger holds no such tenant; names those it holds."""
+    """The ledger holds no such tenant; names the nearest, and those it holds."""
 
-    def __init__(self, tenant: str, known: list[str]) -> None:
+    def __init__(self, tenant: str, known: Sequence[str]) -> None:
         named = ", ".join(known[:20]) or "none"
-        super().__init__(f"no tenant {tenant!r} in the ledger: it holds {named}. `klatch tenants apply` adds tenants")
+        near = difflib.get_close_matches(tenant, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        super().__init__(
+            f"no tenant {tenant!r} in the ledger{hint}: it holds {named}. `klatch tenants apply FILE` adds tenants"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +73,32 @@ class Change:
         return (*others, LimitRule.model_validate({**self.scope, "limits": limits}))
 
 
-async def set_quota(log: Log, namespace: Namespace, tenant: Tenant, change: Change, by: str) -> TenantConfigured:
-    """Change a tenant's settings. In force for the next request. Raises UnknownTenant, ValidationError, LogError."""
-    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
-        held = ledger.get(tenant)
-        known = sorted(one.tenant for one in ledger.values())
-    if held is None:
-        raise UnknownTenant(tenant, list(known))
+async def set_quota(
+    log: Log, namespace: Namespace, tenant: Tenant, change: Change, by: str, *, again: bool = False
+) -> TenantConfigured:
+    """Change a tenant's settings; `again`: write them also if nothing changes. In force for the next request.
+
+    Raises UnknownTenant, ValidationError, LogError.
+    """
+    held = await _held(log, namespace, tenant)
     changed = change.of(held)
-    await write_tenants(log, namespace, [changed], by)
+    await write_tenants(log, namespace, [changed], by, again=again)
     return changed
 
 
+async def _held(log: Log, namespace: Namespace, tenant: Tenant) -> TenantConfigured:
+    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
+        held = ledger.get(tenant)
+        if held is None:
+            raise UnknownTenant(tenant, sorted(one.tenant for one in ledger.values()))
+    return held
+
+
 async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int) -> Ledger:
-    """Admission's ledger of a tenant, as of the log's end and `now_ms`. Raises LogError, StateLost."""
+    """Admission's ledger of a tenant, as of the log's end and `now_ms`.
+
+    Raises UnknownTenant if neither the tenants ledger nor admission knows it, LogError, StateLost.
+    """
     topic = namespace.of(CHAT_REQUESTS)
     number = partition_of(tenant.encode(), await log.partitions(topic))
     admission = Admission()
@@ -89,15 +106,19 @@ async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int
     state = admission.load(tenant, dict(saved.parts)) if saved else admission.initial(tenant)
     first, end = await log.bounds(Partition(topic, number))
     tail = await log.tail()
+    known = saved is not None
     try:
         async for records in catch_up(
             tail, Partition(topic, number), max(first, saved.applied + 1 if saved else 0), end
         ):
             for record in records:
                 if record.key == tenant.encode():
+                    known = True
                     state = _decided(admission, state, record.value, record.timestamp_ms)
     finally:
         await tail.close()
+    if not known:
+        await _held(log, namespace, tenant)
     return advanced(state, now_ms)
 
 

@@ -23,9 +23,9 @@ import re
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from klatch_schemas.codec import draft, explain
 from klatch_schemas.events import (
@@ -44,17 +44,38 @@ from klatch_schemas.topics import CHAT_REQUESTS, MODELS, TENANTS, Namespace
 from klatch_streams.ledger import Ledger, publish
 from klatch_streams.log import Log
 
-_HASHED = re.compile(r"sha256:([0-9a-f]{64})")
+_HASHED: Final = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
+_ONE: Final = "a key speaks for one tenant, so give each its own"
 
 
 class TenantsFileError(ValueError):
     """The tenants file cannot be used; names file, field and fix."""
 
 
+class KeyTaken(TenantsFileError):
+    """A key that is given to a tenant speaks for another already; names both, and of the key its id."""
+
+
+def _digest(key: str) -> str:
+    """The sha256 of a key, which may be given instead of it. Raises ValueError, which does not repeat it."""
+    hashed = _HASHED.fullmatch(key)
+    if key[:7].lower() == "sha256:" and not hashed:
+        # Hashed as a key, it would let in whoever says what the file holds so that it need not be secret.
+        raise ValueError("`sha256:` needs the 64 hex digits of a key's hash behind it")
+    return hashed[1].lower() if hashed else hashlib.sha256(key.encode()).hexdigest()
+
+
+def _usable(key: str) -> str:
+    _digest(key)
+    return key
+
+
 class _Tenant(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    keys: list[Annotated[str, StringConstraints(min_length=8)]] = Field(default_factory=list[str])
+    keys: list[Annotated[str, StringConstraints(min_length=8), AfterValidator(_usable)]] = Field(
+        default_factory=list[str]
+    )
     limits: Limits = Limits()
     rules: tuple[LimitRule, ...] = Field(default=(), max_length=500)
     weight: Weight = 1.0
@@ -79,7 +100,14 @@ def read_tenants(path: Path) -> list[TenantConfigured]:
         raise TenantsFileError(f"{path}: {explain(error)}") from error
     except ValueError as error:
         raise TenantsFileError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
-    return [_configured(path, name, tenant) for name, tenant in file.tenants.items()]
+    tenants = [_configured(path, name, tenant) for name, tenant in file.tenants.items()]
+    for number, tenant in enumerate(tenants):
+        if taken := _taken(tenant, tenants[:number]):
+            key, other = taken
+            raise TenantsFileError(
+                f"{path}: tenants.{other} and tenants.{tenant.tenant} have one key, {key.id}…: {_ONE}"
+            )
+    return tenants
 
 
 def _configured(path: Path, name: Tenant, said: _Tenant) -> TenantConfigured:
@@ -94,26 +122,34 @@ def _configured(path: Path, name: Tenant, said: _Tenant) -> TenantConfigured:
 
 
 def tenant_configured(name: Tenant, keys: list[str], limits: Limits) -> TenantConfigured:
-    """A tenant for the ledger; of its keys only the hashes."""
+    """A tenant for the ledger; of its keys only the hashes. Raises ValueError for a `sha256:` that is none."""
     return TenantConfigured(tenant=name, keys=tuple(_key(key) for key in keys), limits=limits)
 
 
 async def write_tenants(
-    log: Log, namespace: Namespace, tenants: Sequence[TenantConfigured], by: str, *, keep: Collection[Tenant] = ()
+    log: Log,
+    namespace: Namespace,
+    tenants: Sequence[TenantConfigured],
+    by: str,
+    *,
+    keep: Collection[Tenant] = (),
+    again: bool = False,
 ) -> list[Tenant]:
-    """Put tenants into the ledger, and their limits into their own logs; returns those that differed.
+    """Put tenants into the ledger, and their limits into their own logs; returns those that were written.
 
-    Tenants of `keep` keep the limits that they have. Those whose money is limited get the prices of the routes that
-    stand now.
+    These are the ones that differ from what the ledger holds, or with `again` all: what stands there may have died on
+    its way through a tenant's own log. Tenants of `keep` keep the limits that they have. Those whose money is limited
+    get the prices of the routes that stand now. Raises KeyTaken before anything is written, and LogError.
     """
     changed: list[Tenant] = []
     prices = await read_prices(log, namespace)
     async with await Ledger[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
+        _refuse_taken(tenants, ledger.values())
         for said in tenants:
             held = ledger.get(said.tenant)
             tenant = said.model_copy(update=_limits_of(held)) if held and said.tenant in keep else said
             tenant = tenant.model_copy(update={"prices": prices if limits_money(tenant) else {}})
-            if held == tenant:
+            if held == tenant and not again:
                 continue
             # Decisions have one order: the limits in force are those in the tenant's own log. They come first, so
             # that a crash between the two is mended by writing again.
@@ -159,7 +195,27 @@ def _micros(dollars: float) -> int:
     return math.ceil(round(dollars * 1_000_000, 3))
 
 
+def _refuse_taken(tenants: Sequence[TenantConfigured], standing: Collection[TenantConfigured]) -> None:
+    named = {tenant.tenant for tenant in tenants}
+    others = [tenant for tenant in standing if tenant.tenant not in named]
+    before = {tenant.tenant: tenant.keys for tenant in standing}
+    for tenant in tenants:
+        # Who has it already keeps it: a change of limits or prices writes the keys that stand.
+        new = [key for key in tenant.keys if key not in before.get(tenant.tenant, ())]
+        if taken := _taken(tenant.model_copy(update={"keys": new}), others):
+            key, other = taken
+            raise KeyTaken(
+                f"tenants.{tenant.tenant}.keys: the key {key.id}… is {other}'s, who stands in the ledger: {_ONE} "
+                f"(or write {other} without it, in the same file)"
+            )
+
+
+def _taken(tenant: TenantConfigured, others: Collection[TenantConfigured]) -> tuple[ApiKey, Tenant] | None:
+    """A key of `tenant` that one of the others has, and whose it is."""
+    owners = {key.sha256: other.tenant for other in others for key in other.keys}
+    return next(((key, owners[key.sha256]) for key in tenant.keys if key.sha256 in owners), None)
+
+
 def _key(key: str) -> ApiKey:
-    hashed = _HASHED.fullmatch(key)
-    digest = hashed.group(1) if hashed else hashlib.sha256(key.encode()).hexdigest()
+    digest = _digest(key)
     return ApiKey(id=digest[:12], sha256=digest)

@@ -42,6 +42,10 @@ COUNTS: Final = (
     "burst_tokens",
 )
 MONEY: Final = ("cost_per_day", "cost_per_month")
+_MOST: Final = 10**15
+"""Of what is counted, millionths of a dollar too: far beyond any use, and exact wherever JSON is read."""
+_MICROS: Final = 1_000_000
+_CITED: Final = 40
 _SHOWN: Final = 20
 _NONE: Final = "none"
 
@@ -59,9 +63,12 @@ class _Count(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == _NONE:
             return _NONE
-        if str(value).isdecimal():
-            return int(value)
-        return self.fail(f"{value!r} is neither a whole number nor `none` (no limit)", param, ctx)
+        digits = str(value).lstrip("0") or "0"
+        if not str(value).isdecimal():
+            self.fail(f"{_cited(value)} is neither a whole number nor `none` (no limit)", param, ctx)
+        if len(digits) > len(str(_MOST)) or int(digits) > _MOST:
+            self.fail(f"{_cited(value)} is not between 0 and {_MOST:,}; `none` is no limit", param, ctx)
+        return int(digits)
 
 
 class _Dollars(click.ParamType):
@@ -73,12 +80,20 @@ class _Dollars(click.ParamType):
         if value == _NONE:
             return _NONE
         try:
-            micros = Decimal(value) * 1_000_000
+            dollars = Decimal(value)
         except InvalidOperation:
-            self.fail(f"{value!r} is neither an amount of US dollars, such as 12.50, nor `none` (no limit)", param, ctx)
-        if not micros.is_finite() or micros < 0 or micros != int(micros):
-            self.fail(f"{value!r} is no amount of US dollars that can be counted in millionths", param, ctx)
-        return int(micros)
+            told = "is neither an amount of US dollars, such as 12.50, nor `none` (no limit)"
+            self.fail(f"{_cited(value)} {told}", param, ctx)
+        if dollars.is_finite() and not 0 <= dollars <= _MOST // _MICROS:
+            self.fail(f"{_cited(value)} is not between 0 and {_MOST // _MICROS:,}; `none` is no limit", param, ctx)
+        if not dollars.is_finite() or dollars != round(dollars, 6):
+            self.fail(f"{_cited(value)} is no amount of US dollars that can be counted in millionths", param, ctx)
+        return int(dollars * _MICROS)
+
+
+def _cited(value: object) -> str:
+    said = str(value)
+    return repr(said if len(said) <= _CITED else f"{said[:_CITED]}…")
 
 
 def _limit_options(command: Any) -> Any:
@@ -100,10 +115,9 @@ def _common(command: Any) -> Any:
 @_limit_options
 @click.option("--weight", type=float, help="Its share where a model's capacity is the bottleneck: 0.01 to 100.")
 @click.option("--priority", type=click.IntRange(0, 9), help="The best priority that its requests get; 0 is the best.")
+@click.option("--again", is_flag=True, help="Write TENANT's settings into its log also if nothing changes.")
 @click.option("--by", default="klatch quota", show_default=True, help="Who changes it; stands in the history.")
-def set_(
-    tenant: str, use_case: str | None, person: str | None, model: str | None, by: str, as_json: bool, **options: Any
-) -> None:
+def set_(tenant: str, again: bool, by: str, as_json: bool, **options: Any) -> None:
     """Change what TENANT may use; in force for its next request. What is not named stays, `none` takes a limit away.
 
     \b
@@ -111,14 +125,14 @@ def set_(
     klatch quota set acme --person '*' --tokens-per-day 20000
     klatch quota set acme --use-case support --model gpt-5 --requests-per-minute 60 --burst-requests 30
     """
-    named = {"use_case": use_case, "person": person, "model": model}
-    change = _change({name: value for name, value in named.items() if value is not None}, options)
+    named = {dimension: options.pop(dimension) for dimension in ("use_case", "person", "model")}
+    change = _change({name: value for name, value in named.items() if value is not None}, options, again=again)
 
     async def work() -> int:
         context = Context.read(**options)
         async with opened_log(context) as log:
             try:
-                said = await set_quota(log, context.namespace, Tenant(tenant), change, by)
+                said = await set_quota(log, context.namespace, Tenant(tenant), change, by, again=again)
             except UnknownTenant as error:
                 raise CommandFailed(str(error), MISUSED) from error
             except ValidationError as error:
@@ -172,7 +186,10 @@ def _read(tenant: str, say: Callable[[Ledger], None], *, as_json: bool, **option
     async def work() -> int:
         context = Context.read(**options)
         async with opened_log(context) as log:
-            ledger = await read_quota(log, context.namespace, Tenant(tenant), int(time.time() * 1_000))
+            try:
+                ledger = await read_quota(log, context.namespace, Tenant(tenant), int(time.time() * 1_000))
+            except UnknownTenant as error:
+                raise CommandFailed(str(error), MISUSED) from error
         say(ledger)
         return 0
 
@@ -182,7 +199,7 @@ def _read(tenant: str, say: Callable[[Ledger], None], *, as_json: bool, **option
 # --- reading options --------------------------------------------------------------------------------------------------
 
 
-def _change(scope: Mapping[str, str], options: dict[str, Any]) -> Change:
+def _change(scope: Mapping[str, str], options: dict[str, Any], *, again: bool) -> Change:
     """The change that options ask for; takes them out of `options`."""
     limits: dict[str, int | None] = {}
     for name in (*COUNTS, *MONEY):
@@ -195,7 +212,7 @@ def _change(scope: Mapping[str, str], options: dict[str, Any]) -> Change:
         raise click.UsageError(
             "--weight and --priority are the whole tenant's: leave out --use-case, --person, --model"
         )
-    if not limits and weight is None and priority is None:
+    if not limits and weight is None and priority is None and not again:
         raise click.UsageError("nothing to set: name a limit, such as --tokens-per-day 100000, --weight or --priority")
     return Change(scope, limits, weight, priority)
 

@@ -35,8 +35,9 @@ def _options(command: Any) -> Any:
 
 @tenants.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--again", is_flag=True, help="Write all of them, also those that stand in the ledger as they are.")
 @_options
-def apply(file: Path, as_json: bool, **options: Any) -> None:
+def apply(file: Path, again: bool, as_json: bool, **options: Any) -> None:
     """Put the tenants that FILE names into the ledger; in force within a second. Tenants it leaves out stay.
 
     \b
@@ -51,13 +52,14 @@ def apply(file: Path, as_json: bool, **options: Any) -> None:
         try:
             named = read_tenants(file)
             async with opened_log(context) as log:
-                changed = await write_tenants(log, context.namespace, named, by="klatch tenants")
+                changed = await write_tenants(log, context.namespace, named, by="klatch tenants", again=again)
         except TenantsFileError as error:
             raise CommandFailed(str(error), MISUSED) from error
         if as_json:
             say_json({"tenants": len(named), "changed": changed})
         else:
-            click.echo(f"{len(named)} tenants, changed: {', '.join(changed) or 'none'}")
+            done = "written" if again else "changed"
+            click.echo(f"{len(named)} tenants, {done}: {', '.join(changed) or 'none'}")
         return 0
 
     perform(work, as_json=as_json)

@@ -80,5 +80,8 @@ def refusal(letter: Letter) -> str:
     if letter.topic not in _TAKEN:
         return _REFUSED.get(letter.topic, f"nothing reads {letter.topic or 'its topic'} again")
     if letter.topic == CHAT_REQUESTS.name and letter.kind.startswith(QuotaLimitSet.KIND.rsplit(".v", 1)[0]):
-        return "a limit that comes late would undo a newer one: set it anew with `klatch tenants apply`"
+        return (
+            "a limit that comes late would undo a newer one: set it anew with `klatch tenants apply FILE --again`, "
+            "or what the ledger holds with `klatch quota set TENANT --again`"
+        )
     return ""
