@@ -71,7 +71,11 @@ class MemoryLog:
         max_record_bytes: int = 1_000_000,
         appending: Callable[[Sequence[Draft]], Awaitable[None]] | None = None,
     ) -> None:
-        """`appending` is awaited before each append, as if the call came later: a test may hold it there."""
+        """`appending` is awaited before each append, as if the call came later: a test may hold it there.
+
+        The default of `max_record_bytes` is a tenth of a cluster's (`klatch_schemas.topics.MAX_RECORD_BYTES`), so that
+        what is too large for a log stays small enough for a test.
+        """
         self._held = {Partition(topic, number): Held() for topic, size in topics.items() for number in range(size)}
         self._topics = dict(topics)
         self._now_ms = now_ms

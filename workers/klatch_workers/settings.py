@@ -62,7 +62,7 @@ class Settings(BaseModel):
     model_url: str | None = None
     """An OpenAI-compatible server, with its `/v1`; None: the local model, where there is one."""
     model: str | None = None
-    """Asked of the server instead of each request's own model name."""
+    """Asked of that server instead of each request's own model name; models with a route go by their route."""
     model_key: SecretStr | None = None
     model_continues: Continues = "none"
     """How the model server goes on with an answer that broke off: `vllm`, `prefill` (llama.cpp) or `none`."""

@@ -36,7 +36,7 @@ _QUESTION = "In one short sentence: what is a klatch?"
 @click.option("--http", metavar="HOST:PORT", help="Where the HTTP door listens.  [default: 127.0.0.1:8080]")
 @click.option("--kafka", metavar="HOST:PORT", help="Use this cluster instead of starting one.")
 @click.option("--model-url", metavar="URL", help="Use this OpenAI-compatible server instead of the local model.")
-@click.option("--model", metavar="NAME", help="Ask for this model, whatever requests name.")
+@click.option("--model", metavar="NAME", help="Ask it for this model, whatever requests name; not of routes.")
 @click.option(
     "--model-key", metavar="KEY", help="The server's API key. Better set KLATCH_MODEL_KEY: others see options."
 )
