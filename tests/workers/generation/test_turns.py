@@ -13,7 +13,7 @@ from klatch_schemas import codec
 from klatch_schemas.events import TurnFinished, Usage
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition
-from klatch_schemas.topics import CHAT_TURNS
+from klatch_schemas.topics import CHAT_TURNS, MAX_RECORD_BYTES
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.generation import turns as module
 from klatch_workers.generation.turns import Conversations, TurnReader
@@ -25,11 +25,18 @@ class Written:
     """Turns in a log, and who reads them."""
 
     def __init__(self) -> None:
-        self.log = MemoryLog({CHAT_TURNS.name: 1})
+        self.log = MemoryLog({CHAT_TURNS.name: 1}, max_record_bytes=MAX_RECORD_BYTES)
         self.reader = TurnReader(self.log)
         self.conversations = Conversations(PARTITION, self.reader)
 
-    async def turn(self, request: str, conversation: str = "c", tenant: str = "acme", previous: int | None = -1) -> int:
+    async def turn(
+        self,
+        request: str,
+        conversation: str = "c",
+        tenant: str = "acme",
+        previous: int | None = -1,
+        text: str = "",
+    ) -> int:
         """Append the next turn of a conversation; `previous` of -1 is the last one."""
         head = self.conversations.head(tenant, conversation)
         before = (head.offset if head else None) if previous == -1 else previous
@@ -38,7 +45,7 @@ class Written:
             tenant=Tenant(tenant),
             conversation=Conversation(conversation),
             status="completed",
-            messages=(),
+            messages=({"role": "user", "content": text},),
             reply=(),
             usage=Usage(),
             attempt=1,
@@ -46,8 +53,9 @@ class Written:
             finished_ms=0,
             previous=before,
         )
-        [(_, offset)] = await self.log.append([codec.draft(CHAT_TURNS.name, conversation, turn)])
-        self.conversations.append(offset, turn, offset)
+        draft = codec.draft(CHAT_TURNS.name, conversation, turn)
+        [(_, offset)] = await self.log.append([draft])
+        self.conversations.append(offset, turn, offset, len(draft.value or b""))
         return offset
 
     def forget(self) -> None:
@@ -140,6 +148,23 @@ async def test_what_is_cached_is_bounded_and_what_is_not_cached_is_read_again(mo
         await written.turn(f"r{number}")
     assert await written.recent(20) == [f"r{number}" for number in range(20)]
     assert len(written.reader._cache) <= 4
+
+
+def size_of_cached(written: Written) -> int:
+    """What is at hand, as the log has it."""
+    return sum(len(written.log.held(PARTITION).records[offset].value or b"") for _, offset in written.reader._cache)
+
+
+async def test_large_turns_that_stay_at_hand_are_bounded_by_their_size_and_the_others_are_read_again() -> None:
+    written = Written()
+    texts = [f"{number} " + "x" * 8_000_000 for number in range(10)]
+    for number, text in enumerate(texts):
+        await written.turn(f"r{number}", text=text)
+        assert size_of_cached(written) <= module.CACHED_BYTES
+    assert len(written.reader._cache) == 4, "as many as there is room for stay at hand"
+    turns = await written.conversations.recent("acme", "c", 10)
+    assert [turn.messages[0]["content"] for turn in turns] == texts
+    assert size_of_cached(written) == written.reader.cached_bytes <= module.CACHED_BYTES
 
 
 async def test_a_turn_that_is_named_and_not_there_is_an_error_and_not_a_wait_for_ever(

@@ -1,8 +1,8 @@
 """A conversation's past, read from the log: every finished turn names the offset of the one before it.
 
 Only the last turn's offset is kept in memory and in snapshots, a few dozen bytes a conversation; the turns
-themselves are read when they are needed, and the latest read stay cached. So a conversation goes on after every
-process was restarted, and costs next to nothing while nobody speaks.
+themselves are read when they are needed, and the latest read stay cached, within bounds. So a conversation goes on
+after every process was restarted, and costs next to nothing while nobody speaks.
 """
 
 import asyncio
@@ -16,6 +16,9 @@ from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, LogError, OffsetGone, Tail
 
 CACHED = 2_000
+"""How many turns a process has at hand."""
+CACHED_BYTES = 32 * 1024 * 1024
+"""And how large they are together, as records; a single one may be as large as a record."""
 SILENT_S = 10
 """How long a turn is waited for that should stand in the log."""
 
@@ -29,6 +32,11 @@ class Head(NamedTuple):
     """Offset of its request on chat.admitted: in a conversation it only grows."""
 
 
+class _Cached(NamedTuple):
+    turn: TurnFinished
+    size: int
+
+
 class TurnReader:
     """Reads single turns at known offsets; one reader a process."""
 
@@ -36,22 +44,32 @@ class TurnReader:
         self._log = log
         self._tail: Tail | None = None
         self._turn = asyncio.Lock()
-        self._cache: OrderedDict[tuple[Partition, int], TurnFinished] = OrderedDict()
+        self._cache: OrderedDict[tuple[Partition, int], _Cached] = OrderedDict()
+        self.cached_bytes = 0
+        """The size of what is at hand, as records."""
 
-    def keep(self, partition: Partition, offset: int, turn: TurnFinished) -> None:
-        """Have a turn at hand."""
-        self._cache[partition, offset] = turn
-        self._cache.move_to_end((partition, offset))
-        if len(self._cache) > CACHED:
-            self._cache.popitem(last=False)
+    def keep(self, partition: Partition, offset: int, turn: TurnFinished, size: int) -> None:
+        """Have a turn at hand, whose record is of that size, instead of those that were used longest ago."""
+        if before := self._cache.pop((partition, offset), None):
+            self.cached_bytes -= before.size
+        self._cache[partition, offset] = _Cached(turn, size)
+        self.cached_bytes += size
+        while len(self._cache) > CACHED or self.cached_bytes > CACHED_BYTES:
+            self.cached_bytes -= self._cache.popitem(last=False)[1].size
 
     async def read(self, partition: Partition, offset: int) -> TurnFinished:
         """The turn at `offset`. Raises OffsetGone once retention has taken it, Unreadable."""
-        if cached := self._cache.get((partition, offset)):
-            self._cache.move_to_end((partition, offset))
+        if cached := self._at_hand(partition, offset):
             return cached
         async with self._turn:
-            return self._cache.get((partition, offset)) or await self._fetch(partition, offset)
+            return self._at_hand(partition, offset) or await self._fetch(partition, offset)
+
+    def _at_hand(self, partition: Partition, offset: int) -> TurnFinished | None:
+        cached = self._cache.get((partition, offset))
+        if cached is None:
+            return None
+        self._cache.move_to_end((partition, offset))
+        return cached.turn
 
     async def _fetch(self, partition: Partition, offset: int) -> TurnFinished:
         tail = self._tail = self._tail or await self._log.tail()
@@ -61,7 +79,7 @@ class TurnReader:
         finally:
             tail.unfollow(partition)
         turn = codec.decode_as(TurnFinished, records[0].value)
-        self.keep(partition, offset, turn)
+        self.keep(partition, offset, turn, len(records[0].value or b""))
         return turn
 
     async def close(self) -> None:
@@ -109,12 +127,12 @@ class Conversations:
             offset = turn.previous
         return list(reversed(turns.values()))
 
-    def append(self, offset: int, turn: TurnFinished, applied: int) -> None:
-        """`turn` now stands at `offset`, and is the conversation's last."""
+    def append(self, offset: int, turn: TurnFinished, applied: int, size: int) -> None:
+        """`turn` now stands at `offset`, in a record of that size, and is the conversation's last."""
         key = conversation_key(turn.tenant, turn.conversation)
         self.heads[key] = Head(offset, turn.request, applied)
         self.changed.add(key)
-        self._reader.keep(self._partition, offset, turn)
+        self._reader.keep(self._partition, offset, turn, size)
 
 
 def conversation_key(tenant: str, conversation: str) -> str:
