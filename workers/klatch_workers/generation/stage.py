@@ -357,16 +357,17 @@ class GenerationOwner:
             _, source, last = self._causes.popleft()
             self._durably_seen[source] = last
         table.commit(low_water, self._durably_seen)
-        await self._bury(table)
-        position = _Position(*table.floors(), dict(self._durably_seen), low_water)
+        # Both in one step: what is heard from here on is not below the floors, and among the next letters.
+        floors, unreadable, table.unreadable = table.floors(), table.unreadable, []
+        await self._bury(unreadable)
+        position = _Position(*floors, dict(self._durably_seen), low_water)
         changed, conversations.changed = conversations.changed, set()
         heads = [_head(key, conversations.heads[key]) for key in sorted(changed)]
         if heads or position != self._written:
             await self._snapshots.write([(_POSITION, low_water, position.parts()), *heads])
             self._written = position
 
-    async def _bury(self, table: Table) -> None:
-        unreadable, table.unreadable = table.unreadable, []
+    async def _bury(self, unreadable: Sequence[tuple[Record, str]]) -> None:
         if unreadable:
             letters = [
                 dead_letter(record, self._stage.namespace, self._stage.name, DeadLetter("unreadable", why))
