@@ -2,7 +2,8 @@
 
 Recalling and reading recent turns start on admission, beside screening; nothing of it reaches a model before the
 verdict. Recall that fails or is too slow is left out, and said so in the log: a reply without a memory is better
-than none. A prompt that does not exist or does not render fails the request, with the words that mend it.
+than none. A reply that has forgotten its conversation is not: recent turns that the log does not give are waited for,
+as long as a verdict. A prompt that does not exist or does not render fails the request, with the words that mend it.
 """
 
 import asyncio
@@ -63,9 +64,22 @@ class PreparingFailed(Exception):
         self.said = said
 
 
+_AGAIN_MS: Final = 5_000
+"""When to ask again for what failed on a part of klatch that did not answer for minutes."""
+
 _NOT_JUDGED: Final = StreamError(
-    code=Unavailable.code, message="trust did not judge the request in time; nothing was sent to a model: try again"
+    code=Unavailable.code,
+    message="trust did not judge the request in time; nothing was sent to a model: try again",
+    retry_after_ms=_AGAIN_MS,
 )
+_NOT_READ: Final = StreamError(
+    code=Unavailable.code,
+    message="the conversation's turns could not be read in time; nothing was sent to a model: try again",
+    retry_after_ms=_AGAIN_MS,
+)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+"""Between tries to read turns; doubled by each failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +109,18 @@ class Preparer:
     timeouts: Timeouts = Timeouts()
     recall_patience_s: float = 1.0
     verdict_patience_s: float = 300.0
-    """How long screening may take for a request whose turn it is: without a verdict nothing reaches a model."""
+    """How long screening may take for a request whose turn it is: without a verdict nothing reaches a model.
+
+    And how long the log may take to give the conversation's turns.
+    """
     renderer: Prompts = field(default_factory=Prompts)
 
     async def prepare(self, admitted: ChatAdmitted, tracked: Tracked, conversations: Conversations) -> Prepared:
         """Wait for the verdict and make the call. Raises PreparingFailed."""
         request = admitted.request
         gathering = asyncio.ensure_future(self._gather(request, conversations))
+        # What it fails with is of interest only if somebody gets as far as to await it.
+        gathering.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             await self._judged(tracked)
             assert tracked.verdict  # noqa: S101 - awaited just now
@@ -124,7 +143,7 @@ class Preparer:
     async def _gather(
         self, request: ChatRequested, conversations: Conversations
     ) -> tuple[Sequence[Memory], Sequence[TurnFinished]]:
-        return await asyncio.gather(self._recall(request), _recent(request, conversations))
+        return await asyncio.gather(self._recall(request), self._recent(request, conversations))
 
     async def _recall(self, request: ChatRequested) -> Sequence[Memory]:
         text = last_user_text(request.body)
@@ -138,6 +157,16 @@ class Preparer:
         except (RecallFailed, TimeoutError) as error:
             log.warning("recall.skipped", request=request.request, reason=str(error) or "too slow")
             return ()
+
+    async def _recent(self, request: ChatRequested, conversations: Conversations) -> Sequence[TurnFinished]:
+        if not request.memory.recent:
+            return ()
+        try:
+            async with asyncio.timeout(self.verdict_patience_s):
+                return await _read(request, conversations)
+        except TimeoutError:
+            log.warning("turns.missing", request=request.request, waited_s=self.verdict_patience_s)
+            raise PreparingFailed(_NOT_READ) from None
 
     def _compose(
         self,
@@ -200,14 +229,19 @@ def _said(turn: TurnFinished) -> list[Json]:
     return [message for message in turn.messages if message.get("role") not in {"system", "developer"}]
 
 
-async def _recent(request: ChatRequested, conversations: Conversations) -> Sequence[TurnFinished]:
-    if not request.memory.recent:
-        return ()
-    try:
-        return await conversations.recent(request.tenant, request.conversation, request.memory.recent)
-    except (LogError, Unreadable) as error:
-        log.warning("turns.skipped", request=request.request, reason=str(error))
-        return ()
+async def _read(request: ChatRequested, conversations: Conversations) -> Sequence[TurnFinished]:
+    """The conversation's recent turns, however long it takes; none if one of them cannot be read by anybody."""
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await conversations.recent(request.tenant, request.conversation, request.memory.recent)
+        except Unreadable as error:
+            log.warning("turns.skipped", request=request.request, reason=str(error))
+            return ()
+        except LogError as error:
+            log.warning("turns.awaited", request=request.request, reason=str(error), pause_s=pause_s)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def redacted(request: ChatRequested, verdict: TrustVerdict) -> Mapping[str, object]:

@@ -6,8 +6,7 @@ after every process was restarted, and costs next to nothing while nobody speaks
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
 from klatch_schemas import codec
@@ -20,7 +19,7 @@ CACHED = 2_000
 CACHED_BYTES = 32 * 1024 * 1024
 """And how large they are together, as records; a single one may be as large as a record."""
 SILENT_S = 10
-"""How long a turn is waited for that should stand in the log."""
+"""How long a read waits for a turn that should stand in the log."""
 
 
 class Head(NamedTuple):
@@ -42,8 +41,9 @@ class TurnReader:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._tail: Tail | None = None
-        self._turn = asyncio.Lock()
+        self._reading = defaultdict[Partition, asyncio.Lock](asyncio.Lock)
+        """One at a time reads a partition: what waits for one that does not answer keeps nobody from the others."""
+        self._tails, self._idle = list[Tail](), list[Tail]()
         self._cache: OrderedDict[tuple[Partition, int], _Cached] = OrderedDict()
         self.cached_bytes = 0
         """The size of what is at hand, as records."""
@@ -58,10 +58,10 @@ class TurnReader:
             self.cached_bytes -= self._cache.popitem(last=False)[1].size
 
     async def read(self, partition: Partition, offset: int) -> TurnFinished:
-        """The turn at `offset`. Raises OffsetGone once retention has taken it, Unreadable."""
+        """The turn at `offset`. Raises OffsetGone once the log does not hold it, LogError, Unreadable."""
         if cached := self._at_hand(partition, offset):
             return cached
-        async with self._turn:
+        async with self._reading[partition]:
             return self._at_hand(partition, offset) or await self._fetch(partition, offset)
 
     def _at_hand(self, partition: Partition, offset: int) -> TurnFinished | None:
@@ -72,27 +72,36 @@ class TurnReader:
         return cached.turn
 
     async def _fetch(self, partition: Partition, offset: int) -> TurnFinished:
-        tail = self._tail = self._tail or await self._log.tail()
+        tail = self._idle.pop() if self._idle else await self._open()
         tail.follow(partition, offset)
         try:
-            records = await _first(tail)
+            record = await self._first(tail, partition, offset)
         finally:
             tail.unfollow(partition)
-        turn = codec.decode_as(TurnFinished, records[0].value)
-        self.keep(partition, offset, turn, len(records[0].value or b""))
+            self._idle.append(tail)
+        turn = codec.decode_as(TurnFinished, record.value)
+        self.keep(partition, offset, turn, len(record.value or b""))
         return turn
 
+    async def _open(self) -> Tail:
+        tail = await self._log.tail()
+        self._tails.append(tail)
+        return tail
+
+    async def _first(self, tail: Tail, partition: Partition, offset: int) -> Record:
+        for _ in range(SILENT_S):
+            if records := await tail.read(1000):
+                return records[0]
+        first, end = await self._log.bounds(partition)
+        if offset >= end:
+            # Its leader says so: the log has lost what it had acknowledged, and waiting brings it back no more.
+            raise OffsetGone(partition, offset, first, end)
+        raise LogError(f"{partition.topic}/{partition.number} fell silent at {offset}")
+
     async def close(self) -> None:
-        """Give back the connection."""
-        if self._tail:
-            await self._tail.close()
-
-
-async def _first(tail: Tail) -> Sequence[Record]:
-    for _ in range(SILENT_S):
-        if records := await tail.read(1000):
-            return records
-    raise LogError("a turn that its successor names is not in the log")
+        """Give back connections."""
+        for tail in self._tails:
+            await tail.close()
 
 
 class Conversations:
@@ -110,7 +119,7 @@ class Conversations:
         return self.heads.get(conversation_key(tenant, conversation))
 
     async def recent(self, tenant: str, conversation: str, most: int) -> list[TurnFinished]:
-        """The conversation's last turns, oldest first, at most `most`; those that retention has taken are left out.
+        """The conversation's last turns, oldest first, at most `most`; those that the log has no more are left out.
 
         Raises LogError, Unreadable.
         """
