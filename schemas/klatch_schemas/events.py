@@ -106,6 +106,11 @@ class ChatRequested(Event):
     partial answer and the answer is one choice of plain text; anywhere else the later attempt restarts."""
     context: RequestContext = RequestContext()
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it is a conversation of its own that nothing follows: no later request recalls its turn."""
+        return self.conversation == self.request and not (self.memory.recent or self.memory.store)
+
 
 class EmbeddingRequested(Event):
     """A door asks whether a tenant may have texts embedded. The texts stay at the door: admission counts, nobody reads.

@@ -60,6 +60,7 @@ class Snapshots:
         self._log = log
         self._partition = partition
         self._empty = {key: one.applied for key, one in saved.items() if not one.parts}
+        self._handed_over: tuple[str, ...] = ()
 
     @classmethod
     async def open(cls, log: Log, partition: Partition, committed: int) -> "Snapshots":
@@ -94,10 +95,34 @@ class Snapshots:
             del self._empty[key], self.saved[key]
         return gone
 
+    def hand_over(self, prefix: str) -> list[tuple[str, Saved]]:
+        """The states whose keys begin so: from now on they are their owner's to remember, who has many of them.
+
+        Such a state is written whole each time, its parts must always have the same names, and `take_away` ends it.
+        """
+        self._handed_over += (prefix,)
+        given = [(key, saved) for key, saved in self.saved.items() if key.startswith(prefix)]
+        # Anew, since a dict that is emptied stays as large as it was.
+        self.saved = {key: saved for key, saved in self.saved.items() if not key.startswith(prefix)}
+        return given
+
+    async def take_away(self, states: Iterable[tuple[str, int, Sequence[str]]]) -> None:
+        """End states that were handed over (key, offset applied, names of parts). Raises AppendFailed.
+
+        The offset must have been committed, for the reason that `forget` waits for it.
+        """
+        drafts = list[Draft]()
+        for key, applied, names in states:
+            drafts.append(self._tombstone(key, applied))
+            drafts += [_gone(self._partition, _key(key, name)) for name in names]
+        await self._append(drafts)
+
     async def _flush(self, drafts: Sequence[Draft], written: Mapping[str, Saved]) -> None:
         await self._append(drafts)
-        self.saved.update(written)
         for key, saved in written.items():
+            if key.startswith(self._handed_over):
+                continue
+            self.saved[key] = saved
             if saved.parts:
                 self._empty.pop(key, None)
             else:

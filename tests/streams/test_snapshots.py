@@ -121,6 +121,27 @@ async def test_a_forgotten_key_stays_forgotten_when_a_zombie_writes_it_late() ->
     assert await found(log) == {}
 
 
+async def test_states_that_were_handed_over_are_not_remembered_and_can_be_taken_away() -> None:
+    log = a_log()
+    await (await Snapshots.open(log, HERE, 0)).write(
+        [("k", 1, {"a": 1}), ("many/1", 1, {"a": 1}), ("many/2", 2, {"a": 2})]
+    )
+    owner = await Snapshots.open(log, HERE, 1_000)
+    assert [(key, one.parts) for key, one in owner.hand_over("many/")] == [("many/1", {"a": 1}), ("many/2", {"a": 2})]
+    await owner.write([("k", 3, {"a": 3}), ("many/2", 4, {"a": 4}), ("many/3", 5, {"a": 5})])
+    assert set(owner.saved) == {"k"}
+    assert await found(log) == {
+        "k": (3, {"a": 3}),
+        "many/1": (1, {"a": 1}),
+        "many/2": (4, {"a": 4}),
+        "many/3": (5, {"a": 5}),
+    }
+    await owner.take_away([("many/1", 1, ("a",)), ("many/3", 5, ("a",))])
+    assert set(await found(log)) == {"k", "many/2"}
+    log.compact("s", drop_tombstones=True)
+    assert {keys[0] for keys in keys_of(log)} == {"k", "many/2"}
+
+
 @pytest.mark.parametrize("key", [b'["k"]', b'["k","a"]'])
 async def test_a_state_that_was_committed_and_cannot_be_read_stops_the_owner(key: bytes) -> None:
     log = a_log()

@@ -10,15 +10,24 @@ from tests.workers.generation.conftest import Generation
 from tests.workers.generation.readings import text_of
 
 from klatch_schemas import codec
-from klatch_schemas.events import TurnFinished, Usage
+from klatch_schemas.events import ChatRequested, MemoryPolicy, TurnFinished, Usage
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import CHAT_TURNS, MAX_RECORD_BYTES
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.generation import turns as module
+from klatch_workers.generation.heads import Head
 from klatch_workers.generation.turns import Conversations, TurnReader
 
 PARTITION = Partition(CHAT_TURNS.name, 0)
+REMEMBERED = MemoryPolicy(recent=10)
+
+
+def request_of(turn: TurnFinished, memory: MemoryPolicy) -> ChatRequested:
+    """The request that a turn is of."""
+    return ChatRequested(
+        request=turn.request, tenant=turn.tenant, conversation=turn.conversation, body={"messages": []}, memory=memory
+    )
 
 
 class Written:
@@ -36,6 +45,7 @@ class Written:
         tenant: str = "acme",
         previous: int | None = -1,
         text: str = "",
+        memory: MemoryPolicy = REMEMBERED,
     ) -> int:
         """Append the next turn of a conversation; `previous` of -1 is the last one."""
         head = self.conversations.head(tenant, conversation)
@@ -55,7 +65,7 @@ class Written:
         )
         draft = codec.draft(CHAT_TURNS.name, conversation, turn)
         [(_, offset)] = await self.log.append([draft])
-        self.conversations.append(offset, turn, offset, len(draft.value or b""))
+        self.conversations.append(request_of(turn, memory), offset, turn, len(draft.value or b""), offset)
         return offset
 
     def forget(self) -> None:
@@ -167,6 +177,23 @@ async def test_large_turns_that_stay_at_hand_are_bounded_by_their_size_and_the_o
     assert size_of_cached(written) == written.reader.cached_bytes <= module.CACHED_BYTES
 
 
+async def test_requests_that_stand_alone_leave_nothing_to_remember() -> None:
+    written = Written()
+    for number in range(20_000):
+        await written.turn(f"r{number}", conversation=f"r{number}", memory=MemoryPolicy(recall=3))
+    assert (len(written.conversations.heads), written.conversations.changed) == (0, {})
+    assert len(written.reader._cache) == 0
+
+
+@pytest.mark.parametrize("memory", [MemoryPolicy(recent=1), MemoryPolicy(store=True)])
+async def test_a_conversation_that_is_named_as_its_first_request_goes_on_if_it_is_to_be_remembered(
+    memory: MemoryPolicy,
+) -> None:
+    written = Written()
+    await written.turn("c", conversation="c", memory=memory)
+    assert await written.recent() == ["c"]
+
+
 async def test_a_turn_that_the_log_has_lost_ends_the_list_and_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,5 +201,5 @@ async def test_a_turn_that_the_log_has_lost_ends_the_list_and_is_not_waited_for_
     written = Written()
     offset = await written.turn("r1")
     await written.turn("r2", conversation="other", previous=offset + 2)
-    written.conversations.heads["acme/other"] = written.conversations.heads["acme/c"]._replace(offset=offset + 2)
+    written.conversations.heads.put("acme/other", Head(offset + 2, offset + 2))
     assert await written.recent(conversation="other") == []

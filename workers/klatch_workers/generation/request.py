@@ -353,7 +353,7 @@ class RequestUnderWay:
             drafts.append(self.effects.draft(TURN, CHAT_TURNS, request.conversation, finished))
         places = await self._append(drafts)
         if finished and len(places) == 2:
-            means.conversations.append(places[1][1], finished, self.place.offset, len(drafts[1].value or b""))
+            means.conversations.append(request, places[1][1], finished, len(drafts[1].value or b""), self.place.offset)
         log.info(
             "request.concluded",
             request=request.request,

@@ -38,18 +38,18 @@ from klatch_streams.log import Log, LogError, RecordTooLarge
 from klatch_streams.snapshots import Snapshots
 from klatch_streams.stalls import Stalls
 from klatch_workers.generation.conclude import PriceOf
+from klatch_workers.generation.kept_heads import KeptHeads
 from klatch_workers.generation.lines import Lines
 from klatch_workers.generation.means import Means
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.recover import Archive, was_redriven
 from klatch_workers.generation.request import RequestUnderWay
 from klatch_workers.generation.table import Table, source_of
-from klatch_workers.generation.turns import Conversations, Head, TurnReader
+from klatch_workers.generation.turns import Conversations, TurnReader
 
 log: Final = structlog.stdlib.get_logger(__name__)
 
 _POSITION: Final = "position"
-_TURNS: Final = "turns/"
 
 Seen = dict[str, tuple[int, int]]
 """By source partition: offset and effect of the last admission that was taken."""
@@ -88,8 +88,9 @@ class GenerationStage:
         number = partition.number
         snapshots = await Snapshots.open(self.log, self._beside(GENERATION_STATE, number), committed)
         position = _Position.load(snapshots)
-        conversations = Conversations(self._beside(CHAT_TURNS, number), self._turns)
-        conversations.heads = _heads(snapshots)
+        turns = self._beside(CHAT_TURNS, number)
+        conversations = Conversations(turns, self._turns)
+        heads = KeptHeads(self.log, turns, conversations, snapshots)
         stream, verdicts = self._beside(CHAT_STREAM, number), self._beside(TRUST_VERDICTS, number)
         table = Table(position.stream_floor, position.verdict_floor)
         means = Means(
@@ -117,7 +118,7 @@ class GenerationStage:
         except BaseException:
             self.give_up(number)
             raise
-        return GenerationOwner(self, means, snapshots, position, committed, _Ends(admitted, opened), addresses)
+        return GenerationOwner(self, means, snapshots, heads, position, _Ends(committed, admitted, opened), addresses)
 
     def give_up(self, number: int) -> None:
         """Follow a partition's topics no longer."""
@@ -162,22 +163,11 @@ class _Position:
 class _Ends(NamedTuple):
     """Up to where the log was read when the partition was restored."""
 
+    committed: int
+    """On chat.admitted, by earlier owners."""
     admitted: int
     opened: int
     """On chat.stream."""
-
-
-def _heads(snapshots: Snapshots) -> dict[str, Head]:
-    heads: dict[str, Head] = {}
-    for key, saved in snapshots.saved.items():
-        if key.startswith(_TURNS):
-            last: Any = saved.parts["last"]
-            heads[key.removeprefix(_TURNS)] = Head(last["offset"], last["request"], saved.applied)
-    return heads
-
-
-def _head(key: str, head: Head) -> tuple[str, int, dict[str, object]]:
-    return f"{_TURNS}{key}", head.applied, {"last": {"offset": head.offset, "request": head.request}}
 
 
 class _Named(msgspec.Struct):
@@ -240,16 +230,16 @@ class GenerationOwner:
         stage: GenerationStage,
         means: Means,
         snapshots: Snapshots,
+        heads: KeptHeads,
         restored: _Position,
-        committed: int,
         ends: _Ends,
         addresses: Addresses,
     ) -> None:
         self._stage, self._means, self._snapshots, self._addresses = stage, means, snapshots, addresses
         self._archive = Archive(stage.log, stage.namespace, means.partition, means.table)
-        self._ends = ends
+        self._heads, self._ends = heads, ends
         self._caught_up = False
-        self._written = restored
+        self._written, self._committed = restored, ends.committed
         self._seen, self._durably_seen = dict(restored.seen), dict(restored.seen)
         self._done_before = restored.applied
         self._repeated: set[int] = set()
@@ -263,7 +253,7 @@ class GenerationOwner:
             before_commit=self._before_commit,
         )
         self._lines = Lines()
-        self._doer = KeyedOwner(doing, stage.log, stage.namespace, committed)
+        self._doer = KeyedOwner(doing, stage.log, stage.namespace, ends.committed)
 
     async def take(self, records: Sequence[Record]) -> None:
         """Accept admitted requests; those that an admission repeated after a crash are dropped by their cause."""
@@ -348,7 +338,7 @@ class GenerationOwner:
             raise why
 
     async def _before_commit(self, low_water: int) -> None:
-        table, conversations = self._means.table, self._means.conversations
+        table = self._means.table
         if not self._caught_up and low_water >= self._ends.admitted:
             # All that an earlier owner may have left open has been brought to its end: the rest was concluded.
             self._caught_up = True
@@ -361,10 +351,12 @@ class GenerationOwner:
         floors, unreadable, table.unreadable = table.floors(), table.unreadable, []
         await self._bury(unreadable)
         position = _Position(*floors, dict(self._durably_seen), low_water)
-        changed, conversations.changed = conversations.changed, set()
-        heads = [_head(key, conversations.heads[key]) for key in sorted(changed)]
-        if heads or position != self._written:
-            await self._snapshots.write([(_POSITION, low_water, position.parts()), *heads])
+        # It takes the call itself as the word that what the last one was about has been committed.
+        committed, self._committed = self._committed, low_water
+        await self._heads.forget_aged(committed)
+        # Heads first: a position that stands without them would have their requests passed over.
+        if (heads := self._heads.changed()) or position != self._written:
+            await self._snapshots.write([*heads, (_POSITION, low_water, position.parts())])
             self._written = position
 
     async def _bury(self, unreadable: Sequence[tuple[Record, str]]) -> None:

@@ -10,9 +10,10 @@ from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
 from klatch_schemas import codec
-from klatch_schemas.events import TurnFinished
+from klatch_schemas.events import ChatRequested, TurnFinished
 from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, LogError, OffsetGone, Tail
+from klatch_workers.generation.heads import Head, Heads
 
 CACHED = 2_000
 """How many turns a process has at hand."""
@@ -20,15 +21,6 @@ CACHED_BYTES = 32 * 1024 * 1024
 """And how large they are together, as records; a single one may be as large as a record."""
 SILENT_S = 10
 """How long a read waits for a turn that should stand in the log."""
-
-
-class Head(NamedTuple):
-    """A conversation's last turn."""
-
-    offset: int
-    request: str
-    applied: int
-    """Offset of its request on chat.admitted: in a conversation it only grows."""
 
 
 class _Cached(NamedTuple):
@@ -110,9 +102,9 @@ class Conversations:
     def __init__(self, partition: Partition, reader: TurnReader) -> None:
         self._partition = partition
         self._reader = reader
-        self.heads: dict[str, Head] = {}
-        self.changed: set[str] = set()
-        """Keys of heads that no snapshot holds yet."""
+        self.heads = Heads()
+        self.changed: dict[str, str] = {}
+        """Keys of heads that no snapshot holds yet, and whose turns they are."""
 
     def head(self, tenant: str, conversation: str) -> Head | None:
         """The conversation's last turn."""
@@ -136,11 +128,14 @@ class Conversations:
             offset = turn.previous
         return list(reversed(turns.values()))
 
-    def append(self, offset: int, turn: TurnFinished, applied: int, size: int) -> None:
-        """`turn` now stands at `offset`, in a record of that size, and is the conversation's last."""
+    def append(self, request: ChatRequested, offset: int, turn: TurnFinished, size: int, applied: int) -> None:
+        """The request's `turn` now stands at `offset`, in a record of that size, and is the conversation's last."""
+        if request.stands_alone:
+            # Nobody asks for it again.
+            return
         key = conversation_key(turn.tenant, turn.conversation)
-        self.heads[key] = Head(offset, turn.request, applied)
-        self.changed.add(key)
+        self.heads.put(key, Head(offset, applied))
+        self.changed[key] = turn.request
         self._reader.keep(self._partition, offset, turn, size)
 
 
