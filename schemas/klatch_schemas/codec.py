@@ -45,6 +45,11 @@ def _field_names(model: type[BaseModel]) -> set[str]:
 
 _FIELDS: Final = _field_names(Part)
 
+# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace id, parent id, flags. Ids of zeros and version
+# ff are invalid; versions after 00 may have more at the end.
+_IDS: Final = "(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACE: Final = re.compile(f"00-{_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_IDS}(?:-[!-~]{{1,200}})?")
+
 
 class Unreadable(ValueError):
     """A value that is no event this reader can use; the message says why."""
@@ -243,16 +248,22 @@ def _place(path: tuple[int | str, ...], hide_names: bool) -> str:
     return ".".join(steps[:_DEEPEST]) or "value"
 
 
+def trace_of(said: bytes | str | None) -> str | None:
+    """`said` if it is a W3C traceparent; whatever else a producer wrote there names no trace, and is left out."""
+    text = said.decode("latin-1") if isinstance(said, bytes) else said
+    return text if text and _TRACE.fullmatch(text) else None
+
+
 def draft(
     topic: str,
     key: str,
     event: Event,
     *,
     cause: Cause | None = None,
-    traceparent: str | None = None,
+    traceparent: bytes | str | None = None,
     partition: int | None = None,
 ) -> Draft:
-    """An event ready to be written, with its headers.
+    """An event ready to be written, with its headers; a `traceparent` that is none is left out.
 
     Its event id is derived from its cause; an event that enters from outside has none, and is its own.
     """
@@ -267,8 +278,8 @@ def draft(
         headers.append((TENANT, str(tenant).encode()))
     if cause:
         headers.append((CAUSE, str(cause).encode()))
-    if traceparent:
-        headers.append((TRACEPARENT, traceparent.encode()))
+    if trace := trace_of(traceparent):
+        headers.append((TRACEPARENT, trace.encode()))
     return Draft(topic, key.encode(), value, headers, partition)
 
 

@@ -54,7 +54,7 @@ DEAD_HEADERS: Final = {
     "dead-redriven": "How often it was put back.",
     "dead-attempts": "How often it was tried, before and after it was put back.",
     "dead-origin": "`topic/partition/offset` of the record that died first: of this one, unless it was put back.",
-    "dead-cut": "Only if it was too large to be kept whole: the size of its value, of which a beginning is kept.",
+    "dead-cut": "Only if it was too large to be kept whole: its value's size; of value and key a beginning is kept.",
 }
 RECEIPT_HEADERS: Final = {
     "dead-receipt": "The offset, in this partition, of the letter that was put back.",

@@ -6,7 +6,7 @@ Plain named tuples: a record is made for every token, so making one must cost ne
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Headers = Sequence[tuple[str, bytes]]
+Headers = Sequence[tuple[str, bytes | None]]
 
 
 class Partition(NamedTuple):
@@ -27,7 +27,7 @@ class Record(NamedTuple):
     headers: Headers = ()
 
     def header(self, name: str) -> bytes | None:
-        """The first header called `name`."""
+        """The value of the first header called `name`; None also if it has none."""
         return next((value for key, value in self.headers if key == name), None)
 
 

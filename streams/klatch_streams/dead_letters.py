@@ -75,11 +75,19 @@ def dead_letter(record: Record, namespace: Namespace, stage: str, why: DeadLette
 
 
 def cut(letter: Draft) -> Draft:
-    """The letter with only the beginning of its value: the whole still stands where `dead-offset` says."""
+    """The letter with only the beginnings of its key and its value: the whole still stands where `dead-offset` says.
+
+    The record's own headers are kept if there is room for them, all or none.
+    """
     value = letter.value or b""
+    theirs = [(name, said) for name, said in letter.headers if name not in OURS]
+    if sum(len(name.encode()) + len(said or b"") for name, said in theirs) > _KEPT_BYTES:
+        theirs = []
+    ours = [(name, said) for name, said in letter.headers if name in OURS]
     return letter._replace(
+        key=None if letter.key is None else letter.key[:_KEPT_BYTES],
         value=value[:_KEPT_BYTES],
-        headers=[*letter.headers, (CUT, b"%d" % len(value))],
+        headers=[*theirs, *ours, (CUT, b"%d" % len(value))],
     )
 
 

@@ -85,7 +85,7 @@ def drafts_of(effects: Sequence[Emit], record: Record, namespace: Namespace) -> 
             effect.key,
             effect.event,
             cause=Cause(record.partition, record.offset, index),
-            traceparent=trace.decode() if trace else None,
+            traceparent=trace,
         )
         for index, effect in enumerate(effects)
     ]

@@ -290,7 +290,7 @@ class MemoryLog:
             number = next(self._keyless) % size if draft.key is None else partition_of(draft.key, size)
         if not 0 <= number < size:
             raise _unknown(draft.topic, number)
-        taken = len(draft.key or b"") + len(draft.value or b"") + sum(len(k) + len(v) for k, v in draft.headers)
+        taken = len(draft.key or b"") + len(draft.value or b"") + sum(len(k) + len(v or b"") for k, v in draft.headers)
         if taken > self._max_record_bytes:
             raise RecordTooLarge(draft.topic, taken, self._max_record_bytes)
         return Partition(draft.topic, number)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from klatch_schemas.documents import ASYNCAPI, ROOT
 from klatch_schemas.events import Limits, QuotaLimitSet
 from klatch_schemas.ids import Tenant
-from klatch_schemas.records import Draft, Partition, Record
+from klatch_schemas.records import Draft, Headers, Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, Namespace
 from klatch_streams.dead_headers import OURS, origin_of, times_redriven
-from klatch_streams.dead_letters import DeadLetter, cut, dead_letter, describe
+from klatch_streams.dead_letters import DeadLetter, bury, cut, dead_letter, describe
 from klatch_streams.kernel import Emit, drafts_of
+from klatch_streams.memory_log import MemoryLog
 from klatch_streams.redriving import receipt, redriven
 
 HERE = Namespace.named("t")
@@ -24,12 +25,12 @@ RECORD = Record(Partition("t.in", 3), 41, 1_234, b"key", b"\x00garbage", (("tena
 @given(
     key=st.none() | st.binary(max_size=20),
     value=st.none() | st.binary(max_size=50),
-    headers=st.lists(st.tuples(st.text(max_size=8), st.binary(max_size=8)), max_size=5),
+    headers=st.lists(st.tuples(st.text(max_size=8), st.none() | st.binary(max_size=8)), max_size=5),
     reason=st.text(max_size=300),
     error=st.text(max_size=3_000),
 )
 def test_key_value_and_headers_are_untouched_and_ours_are_bounded(
-    key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes]], reason: str, error: str
+    key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes | None]], reason: str, error: str
 ) -> None:
     record = RECORD._replace(key=key, value=value, headers=tuple(headers))
     letter = dead_letter(record, HERE, "admission", DeadLetter(reason, error))
@@ -40,7 +41,7 @@ def test_key_value_and_headers_are_untouched_and_ours_are_bounded(
     assert (ours["dead-partition"], ours["dead-offset"], ours["dead-first-seen"]) == (b"3", b"41", b"1234")
     assert (ours["dead-stage"], ours["dead-redriven"]) == (b"admission", b"0")
     assert (ours["dead-attempts"], ours["dead-origin"]) == (b"1", b"t.in/3/41")
-    assert sum(map(len, ours.values())) < 2_000
+    assert sum(len(value or b"") for value in ours.values()) < 2_000
     assert dead_letter(record, HERE, "admission", DeadLetter(reason, error)) == letter
 
 
@@ -87,7 +88,7 @@ def test_effects_of_a_redriven_record_carry_its_history_and_others_nothing() -> 
 def test_what_producers_write_into_our_headers_is_no_number_and_no_place(said: bytes) -> None:
     record = RECORD._replace(headers=tuple((name, said) for name in OURS))
     assert (times_redriven(record), origin_of(record)) == (0, "t.in/3/41")
-    assert sum(len(value) for _, value in dead_letter(record, HERE, "s", DeadLetter("r")).headers) < 100
+    assert sum(len(value or b"") for _, value in dead_letter(record, HERE, "s", DeadLetter("r")).headers) < 100
 
 
 def test_an_error_is_described_by_its_type_and_place_and_never_by_its_words() -> None:
@@ -103,6 +104,24 @@ def test_a_letter_that_would_be_too_large_says_how_much_was_cut() -> None:
     letter = cut(dead_letter(RECORD._replace(value=b"x" * 100_000), HERE, "s", DeadLetter("too-large")))
     assert letter.value == b"x" * 65_536
     assert dict(letter.headers)["dead-cut"] == b"100000"
+
+
+@pytest.mark.parametrize(
+    ("key", "headers"),
+    [(b"k" * 999_900, ()), (b"k", (("other", b"x" * 999_900),)), (b"k" * 500_000, (("o" * 499_900, None),))],
+    ids=["key", "header", "both"],
+)
+async def test_a_record_whose_key_or_headers_leave_no_room_is_buried_as_well(key: bytes, headers: Headers) -> None:
+    log = MemoryLog({"t.dead.letters": 1}, max_record_bytes=1_000_000)
+    await bury(log, [dead_letter(RECORD._replace(key=key, headers=headers), HERE, "s", DeadLetter("unreadable"))])
+    [letter] = log.records("t.dead.letters")
+    assert (letter.key, letter.value) == (key[:65_536], RECORD.value)
+    assert (letter.header("dead-offset"), letter.header("dead-reason")) == (b"41", b"unreadable")
+
+
+def test_a_letter_that_is_cut_keeps_the_records_headers_that_there_is_room_for() -> None:
+    letter = cut(dead_letter(RECORD._replace(value=b"x" * 100_000), HERE, "s", DeadLetter("too-large")))
+    assert tuple(letter.headers)[:2] == RECORD.headers
 
 
 def documented(message: str) -> tuple[set[str], set[str]]:

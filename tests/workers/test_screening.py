@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 
@@ -32,6 +33,10 @@ def request(name: str, text: str = "hello", use_case: str = "default") -> ChatRe
     )
 
 
+ODD = Finding.model_construct(category="email", score=1.0, path=(object(),), start=0, end=1)
+"""What a judge of somebody else's may find, past the model: no JSON can hold it."""
+
+
 class Judging:
     """A judge that does as it is told by the texts, and counts its calls."""
 
@@ -48,6 +53,10 @@ class Judging:
             raise ZeroDivisionError("crash")
         if "wait" in texts:
             await self.hold.wait()
+        if "junk" in texts:
+            return [[cast("Finding", passage.text)] for passage in passages]
+        if "unwritable" in texts:
+            return [[ODD] if passage.text == "unwritable" else [] for passage in passages]
         found: list[list[Finding]] = [[] for _ in passages]
         return found[1:] if "miscount" in texts else found
 
@@ -123,12 +132,22 @@ async def test_only_requests_are_judged() -> None:
     assert await screened.owner.checkpoint() == 1
 
 
-@pytest.mark.parametrize("how", ["fail", "crash", "miscount", "wait"])
+@pytest.mark.parametrize("how", ["fail", "crash", "miscount", "wait", "junk"])
 async def test_a_request_that_no_judge_answers_is_decided_by_the_policy_and_spoils_no_other(how: str) -> None:
     screened = await screening(Judging(), parse_policy(OPEN), patience_s=0.05)
     await screened.give(request("r1"), request("r2", how), request("r3", how, use_case="open"))
     assert screened.decisions() == {"r1": ("allow", False), "r2": ("block", True), "r3": ("allow", True)}
     assert screened.verdicts()["r2"].categories == ("judge_failure",)
+
+
+async def test_a_verdict_that_cannot_be_written_is_a_degraded_one_and_its_request_a_dead_letter() -> None:
+    screened = await screening(Judging())
+    await screened.give(request("r1"), request("r2", "unwritable"), request("r3"))
+    assert screened.decisions() == {"r1": ("allow", False), "r2": ("block", True), "r3": ("allow", False)}
+    [letter] = screened.log.records("dead.letters")
+    assert (letter.header("dead-offset"), letter.header("dead-stage")) == (b"1", b"screening")
+    assert letter.header("dead-reason") == b"failed"
+    assert await screened.owner.checkpoint() == 3
 
 
 async def test_a_request_without_text_is_allowed_without_asking_anybody() -> None:

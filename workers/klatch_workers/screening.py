@@ -5,7 +5,8 @@ by request, so that one request cannot spoil its neighbours'; what is still unju
 `on_judge_failure` and marked degraded. At-least-once: a verdict that is repeated has the same event id.
 
 Records that cannot be read, or stand under a wrong key, are passed over: admission reads the same topic and writes
-the one dead letter, or the copy in the right place, which is then judged here.
+the one dead letter, or the copy in the right place, which is then judged here. A request whose verdict cannot be
+written for a fault of ours, or of a judge, is decided as one that no judge answered, and goes to the dead letters.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from klatch_schemas.events import ChatRequested, Finding, TrustVerdict
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, TRUST_VERDICTS, Namespace
 from klatch_streams.addresses import Addresses
-from klatch_streams.dead_letters import DeadLetter, describe
+from klatch_streams.dead_letters import DeadLetter, bury, dead_letter, describe
 from klatch_streams.kernel import Emit, drafts_of
 from klatch_streams.log import Log, RecordTooLarge
 
@@ -40,7 +41,6 @@ class Asked(NamedTuple):
 
     record: Record
     request: ChatRequested
-    passages: Sequence[Passage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,11 @@ class Screen:
             if len(asked) > 1:
                 return await asyncio.gather(*(self._alone(one) for one in asked))
             log.warning("judge.failed", request=asked[0].request.request, reason=describe(error.__cause__ or error))
-            return [decide_unjudged(self.policy, asked[0].request.use_case)]
+            return [self.unjudged(asked[0].request)]
+
+    def unjudged(self, request: ChatRequested) -> Verdict:
+        """The verdict on a request that no judge answered."""
+        return decide_unjudged(self.policy, request.use_case)
 
     async def _alone(self, asked: Asked) -> Verdict:
         [verdict] = await self.verdicts([asked])
@@ -67,20 +71,22 @@ class Screen:
 
     async def _judged(self, asked: Sequence[Asked]) -> Sequence[Verdict]:
         """Raises JudgeFailed, whatever the judge did wrong: what it did not answer is not allowed by accident."""
-        said = [passage for one in asked for passage in one.passages]
-        found: Sequence[Sequence[Finding]] = ()
         try:
-            if said:
-                async with asyncio.timeout(self.patience_s):
-                    found = await self.judge.judge(said)
+            walked = [list(passages(one.request.body)) for one in asked]
+            said = [passage for one in walked for passage in one]
+            found = await self._found(said) if said else ()
+            if len(found) != len(said):
+                raise JudgeFailed(f"{len(found)} answers to {len(said)} passages")
+            answers = iter(found)
+            return [self._decide(one, [next(answers) for _ in texts]) for one, texts in zip(asked, walked, strict=True)]
         except JudgeFailed:
             raise
-        except Exception as error:  # another's code, whatever it raises
+        except Exception as error:  # another's code, whatever it raises, and whatever its answers are
             raise JudgeFailed(describe(error)) from error
-        if len(found) != len(said):
-            raise JudgeFailed(f"{len(found)} answers to {len(said)} passages")
-        answers = iter(found)
-        return [self._decide(one, [next(answers) for _ in one.passages]) for one in asked]
+
+    async def _found(self, said: Sequence[Passage]) -> Sequence[Sequence[Finding]]:
+        async with asyncio.timeout(self.patience_s):
+            return await self.judge.judge(said)
 
     def _decide(self, asked: Asked, found: Sequence[Sequence[Finding]]) -> Verdict:
         return decide([finding for one in found for finding in one], self.policy, asked.request.use_case)
@@ -138,19 +144,34 @@ class ScreeningOwner:
         try:
             event = codec.decode(record.value)
             if isinstance(event, ChatRequested) and self._addresses.belongs(record, self._addresses.key_of(event)):
-                return Asked(record, event, list(passages(event.body)))
+                return Asked(record, event)
         except (Unreadable, DeadLetter):
             log.info("record.passed_over", partition=record.partition.number, offset=record.offset)
         return None
 
     async def _write(self, asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> None:
-        written = [self._draft(one, verdict) for one, verdict in zip(asked, verdicts, strict=True)]
+        letters = list[Draft]()
+        written = list[tuple[Asked, Verdict, Draft]]()
+        for one, verdict in zip(asked, verdicts, strict=True):
+            try:
+                written.append((one, verdict, self._draft(one, verdict)))
+            except Exception as error:  # noqa: BLE001 - the boundary of a record: the others have their verdicts
+                letters.append(self._letter(one, error))
+                told = self._screen.unjudged(one.request)
+                written.append((one, told, self._draft(one, told)))
         try:
-            await self._log.append(written)
+            await self._log.append([draft for _, _, draft in written])
         except RecordTooLarge:
             # Found before anything was sent: one at a time, to know which.
-            for one, verdict in zip(asked, verdicts, strict=True):
+            for one, verdict, _ in written:
                 await self._write_alone(one, verdict)
+        if letters:
+            await bury(self._log, letters)
+
+    def _letter(self, asked: Asked, error: Exception) -> Draft:
+        why = DeadLetter("failed", describe(error))
+        log.error("verdict.failed", request=asked.request.request, fault=why.error)
+        return dead_letter(asked.record, self._namespace, ScreeningStage.name, why)
 
     async def _write_alone(self, asked: Asked, verdict: Verdict) -> None:
         try:

@@ -4,6 +4,7 @@
 
 from typing import Any
 
+from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.events import Finding, PromptPublished, PromptReference, StreamCancel, TrustVerdict
 from klatch_schemas.records import Draft
@@ -273,3 +274,17 @@ async def test_an_admission_that_is_nested_past_all_bounds_is_a_dead_letter_and_
         request = await generation.admit("fake?text=fine")
         assert text_of(await generation.ended(request)) == "fine"
     assert [record.value for record in generation.log.records(DEAD_LETTERS.name)] == [poison]
+
+
+async def test_an_admission_whose_trace_is_none_is_answered_without_one(generation: Any) -> None:
+    async with generation.worker():
+        request = generation.request("fake?text=fine")
+        await generation.write_verdict(request)
+        await generation.write_admission(request)
+        [record] = generation.log.records(CHAT_ADMITTED.name)
+        again = generation.request("fake?text=fine")
+        await generation.write_verdict(again)
+        value = (record.value or b"").replace(request.request.encode(), again.request.encode())
+        await generation.log.append([Draft(CHAT_ADMITTED.name, b"c1", value, ((codec.TRACEPARENT, b"\xff"),))])
+        assert text_of(await generation.ended(again)) == "fine"
+    assert not generation.log.records(DEAD_LETTERS.name)

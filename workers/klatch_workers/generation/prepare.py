@@ -16,6 +16,7 @@ import structlog
 from klatch_agents.gateway.port import ModelCall, Timeouts
 from klatch_agents.prompts import PromptFailed, Prompts, compose_messages
 from klatch_agents.trust.redact import redact
+from klatch_schemas import codec
 from klatch_schemas.chunks import Json, objects_in
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import Unavailable
@@ -278,6 +279,6 @@ def _messages(body: Mapping[str, object]) -> list[Json]:
 
 def _headers(request: ChatRequested) -> dict[str, str]:
     headers = {"x-request-id": str(request.request)}
-    if request.context.traceparent:
-        headers["traceparent"] = request.context.traceparent
+    if trace := codec.trace_of(request.context.traceparent):
+        headers["traceparent"] = trace
     return headers

@@ -91,10 +91,8 @@ class RequestUnderWay:
     @classmethod
     def of(cls, means: Means, admitted: ChatAdmitted, record: Record, place: Place) -> "RequestUnderWay":
         """The request that the record admitted, at its place in its conversation."""
-        traceparent = record.header(codec.TRACEPARENT)
-        effects = Effects(
-            means.namespace, means.partition, cause_of(record), traceparent.decode() if traceparent else None
-        )
+        trace = codec.trace_of(record.header(codec.TRACEPARENT))
+        effects = Effects(means.namespace, means.partition, cause_of(record), trace)
         tracked = place.tracked
         given_up = tracked.assembly.state.attempt
         attempts = Attempts(means, admitted, effects, tracked, place.offset, given_up)

@@ -10,7 +10,7 @@ from typing import Final
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_streams import dead_headers as dead
 from klatch_streams.log import Log, LogError, OffsetGone, RecordTooLarge, Tail
-from klatch_streams.redriving import receipt, redriven
+from klatch_streams.redriving import receipt, redriven, topic_of
 from klatch_workers.redrive.letters import Letter
 from klatch_workers.redrive.plan import Judgement
 
@@ -50,7 +50,8 @@ async def _redrive(log: Log, reader: "_Reader", bunch: Sequence[Letter]) -> list
     for index, letter in enumerate(bunch):
         try:
             record = await reader.at(letter.place, letter.offset)
-            draft = redriven(record, await _whole(reader, letter, record))
+            whole = await _whole(reader, letter, record)
+            draft = redriven(whole, whole.value)
         except (CannotRedrive, OffsetGone) as error:
             judged[index] = Judgement(letter, "failed", _gone(error))
         else:
@@ -78,18 +79,25 @@ async def _append(log: Log, letters: Sequence[Record], drafts: Sequence[Draft]) 
     return [""] * len(drafts)
 
 
-async def _whole(reader: "_Reader", letter: Letter, record: Record) -> bytes | None:
-    """The value, whole: of a letter that was cut it stands in the original topic, until retention takes it."""
+async def _whole(reader: "_Reader", letter: Letter, record: Record) -> Record:
+    """The letter, whole: what was cut of one stands in the original topic, until retention takes it."""
     if not letter.cut:
-        return record.value
-    where = Partition((record.header(dead.TOPIC) or b"").decode(), dead.number_in(record, dead.PARTITION))
+        return record
+    where = Partition(topic_of(record), dead.number_in(record, dead.PARTITION))
     try:
         original = await reader.at(where, dead.number_in(record, dead.OFFSET))
     except OffsetGone as gone:
         raise CannotRedrive(f"the letter holds only its beginning, and {letter.source} is no longer there") from gone
-    if len(original.value or b"") != letter.size or not (original.value or b"").startswith(record.value or b""):
+    if len(original.value or b"") != letter.size or not _begins(original, record):
         raise CannotRedrive(f"the letter holds only its beginning, and {letter.source} holds another record now")
-    return original.value
+    ours = [(name, said) for name, said in record.headers if name in dead.OURS]
+    theirs = [(name, said) for name, said in original.headers if name not in dead.OURS]
+    return record._replace(key=original.key, value=original.value, headers=(*theirs, *ours))
+
+
+def _begins(original: Record, cut: Record) -> bool:
+    key, value = original.key or b"", original.value or b""
+    return key.startswith(cut.key or b"") and value.startswith(cut.value or b"")
 
 
 def _gone(error: Exception) -> str:
