@@ -34,6 +34,7 @@ _DELTA_HEADERS: Final = ((KIND, StreamDelta.KIND.encode()),)
 _MOST_PROBLEMS: Final = 5
 _DEEPEST: Final = 6
 _BRACE: Final = ord("{")
+_LOST: Final = "records.lost.v1"
 _KNOWN: Final = {event.KIND: event for event in EVENTS}
 _KIND_PATTERN: Final = re.compile(r"^(?P<name>[a-z_.]{1,80})\.v(?P<version>[0-9]{1,6})$")
 
@@ -152,6 +153,11 @@ def decode(value: bytes | None) -> Event | Delta:
     return _validate(model, kind, loads(value))
 
 
+def lost(first: int, last: int, size: int, reason: str) -> bytes:
+    """The value that stands for records whose batch, of `size` bytes, no reader can unpack: `Unreadable` to all."""
+    return dumps({"kind": _LOST, "first": first, "last": last, "bytes": size, "reason": reason})
+
+
 def decode_as(model: type[E], value: bytes | None) -> E:
     """Read an event that must be of one kind; raises Unreadable."""
     event = decode(value)
@@ -209,6 +215,8 @@ def _kind_of(value: bytes) -> str:
 def _model_of(kind: str) -> type[Event]:
     if known := _KNOWN.get(kind):
         return known
+    if kind == _LOST:
+        raise Unreadable("it stands for records that could not be unpacked; its value tells which, and why")
     match = _KIND_PATTERN.match(kind)
     older = [
         model

@@ -14,7 +14,8 @@ from typing import Any
 from klatch_schemas.records import Partition, Record
 from klatch_streams.kafka import wire as wires
 from klatch_streams.kafka.options import KafkaOptions
-from klatch_streams.kafka.wire import Fetched, Unpacked, Wire
+from klatch_streams.kafka.unpacking import Corrupt, Unpacked
+from klatch_streams.kafka.wire import Fetched, Wire
 from klatch_streams.log import LogError, OffsetGone, UnknownTopic
 
 # Connections to one node, opened when needed: so many partitions may be followed one by one within `fetch_wait_ms`
@@ -119,6 +120,11 @@ class Fetcher:
         """Read it no longer."""
         self._cursors.pop(partition, None)
 
+    def position(self, partition: Partition) -> int | None:
+        """The offset after what was given out, and after what no reader is given; None if it is not read."""
+        cursor = self._cursors.get(partition)
+        return cursor.offset if cursor else None
+
     def pause(self, partition: Partition) -> None:
         """Give out no more of it; what was fetched is kept."""
         if cursor := self._cursors.get(partition):
@@ -190,7 +196,7 @@ class Fetcher:
     def _unpack(self, cursor: Cursor, ready: Unpacked, room: int) -> list[Record]:
         try:
             records = ready.take(room)
-        except wires.Corrupt as error:
+        except Corrupt as error:
             cursor.ready, cursor.error = None, LogError(f"{_name(cursor.partition)} at {cursor.offset}: {error}")
             return []
         cursor.offset = ready.next_offset

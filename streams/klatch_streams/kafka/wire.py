@@ -9,22 +9,19 @@ that waits for news would hold up every later request on its connection: hence l
 import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any, NamedTuple
 
 from aiokafka import errors as kafka
 from aiokafka.client import AIOKafkaClient
-from aiokafka.consumer.fetcher import PartitionRecords
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.offset import OffsetRequest
-from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import TopicPartition
 
-from klatch_schemas.records import Partition, Record
+from klatch_schemas.records import Partition
 from klatch_streams.kafka.options import KafkaOptions
+from klatch_streams.kafka.unpacking import Unpacked
 from klatch_streams.log import LogError, UnknownTopic
 
-Corrupt = kafka.CorruptRecordException
 EARLIEST, LATEST = -2, -1
 _READ_COMMITTED = 1
 _PARTITION_BYTES = 1 << 20
@@ -36,36 +33,6 @@ _NEW_TOPIC_S = 1.0
 
 class Unreachable(LogError):
     """No broker answered in time."""
-
-
-class Unpacked(PartitionRecords):  # type: ignore[misc, unused-ignore]
-    """The records of a fetched partition, made one by one as they are taken; checks CRCs, skips what was aborted."""
-
-    def __init__(self, partition: Partition, offset: int, data: object, aborted: object) -> None:
-        super().__init__(
-            TopicPartition(*partition),
-            data,
-            aborted,
-            offset,
-            key_deserializer=None,
-            value_deserializer=None,
-            check_crcs=True,
-            isolation_level=_READ_COMMITTED,
-        )
-        self._partition = partition
-
-    @property
-    def next_offset(self) -> int:
-        """The offset after what was taken."""
-        return int(self.next_fetch_offset)
-
-    def _consumer_record(self, _: object, record: Any) -> Record:
-        return Record(self._partition, record.offset, record.timestamp, record.key, record.value, tuple(record.headers))
-
-    def take(self, limit: int) -> list[Record]:
-        """Up to `limit` records; fewer mean that there are no more, and `next_offset` is where to go on."""
-        records: list[Any] = list(islice(self, limit))
-        return records
 
 
 class Fetched(NamedTuple):
@@ -207,9 +174,8 @@ def _fetched(response: Any, offsets: Mapping[Partition, int]) -> Iterator[Fetche
                 continue
             # v11 ends [..., aborted, preferred replica, records]; v4 to v10 end [..., aborted, records].
             aborted = rest[-3] if response.API_VERSION >= 11 else rest[-2]
-            data = MemoryRecords(rest[-1])
-            records = Unpacked(partition, offset, data, aborted) if data.has_next() else None
-            yield Fetched(partition, offset, None, rest[0], records)
+            records = Unpacked(partition, offset, rest[-1] or b"", aborted)
+            yield Fetched(partition, offset, None, rest[0], records if records.has_next() else None)
 
 
 def _lane(name: str) -> Any:

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from klatch_schemas import codec
-from klatch_schemas.errors import LogMoved
+from klatch_schemas.errors import LogMoved, Unavailable
 from klatch_schemas.ids import RequestId, Tenant
-from klatch_schemas.records import Draft, Partition
+from klatch_schemas.records import Draft, Partition, Record
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.http.door import Terms
 from klatch_workers.http.hub import Hub
@@ -88,4 +88,36 @@ async def test_a_hub_survives_a_tail_that_breaks_and_misses_nothing() -> None:
     await log.append([_delta("mine", 1)])
     assert [offset for offset, _ in await reader.read()] == [1]
     await reader.close()
+    await hub.close()
+
+
+class Faulty(MemoryLog):
+    """A log whose reading fails once as no log should."""
+
+    sound = False
+
+    def take(self, positions: dict[Partition, int]) -> dict[Partition, list[Record]]:
+        taken = super().take(positions)
+        if taken and not self.sound:
+            self.sound = True
+            raise ZeroDivisionError
+        return taken
+
+
+async def test_a_hub_that_fails_tells_its_readers_and_reads_on_for_the_next() -> None:
+    log = Faulty({"s": 1})
+    hub = Hub(log, Terms())
+    hub.start()
+    reader = await hub.open(MINE, PLACE)
+    await log.append([_delta("mine", 0)])
+    with pytest.raises(Unavailable, match="read on"):
+        await reader.read()
+    await reader.close()
+    again = await hub.open(MINE, PLACE, 0)
+    await log.append([_delta("mine", 1)])
+    heard = list[int]()
+    while len(heard) < 2:
+        heard += [offset for offset, _ in await again.read()]
+    assert heard == [0, 1]
+    await again.close()
     await hub.close()

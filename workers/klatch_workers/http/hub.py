@@ -2,7 +2,8 @@
 
 A record costs one decode, one lookup and one append, and a batch wakes each of its readers once, because wake-ups
 are what tokens cost. A partition without readers is followed for a while longer, so that the next request in it
-needs no new fetch session. The hub outlives errors of the log; its readers then continue where they were.
+needs no new fetch session. The hub outlives errors of the log; its readers then continue where they were. After
+a fault of ours they are told, and read on by a new request.
 """
 
 import asyncio
@@ -12,8 +13,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from klatch_schemas.errors import KlatchError, LogMoved
+from klatch_schemas.errors import KlatchError, LogMoved, Unavailable
 from klatch_schemas.records import Partition, Record
+from klatch_streams.dead_letters import describe
 from klatch_streams.log import Log, LogError, OffsetGone, Tail
 from klatch_workers.http.door import Terms
 from klatch_workers.http.reader import Reader, Stream, said_in
@@ -124,6 +126,11 @@ class Hub:
                 self._lose(gone)
             except LogError as error:
                 log.warning("hub.log_failed", error=str(error))
+                await self._reopen()
+            except Exception as error:  # noqa: BLE001 - the boundary: a hub that ended would leave its readers waiting
+                # It may have been in the middle of what they were to hear: they read again from where they are.
+                log.error("hub.failed", fault=describe(error))  # noqa: TRY400 - never message text
+                self.fail_all(Unavailable("the door failed while it read this stream: read on after the last event"))
                 await self._reopen()
 
     async def _read(self) -> None:
