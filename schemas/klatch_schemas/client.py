@@ -155,7 +155,11 @@ class Client:
         """
         place = TopicPartition(self._namespace.of(CHAT_STREAM), stream.partition)
         consumer = AIOKafkaConsumer(
-            **self._options, enable_auto_commit=False, auto_offset_reset="none", fetch_max_wait_ms=100
+            **self._options,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            fetch_max_wait_ms=100,
+            isolation_level="read_committed",
         )
         try:
             # What did not start must be stopped as well: its connections are open.

@@ -13,17 +13,24 @@ from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, Tail
 
 Handler = Callable[[Record], None]
+Moved = Callable[[int], None]
+
+
+def _nobody(_: int) -> None:
+    """Nobody asks how far the reading is."""
 
 
 @dataclass(slots=True)
 class _Followed:
     handler: Handler
+    moved: Moved
     position: int
     target: int
     caught_up: "asyncio.Future[None]" = field(default_factory=asyncio.Future[None])
 
     def moved_to(self, position: int) -> None:
         self.position = position
+        self.moved(position)
         if position >= self.target and not self.caught_up.done():
             self.caught_up.set_result(None)
 
@@ -39,18 +46,19 @@ class Follower:
         self._running: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
-    async def follow(self, partition: Partition, offset: int, handler: Handler) -> None:
+    async def follow(self, partition: Partition, offset: int, handler: Handler, moved: Moved = _nobody) -> None:
         """Give `handler` the records from `offset` on; returns when it had all that stood when asked.
 
+        `moved` is told the next offset whenever it changes: beyond markers of transactions, too, which are no records.
         An offset that retention has overtaken means the first one that is left. Raises LogError.
         """
         first, end = await self._log.bounds(partition)
         start = max(first, offset)
-        followed = _Followed(handler, start, end)
-        self._followed[partition] = followed
-        followed.moved_to(start)
         tail = await self._started()
+        followed = _Followed(handler, moved, start, end)
+        self._followed[partition] = followed
         tail.follow(partition, start)
+        followed.moved_to(start)
         await self._or_failure(followed.caught_up)
 
     def unfollow(self, partition: Partition) -> None:
@@ -97,3 +105,6 @@ class Follower:
                 if followed and record.offset >= followed.position:
                     followed.handler(record)
                     followed.moved_to(record.offset + 1)
+            for partition, followed in self._followed.items():
+                if (position := tail.position(partition) or 0) > followed.position:
+                    followed.moved_to(position)

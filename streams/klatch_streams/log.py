@@ -61,6 +61,13 @@ class Tail(Protocol):
         """Read `partition` no longer; none of its records come out of a later `read`."""
         ...
 
+    def position(self, partition: Partition) -> int | None:
+        """The next offset to be read; None if `partition` is not followed, or no longer.
+
+        Ahead of the last record by what is none: the markers of transactions, what was aborted, what compaction took.
+        """
+        ...
+
     async def read(self, wait_ms: int) -> Sequence[Record]:
         """What has arrived, as soon as anything has; empty after `wait_ms`. Raises OffsetGone, UnknownTopic, LogError.
 

@@ -2,8 +2,8 @@
 
 It is production code under the production port: partitions by Kafka's partitioner, offsets, compaction, retention,
 consumer groups with eager rebalances. Nothing is durable, nothing waits on a clock, and what can go wrong goes
-wrong when the test says so: `fail_next_append`, `fall_silent`, `expel`, `compact`, `truncate_before`, or a cancelled
-task.
+wrong when the test says so: `fail_next_append`, `fall_silent`, `expel`, `compact`, `mark`, `truncate_before`, or a
+cancelled task.
 """
 
 import asyncio
@@ -221,6 +221,11 @@ class MemoryLog:
             self._asked.set()
             await asyncio.shield(self._silence)
 
+    def mark(self, partition: Partition) -> None:
+        """What the end of a transaction does: its marker takes an offset, and no reader is given it."""
+        self.held(partition).end += 1
+        self.changed.fire()
+
     def compact(self, topic: str, *, drop_tombstones: bool = False) -> None:
         """Keep only the last record of every key; offsets stay. Tombstones go when their time is said to be over."""
         for number in range(self._count(topic)):
@@ -266,13 +271,16 @@ class MemoryLog:
         taken, room = dict[Partition, list[Record]](), _READ_LIMIT
         for partition in tuple(positions):
             self._check_position(positions, partition)
-        for partition in tuple(self.ahead(positions)):
+        for partition, offset in tuple(positions.items()):
             held = self.held(partition)
-            at = held.at(positions[partition])
+            at = held.at(offset)
             if records := held.records[at : at + room]:
                 taken[partition] = records
                 positions[partition] = records[-1].offset + 1
                 room -= len(records)
+            if at + len(records) == len(held.records):
+                # What compaction took, and markers, are nothing to wait for.
+                positions[partition] = held.end
         return taken
 
     def _check_position(self, positions: dict[Partition, int], partition: Partition) -> None:
@@ -338,6 +346,10 @@ class MemoryTail:
     def unfollow(self, partition: Partition) -> None:
         """See `Tail.unfollow`."""
         self._positions.pop(partition, None)
+
+    def position(self, partition: Partition) -> int | None:
+        """See `Tail.position`."""
+        return self._positions.get(partition)
 
     async def read(self, wait_ms: int) -> Sequence[Record]:
         """See `Tail.read`. A read that is cancelled has taken nothing."""

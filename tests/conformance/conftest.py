@@ -8,11 +8,12 @@ from uuid import uuid4
 
 import pytest
 import pytest_asyncio
+from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.protocol.group import LeaveGroupRequest  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.structs import TopicPartition  # type: ignore[import-untyped, unused-ignore]
 
-from klatch_schemas.records import Partition
+from klatch_schemas.records import Draft, Partition
 from klatch_streams.kafka_log import KafkaLog, KafkaOptions
 from klatch_streams.log import Log, Membership
 from klatch_streams.memory_log import MemoryLog
@@ -39,6 +40,10 @@ class World(Protocol):
         """What the session timeout does."""
         ...
 
+    async def transaction(self, partition: Partition, value: bytes, *, commit: bool) -> None:
+        """What a producer with exactly-once does: a record, and its marker."""
+        ...
+
 
 class MemoryWorld:
     """A `MemoryLog`."""
@@ -60,13 +65,22 @@ class MemoryWorld:
         assert member in self.log.members(group)
         self.log.expel(member)  # type: ignore[arg-type]
 
+    async def transaction(self, partition: Partition, value: bytes, *, commit: bool) -> None:
+        if commit:
+            await self.log.append([Draft(partition.topic, None, value, (), partition.number)])
+        else:
+            # An aborted record is given to nobody, as its marker.
+            self.log.mark(partition)
+        self.log.mark(partition)
+
 
 class KafkaWorld:
     """A `KafkaLog` and an administrator beside it."""
 
-    def __init__(self, log: KafkaLog, admin: Any) -> None:
+    def __init__(self, log: KafkaLog, admin: Any, bootstrap: str) -> None:
         self.log = log
         self._admin = admin
+        self._bootstrap = bootstrap
 
     async def topic(self, partitions: int = 1) -> str:
         name = f"conformance-{uuid4().hex}"
@@ -80,6 +94,13 @@ class KafkaWorld:
         # To the broker, leaving in somebody's name is the same as their session timing out.
         coordinator = member._coordinator  # type: ignore[attr-defined]
         await self._admin._client.send(coordinator.coordinator_id, LeaveGroupRequest(group, coordinator.member_id))
+
+    async def transaction(self, partition: Partition, value: bytes, *, commit: bool) -> None:
+        named = f"conformance-{uuid4().hex}"
+        async with AIOKafkaProducer(bootstrap_servers=self._bootstrap, transactional_id=named) as producer:
+            await producer.begin_transaction()
+            await producer.send_and_wait(partition.topic, value, partition=partition.number)
+            await (producer.commit_transaction() if commit else producer.abort_transaction())
 
 
 @pytest_asyncio.fixture
@@ -109,7 +130,7 @@ async def kafka_world(kafka: Cluster) -> AsyncIterator[World]:
             rebalance_ms=20_000,
         )
     )
-    yield KafkaWorld(log, admin)
+    yield KafkaWorld(log, admin, kafka.bootstrap)
     await log.close()
     await admin.close()
 

@@ -10,6 +10,8 @@ import pytest
 from aiokafka.partitioner import DefaultPartitioner  # type: ignore[import-untyped, unused-ignore]
 
 from klatch_schemas.records import Draft, Partition, Record
+from klatch_streams.catch_up import catch_up
+from klatch_streams.follower import Follower
 from klatch_streams.log import Log, LogError, OffsetGone, RecordTooLarge, Tail, UnknownTopic
 
 if TYPE_CHECKING:
@@ -322,3 +324,23 @@ async def test_a_closed_log_takes_nothing(world: "World") -> None:
     await world.log.close()
     with pytest.raises(LogError, match="closed"):
         await world.log.append(numbered(topic, 1))
+
+
+@pytest.mark.parametrize("commit", [True, False], ids=["committed", "aborted"])
+async def test_the_end_of_a_transaction_is_reached_though_it_is_no_record(world: "World", commit: bool) -> None:
+    partition = await filled(world.log, await world.topic(), 2)
+    await world.transaction(partition, b"said", commit=commit)
+    first, end = await world.log.bounds(partition)
+    assert (first, end) == (0, 4)
+    stands = [0, 1, 2] if commit else [0, 1]
+    tail = await world.log.tail()
+    assert tail.position(partition) is None
+    caught = [record async for records in catch_up(tail, partition, first, end) for record in records]
+    assert (offsets(caught), tail.position(partition)) == (stands, 4)
+    follower, heard = Follower(world.log), list[int]()
+    await follower.follow(partition, 0, lambda record: heard.append(record.offset))
+    assert (heard, follower.position(partition)) == (stands, 4)
+    # From the marker itself on, too.
+    await follower.follow(partition, 3, lambda record: heard.append(record.offset))
+    assert heard == stands
+    await follower.close()

@@ -126,3 +126,13 @@ async def test_a_handler_that_fails_fails_everybody_who_waits_and_follows_later(
     await fill(log, B, 1)
     with pytest.raises(LogError, match="broken"):
         await follower.follow(B, 0, Heard())
+
+
+async def test_a_marker_at_the_end_is_nothing_to_wait_for(log: MemoryLog, follower: Follower) -> None:
+    await fill(log, A, 2)
+    log.mark(A)
+    log.mark(B)
+    heard, moved = Heard(), list[int]()
+    await follower.follow(A, 0, heard, moved.append)
+    await follower.follow(B, 0, heard)
+    assert (heard.offsets, moved[-1], follower.position(A), follower.position(B)) == ([0, 1], 3, 3, 1)

@@ -23,6 +23,10 @@ class KafkaTail:
         """See `Tail.unfollow`."""
         self._fetcher.unfollow(partition)
 
+    def position(self, partition: Partition) -> int | None:
+        """See `Tail.position`."""
+        return self._fetcher.position(partition)
+
     async def read(self, wait_ms: int) -> Sequence[Record]:
         """See `Tail.read`. A read that is cancelled has taken nothing."""
         if self._fetcher.closed:

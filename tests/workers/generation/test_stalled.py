@@ -47,6 +47,10 @@ class _SlowTail(MemoryTail):
         self._hearing = hearing
         self._kept = list[Record]()
 
+    def position(self, partition: Partition) -> int | None:
+        kept = [record.offset for record in self._kept if record.partition == partition]
+        return kept[0] if kept else super().position(partition)
+
     async def read(self, wait_ms: int) -> Sequence[Record]:
         records = [*self._kept, *await super().read(min(wait_ms, 10))]
         if self._hearing.is_set():

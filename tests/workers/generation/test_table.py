@@ -2,6 +2,7 @@
 # pyright: reportPrivateUsage=false
 # What is kept is what this is about.
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 
@@ -220,3 +221,16 @@ def test_what_an_earlier_owner_concluded_is_forgotten_and_what_a_zombie_opens_is
         history.say(opening)
     history.table.forget_concluded(before=1)
     assert set(history.table._tracked) == {("acme", "r4")}
+
+
+async def test_who_waits_for_the_end_does_not_wait_for_a_marker_that_stands_there() -> None:
+    table = Table()
+    waiting = asyncio.create_task(table.passed(3))
+    table.stream_moved(3)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    table.stream_moved(4)
+    table.stream_moved(2)
+    await waiting
+    table.verdicts_moved(7)
+    assert (table.stream_position, table.verdict_position) == (4, 7)

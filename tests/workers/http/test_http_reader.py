@@ -121,3 +121,18 @@ async def test_a_hub_that_fails_tells_its_readers_and_reads_on_for_the_next() ->
     assert heard == [0, 1]
     await again.close()
     await hub.close()
+
+
+async def test_a_marker_before_its_place_does_not_keep_a_reader_from_catching_up() -> None:
+    log = MemoryLog({"s": 1})
+    await log.append([_delta("mine", 0)])
+    log.mark(PLACE)
+    hub = Hub(log, Terms())
+    hub.start()
+    reader = await hub.open(MINE, PLACE, 0)
+    heard = list(await reader.read())
+    while not reader.caught_up:
+        heard += await reader.read()
+    assert [offset for offset, _ in heard] == [0]
+    await reader.close()
+    await hub.close()

@@ -17,6 +17,7 @@ from klatch_schemas.ids import RequestId, Tenant
 from klatch_schemas.records import Cause, Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, HOUR_MS, TRUST_VERDICTS, Namespace
 from klatch_streams import dead_headers as dead
+from klatch_streams.catch_up import catch_up
 from klatch_streams.log import Log, LogError, OffsetGone
 from klatch_workers.generation.conclude import has_turn
 from klatch_workers.generation.table import Table, Tracked
@@ -114,9 +115,9 @@ class Archive:
                 for record in records:
                     if record.offset >= table.stream_position:
                         break
-                    position = record.offset + 1
                     if (said := _said(record, tracked.request)) and _is_of(said, tracked):
                         assembly.hear(record.offset, said)
+                position = tail.position(partition) or position
             # Nothing is awaited in between: what the table hears from here on is what comes next.
             table.replace(tracked, assembly)
             return assembly
@@ -130,16 +131,9 @@ class Archive:
         position = await self._log.offset_at(partition, since_ms)
         _, end = await self._log.bounds(partition)
         tail = await self._log.tail()
-        silent = 0
         try:
-            tail.follow(partition, position)
-            while position < end:
-                records = await tail.read(1000)
-                silent = 0 if records else silent + 1
-                if silent >= _SILENT:
-                    raise LogError(f"{partition.topic}/{partition.number} fell silent at {position}")
+            async for records in catch_up(tail, partition, position, end):
                 for record in records:
-                    position = record.offset + 1
                     if said := _said(record, request):
                         yield said, record
         finally:

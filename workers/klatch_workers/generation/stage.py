@@ -109,8 +109,8 @@ class GenerationStage:
             owner=uuid4().hex[:12],
         )
         try:
-            await self.follower.follow(stream, position.stream_floor, table.hear_stream)
-            await self.follower.follow(verdicts, position.verdict_floor, table.hear_verdict)
+            await self.follower.follow(stream, position.stream_floor, table.hear_stream, table.stream_moved)
+            await self.follower.follow(verdicts, position.verdict_floor, table.hear_verdict, table.verdicts_moved)
             # In this order: whatever was opened before `opened` was admitted before `admitted`.
             opened = table.stream_position
             _, admitted = await self.log.bounds(partition)

@@ -119,6 +119,18 @@ class Table:
             self.unreadable.append((record, str(error)))
         else:
             self._hear(record, said)
+        self._wake_those_it_passed()
+
+    def stream_moved(self, position: int) -> None:
+        """All of `chat.stream` before `position` was heard; markers of transactions are nothing to be heard."""
+        self.stream_position = max(self.stream_position, position)
+        self._wake_those_it_passed()
+
+    def verdicts_moved(self, position: int) -> None:
+        """As `stream_moved`, of `trust.verdicts`."""
+        self.verdict_position = max(self.verdict_position, position)
+
+    def _wake_those_it_passed(self) -> None:
         while self._passed and self._passed[0][0] < self.stream_position:
             waiting = heapq.heappop(self._passed)[2]
             if not waiting.done():

@@ -129,9 +129,9 @@ async def _request(runtime: Runtime, stream: Stream) -> tuple[Conversation, int]
         tail.follow(partition, position)
         while position < end:
             for record in await tail.read(_READ_MS):
-                position = record.offset + 1
                 if conversation := _asks_for(record, stream):
                     return conversation, record.timestamp_ms
+            position = tail.position(partition) or position
         return None
     finally:
         await tail.close()

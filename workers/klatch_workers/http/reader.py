@@ -187,18 +187,18 @@ class Reader:
         return ()
 
     async def _read_past(self) -> list[Heard]:
-        if self._past is None:
-            self._past = await self._registry.log.tail()
-            self._past.follow(self.partition, self._next)
+        past = self._past
+        if past is None:
+            past = self._past = await self._registry.log.tail()
+            past.follow(self.partition, self._next)
         try:
-            records = await self._past.read(_PAST_WAIT_MS)
+            records = await past.read(_PAST_WAIT_MS)
         except OffsetGone as gone:
             raise LogMoved(
                 f"the log has moved on: it begins at offset {gone.first} of this partition, and {gone.offset} was next"
             ) from gone
         heard: list[Heard] = []
         for record in records:
-            self._next = record.offset + 1
             if record.offset >= self._joined:
                 break
             # Nearly all are other streams' records: decoding them would be most of what the past costs.
@@ -207,6 +207,7 @@ class Reader:
             said = said_in(record)
             if said and said.request == self.stream.request and self._is_mine(said):
                 heard.append((record.offset, said))
+        self._next = max(self._next, min(self._joined, past.position(self.partition) or 0))
         if self._next >= self._joined:
             await self._close_past()
         return heard
