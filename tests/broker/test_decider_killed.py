@@ -187,7 +187,7 @@ async def replayed(
 
 
 def cause_of(record: Record | Draft) -> bytes:
-    return next(value for name, value in record.headers if name == codec.CAUSE)
+    return next(value for name, value in record.headers if name == codec.CAUSE) or b""
 
 
 async def test_admission_killed_at_work_and_while_it_restores_loses_doubles_and_mistakes_nothing(

@@ -371,7 +371,7 @@ async def a_count() -> World[Tally]:
 
 
 def draft_cause(record: Draft | Record) -> bytes:
-    return next(value for name, value in record.headers if name == codec.CAUSE)
+    return next(value for name, value in record.headers if name == codec.CAUSE) or b""
 
 
 async def steps_of(decider: Decider[S], script: Sequence[Event]) -> int:

@@ -15,6 +15,7 @@ from klatch_streams.admission import Admission
 from klatch_streams.dead_headers import OURS
 from klatch_streams.decider_owner import DeciderStage
 from klatch_streams.memory_log import MemoryLog
+from klatch_streams.owner import Owner
 from klatch_workers.screening import ScreeningStage
 
 ACME = Tenant("acme")
@@ -36,7 +37,7 @@ async def through_admission_and_screening(*drafts: Draft) -> MemoryLog:
     """A log after both stages have taken `drafts`, and what they moved to where it belongs."""
     log, taken = MemoryLog({topic.name: 1 for topic in TOPICS}), 0
     admission = Admission()
-    owners = [
+    owners: list[Owner] = [
         await DeciderStage(admission, log, Namespace(), admission.give_up).own(PLACE, 0),
         await ScreeningStage(log, Namespace(), RulesJudge(), load_policy()).own(PLACE, 0),
     ]

@@ -33,7 +33,7 @@ def request(name: str, text: str = "hello", use_case: str = "default") -> ChatRe
     )
 
 
-ODD = Finding.model_construct(category="email", score=1.0, path=(object(),), start=0, end=1)
+ODD = Finding.model_construct(category="email", path=cast("tuple[str]", (object(),)), start=0, end=1)
 """What a judge of somebody else's may find, past the model: no JSON can hold it."""
 
 
