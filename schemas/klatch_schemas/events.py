@@ -109,7 +109,7 @@ class ChatRequested(Event):
     @property
     def stands_alone(self) -> bool:
         """Whether it is a conversation of its own that nothing follows: no later request recalls its turn."""
-        return self.conversation == self.request and not (self.memory.recent or self.memory.store)
+        return str(self.conversation) == str(self.request) and not (self.memory.recent or self.memory.store)
 
 
 class EmbeddingRequested(Event):

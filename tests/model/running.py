@@ -395,4 +395,4 @@ def _counted(tokens: int) -> Usage:
 
 @cache
 def _uncounted(request: int, chunks: int, *, spoke: bool) -> Usage:
-    return usage_without_count(_admitted(request), chunks, spoke)
+    return usage_without_count(_admitted(request).request.body, chunks, spoke)

@@ -130,7 +130,8 @@ def test_deep_objects_are_put_together_within_the_interpreters_limits() -> None:
 def test_what_is_no_count_of_tokens_counts_nothing(odd: Any, odder: Any) -> None:
     said = {"prompt_tokens": 3, "completion_tokens": odd, "prompt_tokens_details": odder}
     assert usage_of(said).prompt_tokens == 3
-    for no_count in (-1, "5", 10**30, [], {"a": 1}):
+    nothing: list[Any] = [-1, "5", 10**30, [], {"a": 1}]
+    for no_count in nothing:
         assert usage_of({"completion_tokens": no_count, "completion_tokens_details": no_count}) == Usage()
 
 

@@ -1,5 +1,7 @@
 """Whatever a producer writes into headers, its request is admitted or refused, and judged; nothing stands still."""
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +31,7 @@ TRACE = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def request(name: str) -> ChatRequested:
-    body = {"messages": [{"role": "user", "content": "hello"}]}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
     return ChatRequested(request=RequestId(name), tenant=ACME, conversation=Conversation("talk"), body=body)
 
 

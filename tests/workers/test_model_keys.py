@@ -4,6 +4,7 @@ import asyncio
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 from structlog.testing import capture_logs
@@ -85,14 +86,14 @@ async def test_a_command_that_hangs_is_run_once_for_all_who_wait_and_holds_up_no
     os.mkfifo(tmp_path / "fifo")
     hangs = command_of(tmp_path, f"cat {tmp_path}/fifo; exit 1")
     keys = ModelKeys(keys_file(tmp_path, f"[keys]\nhangs = {hangs}\nother = {{ command = ['echo', 'b'] }}"), Clock())
-    waiting = [asyncio.create_task(keys.named("hangs")()) for _ in range(4)]
+    waiting: list[asyncio.Future[str]] = [asyncio.ensure_future(keys.named("hangs")()) for _ in range(4)]
     await asyncio.sleep(0)
     assert [await keys.named("other")() for _ in range(2)] == ["b", "b"]
     assert not any(one.done() for one in waiting)
     # Who leaves takes nothing from the others.
     waiting[0].cancel()
     await asyncio.to_thread((tmp_path / "fifo").write_text, SECRET)
-    left, *failed = await asyncio.gather(*waiting, return_exceptions=True)
+    left, *failed = cast("list[object]", await asyncio.gather(*waiting, return_exceptions=True))
     assert isinstance(left, asyncio.CancelledError)
     assert {type(one) for one in failed} == {MisconfiguredError}
     with pytest.raises(MisconfiguredError, match="ended with 1"):

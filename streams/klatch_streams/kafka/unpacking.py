@@ -103,7 +103,8 @@ class Unpacked(PartitionRecords):  # type: ignore[misc, unused-ignore]
         while len(records) < limit:
             records += islice(self._mended, limit - len(records))
             try:
-                for record in islice(self, limit - len(records)):
+                unpacked: Iterator[Any] = islice(self, limit - len(records))
+                for record in unpacked:
                     records.append(record)  # what came before an error counts
             except Corrupt:
                 if records:

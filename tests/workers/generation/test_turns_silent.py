@@ -59,6 +59,9 @@ class _Tail:
         self._followed.discard(partition)
         self._tail.unfollow(partition)
 
+    def position(self, partition: Partition) -> int | None:
+        return cast("int | None", self._tail.position(partition))
+
     async def read(self, wait_ms: int) -> Sequence[Record]:
         if self._followed & self._log.away:
             await self._log.not_there()

@@ -3,10 +3,9 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from tests.workers.http.conftest import KEYS, hello
 
 from klatch_schemas.errors import Cancelled, KlatchError, LimitExceeded, LogMoved, Unavailable
@@ -57,7 +56,7 @@ async def test_the_openai_client_whose_door_closes_makes_no_second_request(kits:
         kit.stages.script = script
         ports = [other.port, kit.port]
 
-        async def balance(request: httpx.Request) -> None:
+        async def balance(request: Any) -> None:
             request.url = request.url.copy_with(port=ports.pop())
             if not ports:
                 asked_again.set()
@@ -66,7 +65,7 @@ async def test_the_openai_client_whose_door_closes_makes_no_second_request(kits:
             base_url=kit.url,
             api_key=KEYS[Tenant("acme")],
             max_retries=1,
-            http_client=httpx.AsyncClient(event_hooks={"request": [balance]}),
+            http_client=DefaultAsyncHttpxClient(event_hooks={"request": [balance]}),
         )
         headers = {"Idempotency-Key": key} if key else {}
         async with client:
