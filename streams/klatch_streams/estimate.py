@@ -4,7 +4,7 @@ An estimate, not a promise: admission counts it until the real usage is known. I
 for text in any script and cheap to compute (one walk over the body), and it is total: a body may hold anything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -14,6 +14,8 @@ _MOST_TOKENS = 1_000_000_000
 _READ = ("messages", "prediction", "tools", "functions", "response_format")
 """What a model reads of a body."""
 _LIMITS = ("max_completion_tokens", "max_tokens")
+_OWN_LIMITS = ("n_predict",)
+"""Which single servers put before those, and others do not know."""
 _LONGEST_NUMBER = 40
 _NUMBER = "12345678"
 """Stands for any number: writing out a huge one may raise."""
@@ -38,9 +40,9 @@ class Estimate:
 
     - prompt = bytes of all text in UTF-8 / `bytes_per_token` + `per_message` for each message + `per_media` for each
       image, recording or file + `overhead`;
-    - completion = the larger of `max_completion_tokens` and `max_tokens`, else `completion`.
+    - completion = the largest of `max_completion_tokens`, `max_tokens` and llama.cpp's `n_predict`, else `completion`.
 
-    The larger, because a server heeds the name that it knows and passes over the other. One that says no number
+    The largest, because a server heeds the name that it knows and passes over the other. One that says no number
     (-1 is no limit to some) bounds nothing, and then at least `completion` is counted.
 
     Byte-pair tokens of the usual models average 4 bytes in English prose and code, 2.5 to 3.5 in other scripts.
@@ -59,8 +61,9 @@ class Estimate:
 
     def of(self, body: Mapping[str, JsonValue]) -> Estimated:
         """What a request with this body may cost."""
-        limits = _limits(body)
-        bounded = bool(limits) and None not in limits
+        known = _limits(body, _LIMITS)
+        limits = known + _limits(body, _OWN_LIMITS)
+        bounded = bool(known) and None not in limits
         least = 0 if bounded else self.completion
         prompt = min(self._prompt(body), _MOST_TOKENS)
         completion = _choices(body) * max(least, *(limit or 0 for limit in limits), 0)
@@ -115,9 +118,9 @@ def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _limits(body: Mapping[str, JsonValue]) -> list[int | None]:
-    """What a request says of how long a reply may be, under either name; None for what is no limit."""
-    return [_whole(said) for name in _LIMITS if (said := body.get(name)) is not None]
+def _limits(body: Mapping[str, JsonValue], names: Sequence[str]) -> list[int | None]:
+    """What a request says of how long a reply may be, under these names; None for what is no limit."""
+    return [_whole(said) for name in names if (said := body.get(name)) is not None]
 
 
 def _choices(body: Mapping[str, JsonValue]) -> int:

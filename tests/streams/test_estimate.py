@@ -37,6 +37,7 @@ Body = dict[str, JsonValue]
         ({"max_tokens": 0, "messages": [{"role": "user", "content": "hello!"}]}, 16 + 8 + 7),
         ({"max_tokens": 0, "messages": [{"role": "user", "content": "日本"}]}, 16 + 8 + 7),
         ({"max_tokens": 0, "messages": ["\ud800"]}, 16 + 8 + 1),
+        ({"max_tokens": 1, "n_predict": 4_000}, 16 + 4_000),
         ({"max_tokens": 0, "messages": [{"image_url": {"url": "data:" + 9_000 * "A"}}]}, 16 + 8 + 1_200),
     ],
 )
@@ -54,6 +55,9 @@ def test_the_estimate_follows_its_formula(body: Body, tokens: int) -> None:
         ({"max_completion_tokens": 1, "max_tokens": True}, False),
         ({"max_completion_tokens": 1, "max_tokens": None}, True),
         ({"max_completion_tokens": 1, "max_tokens": [5]}, False),
+        ({"max_tokens": 1, "n_predict": 4_000}, True),
+        ({"max_tokens": 1, "n_predict": -1}, False),
+        ({"n_predict": 5}, False),
     ],
 )
 def test_a_reply_is_bounded_only_by_what_every_server_reads_as_a_bound(body: Body, bounded: bool) -> None:

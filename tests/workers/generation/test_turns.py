@@ -101,6 +101,20 @@ async def test_a_turn_that_a_crash_wrote_twice_is_read_once() -> None:
     assert await written.recent(3) == ["r2", "r3", "r4"]
 
 
+@pytest.mark.parametrize(("tenant", "conversation"), [("globex", "c"), ("acme", "another")])
+async def test_a_turn_of_somebody_else_that_took_the_place_of_a_lost_one_is_shown_to_nobody(
+    tenant: str, conversation: str
+) -> None:
+    written = Written()
+    await written.turn("mine", "c")
+    await written.turn("theirs", conversation, tenant)
+    head = written.conversations.head(tenant, conversation)
+    assert head
+    written.conversations.heads.put("acme/c", head)
+    assert await written.recent(conversation="c") == []
+    assert await written.recent(conversation=conversation, tenant=tenant) == ["theirs"]
+
+
 async def test_turns_that_retention_took_end_the_list_and_leave_the_rest() -> None:
     written = Written()
     for number in range(5):

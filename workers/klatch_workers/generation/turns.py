@@ -9,11 +9,15 @@ import asyncio
 from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
+import structlog
+
 from klatch_schemas import codec
 from klatch_schemas.events import ChatRequested, TurnFinished
 from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, LogError, OffsetGone, Tail
 from klatch_workers.generation.heads import Head, Heads
+
+log = structlog.get_logger("klatch.generation.turns")
 
 CACHED = 2_000
 """How many turns a process has at hand."""
@@ -122,6 +126,10 @@ class Conversations:
             try:
                 turn = await self._reader.read(self._partition, offset)
             except OffsetGone:
+                break
+            if (turn.tenant, turn.conversation) != (tenant, conversation):
+                # A log that lost what it had acknowledged has given its place to another's, whose it is alone.
+                log.error("turns.misplaced", partition=self._partition.number, offset=offset)
                 break
             # A crash may have written one turn twice, the second following the first.
             turns.setdefault(turn.request, turn)
