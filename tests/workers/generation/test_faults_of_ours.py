@@ -78,9 +78,10 @@ def too_wide(chunk: Chunk) -> Chunk:
     return msgspec.structs.replace(chunk, raw=b'{"x":"%s"}' % (b"x" * 2_000_000)) if chunk.usage_only else chunk
 
 
-def no_object(chunk: Chunk) -> Chunk:
+def too_deep(chunk: Chunk) -> Chunk:
     """A delta of which no turn can be made."""
-    return msgspec.structs.replace(chunk, raw=b'{"choices":[7]}') if chunk.speaks else chunk
+    said = b'{"choices":[{"index":0,"delta":%s7%s}]}' % (b'{"a":' * 400, b"}" * 400)
+    return msgspec.structs.replace(chunk, raw=said) if chunk.speaks else chunk
 
 
 async def told(generation: Generation, request: ChatRequested) -> tuple[list[str], int, int]:
@@ -128,7 +129,7 @@ async def test_a_request_whose_end_cannot_be_made_ends_plainly_is_settled_and_is
 
 
 async def test_a_reply_that_cannot_be_remembered_stands_and_is_settled(generation: Generation) -> None:
-    generation.between = lambda router: Spoiling(router, no_object)
+    generation.between = lambda router: Spoiling(router, too_deep)
     async with generation.worker():
         request = await generation.admit(SPOILT)
         assert (await generation.ended(request)).state.status == "completed"
@@ -138,7 +139,7 @@ async def test_a_reply_that_cannot_be_remembered_stands_and_is_settled(generatio
     assert await told(generation, request) == (["completed"], 1, 0)
 
 
-@pytest.mark.parametrize("spoil", [miscounted, no_object])
+@pytest.mark.parametrize("spoil", [miscounted, too_deep])
 async def test_a_redrive_gives_no_second_answer(generation: Generation, spoil: Spoil) -> None:
     generation.between = lambda router: Spoiling(router, spoil)
     async with generation.worker():
