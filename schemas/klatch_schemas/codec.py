@@ -34,7 +34,8 @@ _DELTA_HEADERS: Final = ((KIND, StreamDelta.KIND.encode()),)
 _MOST_PROBLEMS: Final = 5
 _DEEPEST: Final = 6
 _BRACE: Final = ord("{")
-_LOST: Final = "records.lost.v1"
+LOST: Final = "records.lost.v1"
+"""The kind of what stands for records that nobody can unpack (`lost`)."""
 _KNOWN: Final = {event.KIND: event for event in EVENTS}
 _KIND_PATTERN: Final = re.compile(r"^(?P<name>[a-z_.]{1,80})\.v(?P<version>[0-9]{1,6})$")
 
@@ -155,7 +156,7 @@ def decode(value: bytes | None) -> Event | Delta:
 
 def lost(first: int, last: int, size: int, reason: str) -> bytes:
     """The value that stands for records whose batch, of `size` bytes, no reader can unpack: `Unreadable` to all."""
-    return dumps({"kind": _LOST, "first": first, "last": last, "bytes": size, "reason": reason})
+    return dumps({"kind": LOST, "first": first, "last": last, "bytes": size, "reason": reason})
 
 
 def decode_as(model: type[E], value: bytes | None) -> E:
@@ -215,7 +216,7 @@ def _kind_of(value: bytes) -> str:
 def _model_of(kind: str) -> type[Event]:
     if known := _KNOWN.get(kind):
         return known
-    if kind == _LOST:
+    if kind == LOST:
         raise Unreadable("it stands for records that could not be unpacked; its value tells which, and why")
     match = _KIND_PATTERN.match(kind)
     older = [

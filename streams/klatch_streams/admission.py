@@ -367,11 +367,11 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
     if held is None or held.granted is None:
         return state, ()
     granted, limit = held.granted, None
-    if said.granted >= granted:
+    if said.granted >= granted or late:
         price = TokenPrice(completion=held.price)
         counted = _counted(state, [state.rules.scope_of(key) for key in held.scopes], moment(state.clock_ms))
         room = checks.room(counted, Need(0), price)
-        wanted = step + max(0, said.tokens - granted)
+        wanted = step + max(0, said.tokens - granted) if said.granted >= granted else 0
         more = wanted if room is None else min(wanted, room.tokens)
         limit = room.limit if room and more < wanted else None
         kept, added = held.corrected(Need(more, micros(price, 0, more)), moment(state.clock_ms))

@@ -446,7 +446,7 @@ class Quotas(RuleBasedStateMachine):
             assert (event.limit is None) == (more == wanted)
             fact.book(self.now, more, _cost(fact.asked.body["model"], 0, more))
             fact.granted = event.granted
-            if said.granted == event.granted - more:
+            if said.granted == event.granted - more or fact.until_ms <= self.now:
                 memory = (fact.entered_ms + MEMORY_MS) // MINUTE * MINUTE
                 fact.until_ms = max(fact.until_ms, min(-(-(self.now + HOLD_MS) // MINUTE) * MINUTE, memory))
 

@@ -371,6 +371,17 @@ def test_a_reply_that_asks_later_than_its_reservation_lasted_is_granted_more_and
     assert (acme.state.used.running, acme.state.used.day_tokens) == (0, 150)
 
 
+def test_a_question_that_is_heard_again_late_is_told_the_same_and_holds_the_slot_again() -> None:
+    acme = Tenants(Limits(tokens_per_day=10_000, concurrent_requests=1))
+    assert acme.refuses(tokens=None) is None
+    assert acme.runs(100)
+    acme.now += HOLD_MS + 2 * MINUTE
+    again = acme.runs(100)
+    assert again
+    assert (again.granted, again.limit, acme.state.used.running) == (200, None, 1)
+    assert acme.refuses() == "concurrent_requests"
+
+
 # --- what is passed on
 
 

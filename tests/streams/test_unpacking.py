@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
+from aiokafka.codec import gzip_decode  # type: ignore[import-untyped, unused-ignore]
+from aiokafka.record._crecords import default_records  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.record.default_records import DefaultRecordBatchBuilder  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.record.util import calc_crc32c  # type: ignore[import-untyped, unused-ignore]
 
@@ -168,3 +170,33 @@ async def test_a_wrong_checksum_is_an_error_that_names_the_place_after_what_came
     with pytest.raises(LogError, match=r"t/0 at 2.*checksum"):
         await fetcher.read(1_000)
     await fetcher.close()
+
+
+@pytest.mark.parametrize("before", [0, 2])
+async def test_a_batch_for_which_there_is_no_memory_is_read_later_and_none_of_it_is_lost(
+    monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    scarce = list[int]()
+
+    def unpacked(packed: bytes) -> bytes:
+        if scarce:
+            scarce.pop()
+            raise MemoryError
+        return bytes(gzip_decode(packed))
+
+    monkeypatch.setattr(default_records, "gzip_decode", unpacked)
+    batches = [*([batch(0, before)] if before else []), batch(before, 3, "gzip")]
+    fetcher = Fetcher(cast("Wire", Canned(*batches)), KafkaOptions("nowhere:1", fetch_wait_ms=10))
+    fetcher.follow(PLACE, 0)
+    scarce += [1, 1, 1]
+    records, failures = list[Record](), 0
+    while fetcher.position(PLACE) != before + 3:
+        try:
+            records += (await fetcher.read(100)).get(PLACE, [])
+        except LogError:
+            failures += 1
+            fetcher.follow(PLACE, len(records))
+    await fetcher.close()
+    assert failures
+    assert offsets(records) == list(range(before + 3))
+    assert records[-1].value == b"value %d" % (before + 2) * 20

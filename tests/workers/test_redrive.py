@@ -227,6 +227,13 @@ async def test_an_older_limit_never_undoes_a_newer_one(yard: Yard, capsys: Said)
     assert not yard.back()
 
 
+async def test_what_stands_for_records_that_nobody_could_unpack_is_not_put_back(yard: Yard, capsys: Said) -> None:
+    await yard.dead(value=codec.lost(3, 5, 700, "UnsupportedCodecError"))
+    [letter, _] = await yard.redrive(capsys)
+    assert (letter["state"], "write them again" in letter["why"]) == ("refused", True)
+    assert not yard.back()
+
+
 async def test_a_record_that_is_too_large_with_its_new_headers_is_left_whole_where_it_is(capsys: Said) -> None:
     yard = Yard(largest=100_000)
     await yard.dead(value=b"x" * 99_970)

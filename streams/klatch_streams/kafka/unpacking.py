@@ -34,7 +34,7 @@ _V2: Final = 2
 
 
 class Corrupt(Exception):
-    """The bytes of a batch are not those that its checksum was made of."""
+    """The bytes of a batch are not those that its checksum was made of, or there is no memory for what is in them."""
 
 
 class _Batches:
@@ -101,16 +101,17 @@ class Unpacked(PartitionRecords):  # type: ignore[misc, unused-ignore]
         """
         records: list[Record] = []
         while len(records) < limit:
-            records += islice(self._mended, limit - len(records))
             try:
-                unpacked: Iterator[Any] = islice(self, limit - len(records))
-                for record in unpacked:
-                    records.append(record)  # what came before an error counts
-            except Corrupt:
+                for source in (self._mended, self):
+                    unpacked: Iterator[Any] = islice(source, limit - len(records))
+                    records += unpacked  # what came before an error counts
+            except (Corrupt, MemoryError) as error:
                 if records:
                     # Told by the next fetch, which begins at it.
                     return records
-                raise
+                if isinstance(error, Corrupt):
+                    raise
+                raise Corrupt("there is no memory to unpack a batch") from error
             except Exception as error:  # noqa: BLE001 - the boundary of a batch, whatever is in it
                 self._mend(error)
             else:
@@ -139,6 +140,8 @@ class Unpacked(PartitionRecords):  # type: ignore[misc, unused-ignore]
                         yield record
             else:
                 yield self._stand_in(raw, end, stamp, error)
+        except MemoryError:
+            raise
         except Exception as again:  # noqa: BLE001 - as `take`
             yield self._stand_in(raw, end, stamp, again)
         self.next_fetch_offset = max(self.next_offset, end)

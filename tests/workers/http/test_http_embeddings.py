@@ -47,8 +47,9 @@ class Server:
 class Silent:
     """A model server that is asked, or has no place for the call, and then says nothing."""
 
-    def __init__(self, *, asks: bool = True) -> None:
+    def __init__(self, *, asks: bool = True, fails: bool = False) -> None:
         self.called = asyncio.Event()
+        self.fails = fails
         self.left = asyncio.Event()
         self.asks = asks
 
@@ -56,6 +57,9 @@ class Silent:
         assert call.before_send
         if self.asks:
             await call.before_send("own")
+        if self.fails:
+            assert call.failed
+            call.failed(RefusedError(429, ErrorBody("slow down", "requests", None, "rate")))
         self.called.set()
         try:
             await asyncio.Event().wait()
@@ -132,9 +136,11 @@ async def test_without_admission_they_are_refused_in_time_and_not_made_later(kit
         another = {"tenant": "globex", "writer": "admission", "status": "rejected"}
         kit.stages.admits = lambda names: StreamEnd.model_validate({**names, **another})
         answer = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
         [requested] = kit.said(EmbeddingRequested, "chat.requests")
         assert (answer.status, (await answer.json())["error"]["code"]) == (503, "unavailable")
-    assert requested.deadline_ms, "admission lets nothing through that nobody waits for any more"
+    assert requested.deadline_ms
+    assert (settled.request, settled.status, settled.usage.total_tokens) == (requested.request, "failed", 0)
     assert not server.calls
 
 
@@ -144,11 +150,13 @@ async def test_a_field_of_klatchs_that_does_not_exist_is_named(kits: "Kits") -> 
         assert (answer.status, (await answer.json())["error"]["param"]) == (400, "klatch.persom")
 
 
-@pytest.mark.parametrize(("asks", "tokens", "cost"), [(True, 4, 8), (False, 0, 0)])
+@pytest.mark.parametrize(
+    ("asks", "fails", "tokens", "cost"), [(True, False, 4, 8), (False, False, 0, 0), (True, True, 0, 0)]
+)
 async def test_who_hangs_up_ends_the_call_and_pays_for_what_a_server_was_asked(
-    kits: "Kits", asks: bool, tokens: int, cost: int
+    kits: "Kits", asks: bool, fails: bool, tokens: int, cost: int
 ) -> None:
-    server = Silent(asks=asks)
+    server = Silent(asks=asks, fails=fails)
     async with kits.serving(embeddings=server, prices=price) as kit:
         calling = asyncio.create_task(kit.client().embeddings.create(model="m", input="hello"))
         await server.called.wait()
@@ -186,7 +194,8 @@ async def test_a_deadline_that_passes_before_admission_answers_is_one(kits: "Kit
         kit.stages.admits = lambda names: StreamEnd.model_validate({**names, **another})
         body = {"model": "m", "input": "x", "klatch": {"timeout_ms": 100}}
         answer = await kit.call("POST", "/v1/embeddings", body)
+        settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
         [requested] = kit.said(EmbeddingRequested, "chat.requests")
         assert (answer.status, (await answer.json())["error"]["code"]) == (504, "deadline_exceeded")
-    assert requested.deadline_ms
+    assert (settled.request, settled.status, settled.usage.total_tokens) == (requested.request, "expired", 0)
     assert not server.calls

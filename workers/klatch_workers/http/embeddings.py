@@ -15,7 +15,7 @@ import msgspec
 import structlog
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from klatch_agents.gateway.errors import ExpiredError
+from klatch_agents.gateway.errors import ExpiredError, ModelError
 from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas import codec
 from klatch_schemas.assembly import Ended
@@ -93,6 +93,7 @@ async def embeddings(runtime: Runtime, call: Call) -> None:
         priority=admitted.priority,
         deadline=until_ms / 1_000,
         before_send=making.sent,
+        failed=making.failed,
     )
     try:
         embedded = await making.made(embedder, model_call)
@@ -120,6 +121,10 @@ class _Making:
     async def sent(self, deployment: str) -> None:
         """See `ModelCall.before_send`."""
         self._asked = deployment
+
+    def failed(self, _: ModelError) -> None:
+        """See `ModelCall.failed`."""
+        self._asked = None
 
     async def made(self, embedder: Embeddings, asked: ModelCall) -> Embedded:
         """The answer. Raises KlatchError, ModelError; Expired at the deadline, Disconnected when the client is gone."""
@@ -176,31 +181,40 @@ async def _admitted(runtime: Runtime, call: Call, event: EmbeddingRequested, unt
     try:
         draft = codec.draft(runtime.request_topic, event.tenant, event, traceparent=call.header(b"traceparent"))
         await runtime.intake.append(draft, runtime.requests_of(event.tenant))
-        return await _decided(call, reader, event.deadline_ms or until_ms, until_ms)
+        decided = await _decided(runtime, call, event, reader, until_ms)
     finally:
         await reader.close()
+    if isinstance(decided, EmbeddingAdmitted):
+        return decided
+    raise error_of_end(Ended(decided.status, decided)) or _too_late()
 
 
-async def _decided(call: Call, reader: Reader, by_ms: int, until_ms: int) -> EmbeddingAdmitted:
+async def _decided(
+    runtime: Runtime, call: Call, event: EmbeddingRequested, reader: Reader, until_ms: int
+) -> EmbeddingAdmitted | StreamEnd:
+    by_ms = event.deadline_ms or until_ms
     try:
         async with asyncio.timeout(by_ms / 1_000 - time.time()):
             return await _decision(call, reader)
-    except TimeoutError:
-        if by_ms == until_ms:
+    except BaseException as error:
+        # It may be let in all the same, for nobody: what settles it stands behind it in the tenant's log.
+        late = isinstance(error, TimeoutError) and by_ms == until_ms
+        await _settle(runtime, event, _Paid("expired" if late else "failed"), 0)
+        if not isinstance(error, TimeoutError):
+            raise
+        if late:
             raise _too_late() from None
         raise Unavailable("no admission worker answers; try again", retry_after_ms=RETRY_AFTER_MS) from None
 
 
-async def _decision(call: Call, reader: Reader) -> EmbeddingAdmitted:
+async def _decision(call: Call, reader: Reader) -> EmbeddingAdmitted | StreamEnd:
     while True:
         heard = await reader.read()
         if limits := rate_limits_in(heard):
             call.rate_limits = rate_limit_headers(limits)
         for _, said in heard:
-            if isinstance(said, EmbeddingAdmitted):
+            if isinstance(said, EmbeddingAdmitted | StreamEnd):
                 return said
-            if isinstance(said, StreamEnd) and (error := error_of_end(Ended(said.status, said))):
-                raise error
 
 
 async def _settle(runtime: Runtime, event: EmbeddingRequested, paid: _Paid, total_ms: int) -> None:

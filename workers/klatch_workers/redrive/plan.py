@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+from klatch_schemas import codec
 from klatch_schemas.events import QuotaLimitSet, Status
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, TRUST_VERDICTS
 from klatch_workers.redrive.letters import Asked, Letter, Shelf
@@ -79,6 +80,8 @@ def refusal(letter: Letter) -> str:
     """Why letters like this one are never redriven; empty if they are."""
     if letter.topic not in _TAKEN:
         return _REFUSED.get(letter.topic, f"nothing reads {letter.topic or 'its topic'} again")
+    if letter.kind == codec.LOST:
+        return "it stands for records that nobody could unpack: who wrote them has to write them again, readably"
     if letter.topic == CHAT_REQUESTS.name and letter.kind.startswith(QuotaLimitSet.KIND.rsplit(".v", 1)[0]):
         return (
             "a limit that comes late would undo a newer one: set it anew with `klatch tenants apply FILE --again`, "
