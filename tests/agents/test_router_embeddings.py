@@ -72,6 +72,18 @@ async def test_who_is_asked_for_an_embedding_is_said_on_the_connection_to_it(wor
     assert (asked, embedded.deployment) == ([("a", 0)], "a")
 
 
+async def test_each_try_of_an_embedding_that_came_to_nothing_is_told_before_the_next(world: World) -> None:
+    world.route(world.on_a("status=500"), world.on_b("status=503"), tries=2)
+    told = list[tuple[int | None, int]]()
+
+    def failed(error: ModelError) -> None:
+        told.append((error.status, len(world.b.calls)))
+
+    with pytest.raises(ModelError):
+        await world.router.embed(replace(embedding(), failed=failed))
+    assert told == [(500, 0), (503, 1)]
+
+
 async def test_an_embedding_that_waits_for_a_place_ends_at_its_deadline(world: World) -> None:
     world.route(world.on_a(concurrency=1))
     holding = asyncio.create_task(world.router.embed(embedding(header_delay=30)))

@@ -274,6 +274,8 @@ async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes | None:
             answer = await line.server.embed(named, timeouts_of(asked.route.timeouts), look)
         except ModelError as error:
             run.failed(error)
+            if call.failed:
+                call.failed(error)
             raise
         else:
             run.finished()
