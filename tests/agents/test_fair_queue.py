@@ -75,9 +75,13 @@ def test_shares_are_by_weight_whatever_classes_tenants_give_themselves() -> None
     assert server.used_s["urgent"] / server.used_s["patient"] == pytest.approx(1.0, rel=0.1)
 
 
-@pytest.mark.parametrize("service_s", [0.02, 1.0, 60.0])
-def test_shares_are_by_weight_from_the_first_calls_on_however_long_calls_are(service_s: float) -> None:
+@pytest.mark.parametrize(("service_s", "in_vain"), [(0.02, 0), (1.0, 0), (60.0, 0), (0.02, 5)])
+def test_shares_are_by_weight_from_the_first_calls_on_however_long_calls_are(service_s: float, in_vain: int) -> None:
     server = Server(FairQueue(4), lambda _: service_s)
+    for _ in range(in_vain):
+        claim = Claim("light")
+        server.queue.ask(claim, 0.0)
+        server.queue.give_back(claim, 0.0, used=False)
     for _ in range(300):
         server.ask(Claim("light", 1.0))
         server.ask(Claim("heavy", 4.0))
@@ -159,6 +163,25 @@ def test_between_tenants_a_class_is_a_head_start() -> None:
     queue.ask(patient, 0.0)
     queue.ask(urgent, 0.0)
     assert queue.give_back(held, 1.0).granted == (urgent,)
+
+
+@pytest.mark.parametrize("in_vain", [0, 100])
+def test_places_that_were_had_in_vain_cost_nothing_and_make_no_call_seem_short(in_vain: int) -> None:
+    """`light` has used less than `busy`, which is remembered for as long as a few calls take."""
+    queue, now = FairQueue(1), 0.0
+    for tenant in ("light", "busy", "busy", "busy", "busy"):
+        claim = Claim(tenant)
+        queue.ask(claim, now)
+        now += 20
+        queue.give_back(claim, now)
+    for _ in range(in_vain):
+        claim = Claim("light")
+        queue.ask(claim, now)
+        queue.give_back(claim, now + 0.01, used=False)
+    held, first, second = Claim("c"), Claim("busy"), Claim("light")
+    for claim in (held, first, second):
+        queue.ask(claim, now)
+    assert queue.give_back(held, now + 20).granted == (second,)
 
 
 def test_who_was_quiet_may_catch_up_but_not_for_ever() -> None:

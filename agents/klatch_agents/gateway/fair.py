@@ -106,14 +106,14 @@ class FairQueue:
         self._backlogged.add(claim.tenant)
         return self._next(now)
 
-    def give_back(self, claim: Claim, now: float) -> Turn:
-        """The holder of a place is done with it."""
+    def give_back(self, claim: Claim, now: float, *, used: bool = True) -> Turn:
+        """The holder of a place is done with it. `used`: it made a call there; else it is charged nothing, and tells
+        nothing of how long calls are."""
         since, charged = self._holding.pop(claim)
-        held_s = max(0.0, now - since)
-        if not self._over:
-            charged *= self._measure(held_s)
-        self._over += 1
-        self._usual_s += max(_SLOWLY, 1 / self._over) * (held_s - self._usual_s)
+        held_s = 0.0
+        if used:
+            held_s = max(0.0, now - since)
+            charged *= self._learn(held_s)
         self._tenants[claim.tenant].tag += (held_s - charged) / _weight(claim)
         return self._next(now)
 
@@ -127,6 +127,13 @@ class FairQueue:
         """There are more places now, or fewer; those that are held are held on."""
         self.limit = limit
         return self._next(now)
+
+    def _learn(self, held_s: float) -> float:
+        """A call is over; returns by how much that changed the unit of time."""
+        factor = 1.0 if self._over else self._measure(held_s)
+        self._over += 1
+        self._usual_s += max(_SLOWLY, 1 / self._over) * (held_s - self._usual_s)
+        return factor
 
     def _measure(self, first_s: float) -> float:
         """From calls to seconds, by the first call that is over: what was charged and credited so far was in calls."""

@@ -7,9 +7,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from klatch_agents.gateway.errors import ExpiredError
 from klatch_agents.gateway.fair import Claim, FairQueue, Turn
+
+
+@dataclass(slots=True)
+class Place:
+    """A place that is held."""
+
+    used: bool = False
+    """Set it where a call is made: a place that was had in vain tells nothing of how long calls are."""
 
 
 class Places:
@@ -21,23 +30,24 @@ class Places:
         self._waiting: dict[Claim, asyncio.Future[None]] = {}
 
     @asynccontextmanager
-    async def hold(self, claim: Claim) -> AsyncGenerator[None]:
+    async def hold(self, claim: Claim) -> AsyncGenerator[Place]:
         """Have a place for as long as the block lasts, once it is one's turn. Raises ExpiredError.
 
         Whoever is cancelled while waiting leaves no trace; whoever was granted a place in that very moment gives it
         back.
         """
+        place = Place()
         waiting = self._waiting[claim] = asyncio.get_running_loop().create_future()
         self._tell(self.queue.ask(claim, self._now()))
         try:
             if not waiting.done():
                 await self._turn_of(claim, waiting)
             waiting.result()
-            yield
+            yield place
         finally:
             del self._waiting[claim]
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                self._tell(self.queue.give_back(claim, self._now()))
+                self._tell(self.queue.give_back(claim, self._now(), used=place.used))
             else:
                 self.queue.withdraw(claim)
 

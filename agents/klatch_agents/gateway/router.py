@@ -232,13 +232,14 @@ async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitSta
     """Have a place, call, and wait for a word; all of it is left when `held` is. None: no call was made, for the
     deployment began to cool down while its place was waited for."""
     async with AsyncExitStack() as opened:
-        await opened.enter_async_context(line.places.hold(asked.claim))
+        place = await opened.enter_async_context(line.places.hold(asked.claim))
         run = line.begin()
         if run is None:
             return None
         opened.callback(run.left)
         if call.before_try:
             await call.before_try()
+        place.used = True
         try:
             reply = await opened.enter_async_context(line.server.stream(_call_of(line, asked, call)))
             rest = aiter(reply)
@@ -265,10 +266,11 @@ async def _first_words(reply: AsyncIterator[list[Chunk]]) -> list[list[Chunk]]:
 async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes | None:
     """As `_stream`, for an embedding."""
     look = partial(call.before_send, line.deployment.name) if call.before_send else None
-    async with line.places.hold(asked.claim):
+    async with line.places.hold(asked.claim) as place:
         run = line.begin()
         if run is None:
             return None
+        place.used = True
         try:
             named = {**call.body, "model": _model_of(line, asked)}
             answer = await line.server.embed(named, timeouts_of(asked.route.timeouts), look)
