@@ -51,8 +51,19 @@ def test_after_the_cool_down_one_call_probes_and_the_others_look_again_later(clo
     breaker = broken(clock)
     clock.at += 10
     assert breaker.cooling() == 0
-    assert breaker.begin()
+    assert (breaker.begin(), breaker.probed) == (True, True)
     assert breaker.cooling() == PROBE_LOOK_S
+
+
+def test_a_cool_down_that_begins_beside_a_probe_is_waited_for_as_one(clock: Clock) -> None:
+    breaker = broken(clock)
+    assert not breaker.probed
+    clock.at += 10
+    assert breaker.begin()
+    breaker.told_to_wait(3, probe=False)
+    assert (breaker.cooling(), breaker.probed) == (3, False)
+    clock.at += 3
+    assert (breaker.cooling(), breaker.probed) == (PROBE_LOOK_S, True)
 
 
 def test_a_probe_that_speaks_closes_it_and_the_next_failure_opens_it_again(clock: Clock) -> None:

@@ -20,7 +20,10 @@ from klatch_agents.gateway.errors import (
     TruncatedError,
 )
 from klatch_agents.gateway.routing import (
+    MOST_LOOKS,
+    MOST_UNMADE,
     PATIENCE_S,
+    SPREAD_S,
     NothingLeft,
     Outcome,
     Try,
@@ -66,7 +69,7 @@ def play(routed: ModelRouted, *errors: ModelError | None, view: View = CALM, see
     error = None
     try:
         step = next(policy)
-        while True:
+        while len(told.tried) < 1_000:
             told.tried.append(step.deployment.name)
             told.steps.append(step)
             error = next(outcomes, error)
@@ -187,6 +190,43 @@ def test_a_deployment_that_cools_down_again_and_again_is_not_waited_for_for_ever
     assert told.left.retry_after == 1.0
 
 
+def test_a_try_that_was_not_made_costs_no_patience() -> None:
+    policy = choose_until_served(route(one("a")), "r1", CALM)
+    assert next(policy).after == 0
+    assert policy.send(Outcome(None, View(cooling={"a": PATIENCE_S}))).after == PATIENCE_S
+
+
+def test_a_probe_is_looked_at_a_few_times_once_the_patience_is_spent() -> None:
+    policy = choose_until_served(route(one("a")), "r1", View(cooling={"a": PATIENCE_S}))
+    assert next(policy).after == PATIENCE_S
+    probed = Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})))
+    assert [policy.send(probed).after for _ in range(MOST_LOOKS)] == [1.0] * MOST_LOOKS
+    with pytest.raises(StopIteration) as over:
+        policy.send(probed)
+    assert over.value.value == NothingLeft(1.0)
+
+
+def test_a_probe_that_failed_is_waited_for_with_the_patience_that_is_left() -> None:
+    policy = choose_until_served(route(one("a")), "r1", View(cooling={"a": PATIENCE_S}))
+    next(policy)
+    policy.send(Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"}))))
+    with pytest.raises(StopIteration) as over:
+        policy.send(Outcome(None, View(cooling={"a": 2 * PATIENCE_S})))
+    assert over.value.value == NothingLeft(2 * PATIENCE_S)
+
+
+def test_tries_that_are_never_made_come_to_an_end() -> None:
+    told = play(route(one("a")), None)
+    assert len(told.tried) == MOST_UNMADE
+    assert told.left == NothingLeft()
+
+
+@pytest.mark.parametrize(("cools", "spread"), [(0.0, 0.0), (0.01, 0.01), (5.0, SPREAD_S)])
+def test_who_waits_for_the_same_cool_down_comes_back_a_little_apart(cools: float, spread: float) -> None:
+    step = play(route(one("a")), DOWN, view=View(cooling={"a": cools})).steps[0]
+    assert (step.after, step.spread) == (cools, spread)
+
+
 def test_one_with_a_free_place_comes_before_one_of_its_tier_that_is_full_but_not_before_a_lower_tier() -> None:
     pair = route(one("a1"), one("a2"), one("b", tier=1))
     assert play(pair, DOWN, view=View(full=frozenset({"a1"}))).tried[0] == "a2"
@@ -236,13 +276,17 @@ deployments = st.builds(
     st.lists(deployments, max_size=4, unique_by=lambda deployment: deployment.name),
     st.lists(failures, max_size=30),
     st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 3.0, 30.0])),
+    st.sets(st.sampled_from("abcd")),
     st.integers(1, 6),
 )
 def test_it_always_ends_and_never_costs_more_calls_than_the_route_allows(
-    held: list[Deployment], errors: list[ModelError | None], cooling: dict[str, float], tries: int
+    held: list[Deployment], errors: list[ModelError | None], cooling: dict[str, float], probed: set[str], tries: int
 ) -> None:
-    told = play(route(*held, tries=tries), *errors, view=View(cooling=cooling))
+    told = play(route(*held, tries=tries), *errors, view=View(cooling=cooling, probed=frozenset(probed & set(cooling))))
     made = sum(1 for error in [*errors, *[errors[-1]] * 100][: len(told.tried)] if error) if errors else 0
     assert made <= tries
-    assert sum(cooling.get(step.deployment.name, 0.0) for step in told.steps) <= PATIENCE_S
+    assert len(told.steps) <= tries + MOST_UNMADE
+    waits = [(step.deployment.name in probed, cooling.get(step.deployment.name, 0.0)) for step in told.steps]
+    assert sum(cools for looks, cools in waits if not looks) <= PATIENCE_S
+    assert sum(looks and cools > 0 for looks, cools in waits) <= MOST_LOOKS + tries
     assert all(step.after >= cooling.get(step.deployment.name, 0.0) for step in told.steps)

@@ -38,6 +38,11 @@ class Breaker:
         """Whether it has failed so often that only a probe may try it."""
         return self._opened > 0
 
+    @property
+    def probed(self) -> bool:
+        """Whether nothing but another call's probe is waited for."""
+        return self._probing and self._until <= self._now()
+
     def cooling(self) -> float:
         """Seconds until a call may be made; 0 when one may be made now."""
         left = self._until - self._now()

@@ -110,7 +110,7 @@ class Lines:
         names = [one.name for one in routed.deployments]
         cooling = {name: left for name in names if (left := self._cooling(name)) > 0}
         full = frozenset(name for name in names if name in self._places and self._places[name].queue.full)
-        return View(cooling, full)
+        return View(cooling, full, frozenset(name for name in cooling if self._breakers[name].probed))
 
     def servers(self) -> Iterable[Server]:
         """Every server that was opened."""

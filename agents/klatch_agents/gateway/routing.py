@@ -8,6 +8,12 @@ deployments is taken is a hash of the request and the try, and jitter is added b
 The order of preference: not cooling down; not failed for this request yet; the lower tier; one with a free place;
 then by weight. What a server's own words allow decides what follows a failure (`judge`): the same deployment again,
 after a pause; only another one; or none.
+
+Where nothing may be called, a request waits, within limits of its own (`_Patience`) beside the route's `tries`:
+`PATIENCE_S` in all for cool-downs, and `MOST_LOOKS` looks, a second each, whether a probe is over. Together that is
+20 seconds, up to a fifth of a second of jitter with each wait, and the pauses between tries. What it waits for a place
+is not counted and not known here: the caller's deadline ends that, or the caller, who leaves. A place that was had in
+vain is no reason to give up; `MOST_UNMADE` of them are, so that it ends whatever breakers and places do to each other.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -20,9 +26,18 @@ from klatch_agents.gateway.errors import MalformedError, MisconfiguredError, Mod
 from klatch_schemas.events import Deployment, ModelRouted
 
 PATIENCE_S = 10.0
-"""The longest that a request waits for deployments that all cool down; if they need longer, it is refused at once."""
+"""The longest that a request waits, in all, for deployments that all cool down; if they need longer, it is refused at
+once."""
+MOST_LOOKS = 10
+"""How often it looks whether another's probe is over. Cool-downs may have taken all of its patience by then, and what
+they were waited for is a probe that goes well."""
+MOST_UNMADE = 100
+"""Tries that may end without a call. Each waits for as long as its deployment cools down, so many are only had where
+that is next to nothing."""
 BACK_OFF_S = 0.4
 """The first pause before a deployment is tried a second time; it doubles."""
+SPREAD_S = BACK_OFF_S / 2
+"""Over how long those who wait for the same cool-down come back, and never over longer than they waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,8 @@ class View:
     """Seconds until a deployment may be called; absent: now."""
     full: frozenset[str] = frozenset()
     """Those whose places are all taken."""
+    probed: frozenset[str] = frozenset()
+    """Of those that cool down: the ones that only wait for another call's probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +105,7 @@ def choose_until_served(
     `avoid`: rather not these."""
     able = [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
     failed, waits = dict[str, int](), dict[str, float]()
-    patience, tries = PATIENCE_S, 0
+    patience, tries = _Patience(), 0
     while tries < routed.tries:
         # A server that said when to come back is taken at its word, whether or not it is known to others.
         cooling = {one.name: max(view.cooling.get(one.name, 0.0), waits.get(one.name, 0.0)) for one in able}
@@ -97,15 +114,14 @@ def choose_until_served(
         if chosen is None:
             return NothingLeft()
         cools = cooling[chosen.name]
-        if cools > patience:
-            return NothingLeft(cools)
-        patience -= cools
+        if not patience.lasts(cools, probed=chosen.name in view.probed and chosen.name not in waits):
+            return NothingLeft(cools or None)
         pause = BACK_OFF_S * 2 ** (failed[chosen.name] - 1) if chosen.name in failed else 0.0
         waits.pop(chosen.name, None)
-        outcome = yield Try(chosen, cools + pause / 2, pause / 2)
+        outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)))
         view = outcome.view
         if outcome.error is None:
-            patience -= 0.1  # whatever makes it cool down again and again, this comes to an end
+            patience.unmade -= 1
             continue
         tries += 1
         verdict = judge(outcome.error)
@@ -124,6 +140,23 @@ def how_it_continues(deployment: Deployment) -> Continues:
     if deployment.continues is None:
         return "vllm" if deployment.kind == "vllm" else "none"
     return deployment.continues
+
+
+@dataclass(slots=True)
+class _Patience:
+    """What a request still puts up with."""
+
+    seconds: float = PATIENCE_S
+    looks: int = MOST_LOOKS
+    unmade: int = MOST_UNMADE
+
+    def lasts(self, cools: float, *, probed: bool) -> bool:
+        """Spend what one more wait costs; returns whether there was as much."""
+        if probed:
+            self.looks -= 1
+        else:
+            self.seconds -= cools
+        return self.seconds >= 0 and self.looks >= 0 and self.unmade > 0
 
 
 def _choose(
