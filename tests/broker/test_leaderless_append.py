@@ -3,6 +3,8 @@
 """A partition without a leader outlasts an append: what aiokafka drops meanwhile leaves no gap that stops the rest."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,15 @@ async def create(bootstrap: str) -> None:
         await admin.close()
 
 
+@asynccontextmanager
+async def closing(options: KafkaOptions) -> AsyncGenerator[KafkaLog]:
+    log = await KafkaLog.open(options)
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
 async def append(log: KafkaLog, value: bytes) -> str:
     """What came of it: empty, or why it failed."""
     try:
@@ -39,10 +50,13 @@ async def append(log: KafkaLog, value: bytes) -> str:
 
 async def test_appends_go_on_after_a_partition_had_no_leader_for_longer_than_one_may_take(tmp_path: Path) -> None:
     sooner = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
-    async with Cluster(tmp_path, Options(nodes=3, properties=sooner)) as cluster:
+    async with Cluster(tmp_path, Options(nodes=3, properties=sooner)) as cluster, AsyncExitStack() as opened:
         await create(cluster.bootstrap)
         options = KafkaOptions(cluster.bootstrap, delivery_s=2)
-        log, other = await KafkaLog.open(options), await KafkaLog.open(options)
+        log, other = (
+            await opened.enter_async_context(closing(options)),
+            await opened.enter_async_context(closing(options)),
+        )
         assert await append(log, b"before") == ""
         await cluster.nodes[LEADER - 1].kill()
         assert "did not acknowledge" in await append(log, b"given up")
@@ -60,8 +74,6 @@ async def test_appends_go_on_after_a_partition_had_no_leader_for_longer_than_one
         tail.follow(Partition(TOPIC, 0), 0)
         values = [record.value for record in await tail.read(10_000)]
         assert values == [b"before", *[b"after"] * (3 - len(refusals))]
-        await log.close()
-        await other.close()
 
 
 async def _leads(log: KafkaLog) -> bool:

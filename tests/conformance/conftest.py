@@ -2,6 +2,7 @@
 # aiokafka has no types.
 """The worlds in which the conformance suites run: what a test may do to a log from outside, in memory and on Kafka."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 from uuid import uuid4
@@ -100,7 +101,12 @@ class KafkaWorld:
         async with AIOKafkaProducer(bootstrap_servers=self._bootstrap, transactional_id=named) as producer:
             await producer.begin_transaction()
             await producer.send_and_wait(partition.topic, value, partition=partition.number)
+            before = (await self.log.bounds(partition))[1]
             await (producer.commit_transaction() if commit else producer.abort_transaction())
+        # The coordinator answers before the marker stands; until then what is behind it is not to be read.
+        async with asyncio.timeout(30):
+            while (await self.log.bounds(partition))[1] == before:
+                pass
 
 
 @pytest_asyncio.fixture
