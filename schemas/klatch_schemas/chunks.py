@@ -52,7 +52,7 @@ class Reply:
             elif name == _OURS and isinstance(value, dict):
                 self._ours.update(cast("Json", value))
             elif name not in _OF_CHUNKS and value not in (None, "") and (value or name != "created"):
-                self._top[name] = value
+                self._top[name] = self._top.get(name, value) if value in _NOTHING else value
         for choice in objects_in(chunk.get("choices")):
             self._choice(choice)
 
@@ -69,7 +69,9 @@ class Reply:
             elif name == "message":
                 # What a server repeats whole beside its deltas adds only what they have not said.
                 _merge(message, {own: one for own, one in _object(value).items() if message.get(own) in _NOTHING})
-            elif name not in {"index", "delta", "finish_reason"}:
+            elif name not in {"index", "delta", "finish_reason"} and (
+                value not in _NOTHING or choice.get(name) is None
+            ):
                 choice[name] = value
 
     @property

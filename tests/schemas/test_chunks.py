@@ -59,6 +59,19 @@ def test_nothing_takes_no_place_before_or_after(name: str, said: Any, odd: Any) 
     assert put_together({name: odd}, {name: said}, {name: odd})[name] == said
 
 
+@pytest.mark.parametrize("odd", [None, "", [], {}])
+def test_nothing_takes_no_place_beside_a_delta_or_beside_the_choices(odd: Any) -> None:
+    """As in Azure's last chunk, whose `content_filter_results` are `{}`."""
+    filtered = {"hate": {"filtered": False, "severity": "safe"}}
+    reply = Reply()
+    for beside in (odd, filtered, odd):
+        choice = {"index": 0, "delta": {}, "content_filter_results": beside}
+        reply.add({"choices": [choice], "prompt_filter_results": beside})
+    whole: Any = reply.completion()
+    assert whole["choices"][0]["content_filter_results"] == filtered
+    assert whole["prompt_filter_results"] == filtered
+
+
 @pytest.mark.parametrize("odd", [None, "", "x", 3, {}, {"index": 0}, [None, "x", 3]])
 def test_odd_tool_calls_and_functions_leave_the_real_ones_as_they_are(odd: Any) -> None:
     real = [{"tool_calls": [WEATHER]}, more('{"city":"Rome"}')]

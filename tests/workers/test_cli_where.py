@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from klatch_schemas.topics import Namespace
 from klatch_workers.cli import main
+from klatch_workers.cli.context import CommandFailed, Context
 
 TENANTS = '[tenants.acme]\nkeys = ["klatch-0123456789"]\n'
+APPLY = ("tenants", "apply", "tenants.toml")
 READING = (("tenants", "list"), ("topics", "check"), ("topics", "describe"))
 ON_KAFKA = (
     *READING,
-    ("tenants", "apply", "tenants.toml"),
+    APPLY,
     ("topics", "create"),
     ("quota", "show", "acme"),
     ("models", "list"),
@@ -37,6 +40,21 @@ def klatch(arguments: tuple[str, ...], **environment: str) -> Any:
     return CliRunner().invoke(main, arguments, env=environment, input="{}\n")
 
 
+def run_file(folder: Path) -> None:
+    """Of a `klatch up --namespace dev`."""
+    facts = {
+        "bootstrap": "127.0.0.1:2",
+        "namespace": "dev",
+        "tenant": "local",
+        "http": "http://127.0.0.1:4",
+        "api_key": "k",
+        "model_url": "http://127.0.0.1:5/v1",
+        "model_key": "m",
+        "keys_file": str(folder / "keys.toml"),
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
+
+
 @pytest.mark.parametrize("arguments", READING, ids=" ".join)
 @pytest.mark.parametrize("named", ["option", "environment"])
 def test_a_command_beside_a_running_klatch_up_asks_its_kafka(
@@ -51,6 +69,47 @@ def test_a_command_beside_a_running_klatch_up_asks_its_kafka(
     assert "127.0.0.1:2" in asked.output
     over = klatch((*arguments, "--data", str(folder), "--kafka", "127.0.0.1:3"))
     assert (over.exit_code, "127.0.0.1:3" in over.output) == (3, True)
+
+
+def test_a_namespace_alone_is_one_of_the_running_klatchs_kafka(folder: Path) -> None:
+    run_file(folder)
+    beside = Context.read({}, data=folder, namespace="other")
+    assert (beside.bootstrap, beside.namespace, beside.tenant) == ("127.0.0.1:2", Namespace.named("other"), "local")
+
+
+@pytest.mark.parametrize("kafka", ["127.0.0.1:2", "localhost:2", "other:9092, 127.0.0.1:2"])
+def test_who_names_the_running_klatchs_own_kafka_means_that_klatch(folder: Path, kafka: str) -> None:
+    run_file(folder)
+    for beside in (Context.read({"KLATCH_KAFKA": kafka}, data=folder), Context.read({}, data=folder, kafka=kafka)):
+        assert (beside.namespace, beside.tenant, beside.api_key) == (Namespace.named("dev"), "local", "k")
+
+
+@pytest.mark.parametrize("named", ["option", "environment"])
+def test_who_names_another_kafka_is_told_nothing_of_the_running_klatch(folder: Path, named: str) -> None:
+    run_file(folder)
+    kafka = "prod:9092"
+    if named == "option":
+        away = Context.read({}, data=folder, kafka=kafka)
+    else:
+        away = Context.read({"KLATCH_KAFKA": kafka}, data=folder)
+    assert (away.bootstrap, away.namespace) == (kafka, Namespace())
+    assert (away.tenant, away.api_key, away.door_known) == (None, None, False)
+    model = away.model_settings
+    assert (model.model_url, model.model_key, model.keys_file) == (None, None, None)
+    with pytest.raises(CommandFailed, match="with the Kafka prod:9092"):
+        away.door()
+
+
+@pytest.mark.parametrize("arguments", [*READING, APPLY, ("quota", "show", "acme"), ("models", "list")], ids=" ".join)
+def test_a_run_file_that_cannot_be_read_fails_no_command_that_names_kafka_and_namespace(
+    folder: Path, arguments: tuple[str, ...]
+) -> None:
+    (folder / "run.json").write_text("{")
+    named = (*arguments, "--data", str(folder), "--kafka", "127.0.0.1:3", "--namespace", "dev")
+    asked = klatch(named)
+    assert (asked.exit_code, "127.0.0.1:3" in asked.output) == (3, True)
+    unnamed = klatch((*arguments, "--data", str(folder)))
+    assert (unnamed.exit_code, "run.json" in unnamed.output) == (2, True)
 
 
 @pytest.mark.parametrize("arguments", WITH_SETTINGS, ids=" ".join)

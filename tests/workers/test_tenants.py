@@ -2,7 +2,12 @@
 
 import asyncio
 import hashlib
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -12,6 +17,7 @@ from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import CHAT_REQUESTS, TENANTS, TOPICS, Namespace
 from klatch_streams.ledger import Ledger
 from klatch_streams.memory_log import MemoryLog
+from klatch_workers import tenants
 from klatch_workers.books import KeyBook
 from klatch_workers.tenants import KeyTaken, TenantsFileError, read_tenants, tenant_configured, write_tenants
 
@@ -85,6 +91,53 @@ async def test_a_key_of_a_tenant_that_stands_in_the_ledger_is_given_to_no_other(
     assert len(log.records(CHAT_REQUESTS.name)) == len(log.records(TENANTS.name)) == 1, "nothing was written"
     moved = [acme.model_copy(update={"keys": ()}), other]
     assert await write_tenants(log, Namespace(), moved, by="test") == ["acme", "other"]
+
+
+@contextmanager
+def counted_lines() -> Generator[list[int]]:
+    """The lines of `tenants.py` that are run meanwhile, turns of a comprehension too: work, whatever the clock says."""
+    count, before = [0], sys.gettrace()
+
+    def step(_frame: FrameType, event: str, _argument: object) -> Any:
+        count[0] += event == "line"
+        return step
+
+    def called(frame: FrameType, _event: str, _argument: object) -> Any:
+        return step if frame.f_code.co_filename == tenants.__file__ else None
+
+    sys.settrace(called)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
+
+
+async def test_who_has_a_key_already_costs_as_much_a_tenant_however_many_there_are(tmp_path: Path) -> None:
+    read, written = list[int](), list[int]()
+    for many in (40, 80):
+        (tmp_path / "t.toml").write_text(
+            "\n".join(f'[tenants.t{number}]\nkeys = ["klatch-{number:09}"]' for number in range(many))
+        )
+        with counted_lines() as lines:
+            named = read_tenants(tmp_path / "t.toml")
+        read += lines
+        log = MemoryLog({topic.name: 1 for topic in TOPICS})
+        standing = [tenant_configured(Tenant(f"s{one.tenant}"), [f"other-{one.tenant}-key"], Limits()) for one in named]
+        await write_tenants(log, Namespace(), standing, by="test")
+        with counted_lines() as lines:
+            await write_tenants(log, Namespace(), named, by="test")
+        written += lines
+    assert read[0] > 40, "it counts"
+    assert read[1] <= 2 * read[0]
+    assert written[1] <= 2 * written[0]
+
+
+def test_of_three_tenants_of_one_key_two_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(
+        "".join(f'[tenants.{name}]\nkeys = ["klatch-{name}-key", "{KEY}", "{KEY}"]\n' for name in ("a", "b", "c"))
+    )
+    with pytest.raises(TenantsFileError, match=r"tenants\.a and tenants\.b have one key"):
+        read_tenants(tmp_path / "t.toml")
 
 
 async def test_a_key_that_is_written_while_a_door_serves_is_known_to_it() -> None:

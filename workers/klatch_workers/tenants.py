@@ -21,7 +21,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -101,12 +101,14 @@ def read_tenants(path: Path) -> list[TenantConfigured]:
     except ValueError as error:
         raise TenantsFileError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     tenants = [_configured(path, name, tenant) for name, tenant in file.tenants.items()]
-    for number, tenant in enumerate(tenants):
-        if taken := _taken(tenant, tenants[:number]):
+    owners = dict[str, Tenant]()
+    for tenant in tenants:
+        if taken := _taken(tenant.keys, owners):
             key, other = taken
             raise TenantsFileError(
                 f"{path}: tenants.{other} and tenants.{tenant.tenant} have one key, {key.id}…: {_ONE}"
             )
+        owners |= _owners([tenant])
     return tenants
 
 
@@ -197,12 +199,12 @@ def _micros(dollars: float) -> int:
 
 def _refuse_taken(tenants: Sequence[TenantConfigured], standing: Collection[TenantConfigured]) -> None:
     named = {tenant.tenant for tenant in tenants}
-    others = [tenant for tenant in standing if tenant.tenant not in named]
+    owners = _owners(tenant for tenant in standing if tenant.tenant not in named)
     before = {tenant.tenant: tenant.keys for tenant in standing}
     for tenant in tenants:
         # Who has it already keeps it: a change of limits or prices writes the keys that stand.
         new = [key for key in tenant.keys if key not in before.get(tenant.tenant, ())]
-        if taken := _taken(tenant.model_copy(update={"keys": new}), others):
+        if taken := _taken(new, owners):
             key, other = taken
             raise KeyTaken(
                 f"tenants.{tenant.tenant}.keys: the key {key.id}… is {other}'s, who stands in the ledger: {_ONE} "
@@ -210,10 +212,14 @@ def _refuse_taken(tenants: Sequence[TenantConfigured], standing: Collection[Tena
             )
 
 
-def _taken(tenant: TenantConfigured, others: Collection[TenantConfigured]) -> tuple[ApiKey, Tenant] | None:
-    """A key of `tenant` that one of the others has, and whose it is."""
-    owners = {key.sha256: other.tenant for other in others for key in other.keys}
-    return next(((key, owners[key.sha256]) for key in tenant.keys if key.sha256 in owners), None)
+def _owners(tenants: Iterable[TenantConfigured]) -> dict[str, Tenant]:
+    """By the sha256 of each key, whose it is."""
+    return {key.sha256: tenant.tenant for tenant in tenants for key in tenant.keys}
+
+
+def _taken(keys: Iterable[ApiKey], owners: Mapping[str, Tenant]) -> tuple[ApiKey, Tenant] | None:
+    """One of some keys that has an owner, and whose it is."""
+    return next(((key, owners[key.sha256]) for key in keys if key.sha256 in owners), None)
 
 
 def _key(key: str) -> ApiKey:

@@ -47,7 +47,7 @@ def cancel(request_id: str, conversation: str | None, reason: str, as_json: bool
 
     async def work() -> int:
         context = Context.read(**options)
-        if context.door_known and not options.get("kafka"):
+        if not options.get("kafka") and context.door_known:
             _over_http(context.door(), request_id, conversation)
             how = "http"
         else:

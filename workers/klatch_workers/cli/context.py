@@ -1,7 +1,8 @@
 """What client commands share: where klatch is, whose requests these are, and how an outcome becomes an exit code.
 
 A running `klatch up` says where it is in `<data>/run.json`, so that commands beside it need no options; options, then
-the environment, win over it. Nothing here imports more than the bare install has.
+the environment, win over it. Who names another Kafka means another klatch, of which `run.json` says nothing. Nothing
+here imports more than the bare install has.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
@@ -48,16 +50,18 @@ class DoorAddress:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Context:
-    """Settings, completed by what a running `klatch up` wrote."""
+    """Settings, completed by what a running `klatch up` wrote.
+
+    That is read when something is missing; what asks for it raises CommandFailed if it cannot be read.
+    """
 
     settings: Settings
-    run: Mapping[str, Any]
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, /, **options: Any) -> "Context":
-        """From options, the environment and `run.json`. Raises CommandFailed."""
+        """From options and the environment. Raises CommandFailed."""
         try:
             settings = read_settings(environment, **options)
         except ValueError as error:
@@ -65,7 +69,15 @@ class Context:
         configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "warning")
         # It logs every attempt to connect; that none succeeded is said once, in our words.
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-        return cls(settings, read_run_file(settings.data))
+        return cls(settings)
+
+    @cached_property
+    def run(self) -> Mapping[str, Any]:
+        """What a running `klatch up` wrote; empty if another Kafka than its own is named."""
+        said = read_run_file(self.settings.data)
+        if "kafka" not in self.settings.model_fields_set:
+            return said
+        return said if _servers(self.settings.kafka) & _servers(str(said.get("bootstrap") or "")) else {}
 
     def _chosen(self, name: str, written: str) -> Any:
         """An explicit setting, else what `klatch up` wrote, else the setting's default."""
@@ -116,8 +128,10 @@ class Context:
     def door(self) -> DoorAddress:
         """The door with its key. Raises CommandFailed when there is no key."""
         if self.api_key is None:
+            named = "kafka" in self.settings.model_fields_set
+            of = f", with the Kafka {self.settings.kafka}" if named else ""
             raise CommandFailed(
-                f"no API key: set KLATCH_API_KEY, or name with --data the folder of a running `klatch up` "
+                f"no API key: set KLATCH_API_KEY, or name with --data the folder of a running `klatch up`{of} "
                 f"({self.settings.data} has none)",
                 MISUSED,
             )
@@ -134,6 +148,11 @@ def base_url(said: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def _servers(bootstrap: str) -> set[str]:
+    """Bootstrap servers, so that two lists of one cluster have some in common."""
+    return {server.strip().replace("localhost:", "127.0.0.1:") for server in bootstrap.split(",")} - {""}
+
+
 def read_run_file(data: Path) -> dict[str, Any]:
     """What a running `klatch up` wrote; empty if there is none. Raises CommandFailed."""
     path = data / "run.json"
@@ -143,7 +162,9 @@ def read_run_file(data: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise CommandFailed(
-            f"cannot read {path}: {error}; start `klatch up` again, or remove the file", MISUSED
+            f"cannot read {path}: {error}; start `klatch up` again, remove the file, or name with options (such as "
+            "--kafka and --namespace) what it would tell",
+            MISUSED,
         ) from error
     return cast("dict[str, Any]", said) if isinstance(said, dict) else {}
 

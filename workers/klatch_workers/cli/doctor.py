@@ -16,6 +16,7 @@ from klatch_workers.cli.context import (
     door_options,
     kafka_options,
     perform,
+    read_run_file,
     say_json,
     shared_options,
 )
@@ -66,7 +67,8 @@ def _setup(context: Context) -> Setup:
         settings=context.model_settings,
         environment=os.environ,
         data=settings.data,
-        pids=cast("dict[str, int]", run.get("pids") or {}),
+        # They are of this folder, whichever Kafka is named.
+        pids=cast("dict[str, int]", read_run_file(settings.data).get("pids") or {}),
         bootstrap=context.bootstrap,
         own_kafka="kafka" not in settings.model_fields_set,
         namespace=context.namespace,
