@@ -184,6 +184,7 @@ async def test_a_batch_for_which_there_is_no_memory_is_read_later_and_none_of_it
             raise MemoryError
         return bytes(gzip_decode(packed))
 
+    # Want of memory, which nothing else brings about in time: a library's function fails once, ours runs as it is.
     monkeypatch.setattr(default_records, "gzip_decode", unpacked)
     batches = [*([batch(0, before)] if before else []), batch(before, 3, "gzip")]
     fetcher = Fetcher(cast("Wire", Canned(*batches)), KafkaOptions("nowhere:1", fetch_wait_ms=10))
