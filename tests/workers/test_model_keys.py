@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import pytest
+import uvloop
 from structlog.testing import capture_logs
 
 from klatch_agents.gateway.errors import MisconfiguredError
@@ -103,7 +105,7 @@ async def test_a_command_that_hangs_is_run_once_for_all_who_wait_and_holds_up_no
 
 async def test_a_token_that_is_not_renewed_is_used_for_as_long_again_and_its_command_rests(tmp_path: Path) -> None:
     token, clock = tmp_path / "token", Clock()
-    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, f'cat {token}')}"), clock)
+    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, f'cat {token}')}"), clock, renewal_s=30)
     told = list[tuple[str, int]]()
 
     async def ask(after_s: float) -> None:
@@ -127,6 +129,85 @@ async def test_a_token_that_is_not_renewed_is_used_for_as_long_again_and_its_com
     clock.now += 10
     with pytest.raises(MisconfiguredError, match="ended with 1"):
         await keys.named("kept")()
+
+
+async def test_while_a_command_hangs_the_last_token_is_used_and_the_run_goes_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    clock, path = Clock(), tmp_path / "fifo"
+    then = f"test $(wc -l < {tmp_path}/runs) = 1 && echo {SECRET} || cat {path}"
+    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, then)}"), clock, renewal_s=0)
+    assert await keys.named("kept")() == SECRET
+    clock.now += 100
+    assert [await keys.named("kept")() for _ in range(3)] == [SECRET] * 3
+    assert "model-key" in {task.get_name() for task in asyncio.all_tasks()}, "the run goes on"
+    pipe = await asyncio.to_thread(path.open, "w")
+    clock.now += 99
+    assert await keys.named("kept")() == SECRET
+    # Then it is used up, and calls wait.
+    clock.now += 1
+    waiting: list[asyncio.Future[str]] = [asyncio.ensure_future(keys.named("kept")()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert not any(one.done() for one in waiting)
+    with pipe:
+        pipe.write("new")
+    assert await asyncio.gather(*waiting) == ["new", "new"]
+    assert await keys.named("kept")() == "new"
+    assert runs_in(tmp_path) == 2
+
+
+async def test_a_command_in_time_gives_its_new_token_to_the_call_that_began_it(tmp_path: Path) -> None:
+    clock = Clock()
+    then = f"wc -l < {tmp_path}/runs"
+    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, then)}"), clock, renewal_s=30)
+    said = [await keys.named("kept")()]
+    clock.now += 100
+    said += await asyncio.gather(*(keys.named("kept")() for _ in range(2)))
+    assert said == ["1", "2", "2"]
+
+
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@LOOPS
+def test_when_a_process_stops_so_does_what_the_shell_of_a_command_started(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    path = keys_file(
+        tmp_path, f"[keys]\nhangs = {command_of(tmp_path, f'(sleep 20; echo left) > {tmp_path}/fifo; true')}"
+    )
+
+    async def stopped() -> IO[str]:
+        asking = asyncio.ensure_future(ModelKeys(path).named("hangs")())
+        pipe = await asyncio.to_thread((tmp_path / "fifo").open)
+        assert not asking.done()
+        return pipe
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        pipe = runner.run(stopped())
+    with pipe:
+        assert pipe.read() == "", "it ended without a word"
+
+
+@LOOPS
+def test_no_stop_waits_for_what_has_left_the_session_of_its_command(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """`timeout` makes a process group of its own, and has the command's output open."""
+    os.mkfifo(tmp_path / "fifo")
+    path = keys_file(tmp_path, f"[keys]\nhangs = {command_of(tmp_path, f'timeout 20 cat {tmp_path}/fifo; true')}")
+
+    async def stopped() -> int:
+        asking = asyncio.ensure_future(ModelKeys(path).named("hangs")())
+        pipe = await asyncio.to_thread(os.open, tmp_path / "fifo", os.O_WRONLY)
+        assert not asking.done()
+        return pipe
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        pipe = runner.run(stopped())
+    # Nobody would read from it if `cat` had been waited for.
+    assert os.write(pipe, b"\n") == 1
+    os.close(pipe)
 
 
 @pytest.mark.parametrize("source", ['"""{text}"""', "{{ file = '{path}' }}", "{{ command = ['cat', '{path}'] }}"])

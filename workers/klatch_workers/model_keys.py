@@ -8,14 +8,18 @@
               "--resource", "https://cognitiveservices.azure.com"], every_s = 1800 }
 
 The file is read again when it changes, and so is one that it names; a command is run again after `every_s`, once for
-all who wait for it. So a key or a token that is renewed needs no restart. While its command fails, a token is used for
-another `every_s`. Reading happens in the event loop: these are small local files.
+all who wait for it. So a key or a token that is renewed needs no restart. While its command fails or hangs, a token is
+used for another `every_s`. Reading happens in the event loop: these are small local files.
 """
 
 import asyncio
+import os
+import signal
+import subprocess
 import time
 import tomllib
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +36,8 @@ log = structlog.get_logger(__name__)
 _COMMAND_PATIENCE_S = 30.0
 _REST_S = 10.0
 """How long a command that failed is left alone: each call would wait for it again."""
+_RENEWAL_S = 1.0
+"""How long a command may run before calls go on with the token that they have."""
 
 
 class _File(BaseModel):
@@ -65,13 +71,15 @@ class _Keys(BaseModel):
 class _Token:
     """What a command makes: kept while it is fresh, made by one run at a time, used on for a while if that fails."""
 
-    def __init__(self, source: _Command, name: str, clock: Callable[[], float]) -> None:
+    def __init__(self, source: _Command, name: str, clock: Callable[[], float], renewal_s: float) -> None:
         self._source = source
         self._name = name
         self._clock = clock
+        self._renewal_s = renewal_s
         self._made: tuple[float, str] | None = None
         self._failed: tuple[float, MisconfiguredError] | None = None
         self._running: asyncio.Task[str] | None = None
+        self._begun = 0.0
 
     async def current(self) -> str:
         """The token. Raises MisconfiguredError."""
@@ -81,11 +89,16 @@ class _Token:
         if self._failed and now - self._failed[0] < _REST_S:
             return self._instead(now, self._failed[1])
         if self._running is None:
-            self._running = asyncio.create_task(self._renew(), name="model-key")
+            self._running, self._begun = asyncio.create_task(self._renew(), name="model-key"), now
             # Everybody may have left by the time it fails.
             self._running.add_done_callback(lambda run: run.cancelled() or run.exception())
+        running, held = self._running, self._held(now)
+        if held is not None:
+            await asyncio.wait({running}, timeout=max(0.0, self._begun + self._renewal_s - now))
+            if not running.done():
+                return held
         # Who leaves takes nothing from the others who wait.
-        return await asyncio.shield(self._running)
+        return await asyncio.shield(running)
 
     async def _renew(self) -> str:
         try:
@@ -102,17 +115,28 @@ class _Token:
             self._running = None
 
     def _instead(self, now: float, error: MisconfiguredError) -> str:
-        if self._made is None or now - self._made[0] >= 2 * self._source.every_s:
+        held = self._held(now)
+        if held is None:
             raise MisconfiguredError(error.message)
-        return self._made[1]
+        return held
+
+    def _held(self, now: float) -> str | None:
+        """The last token, if it may be used still."""
+        return self._made[1] if self._made and now - self._made[0] < 2 * self._source.every_s else None
 
 
 class ModelKeys:
-    """The keys that a keys file names; `path` None: there are none."""
+    """The keys that a keys file names; `path` None: there are none.
 
-    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+    After `renewal_s` of a command, calls go on with its last token.
+    """
+
+    def __init__(
+        self, path: Path | None, clock: Callable[[], float] = time.monotonic, *, renewal_s: float = _RENEWAL_S
+    ) -> None:
         self._path = path
         self._clock = clock
+        self._renewal_s = renewal_s
         self._read: tuple[float, _Keys] | None = None
         self._tokens: dict[_Command, _Token] = {}
 
@@ -148,7 +172,7 @@ class ModelKeys:
             case _Environment():
                 return _sendable(_variable(source.env, name), name)
             case _Command():
-                token = self._tokens.setdefault(source, _Token(source, name, self._clock))
+                token = self._tokens.setdefault(source, _Token(source, name, self._clock, self._renewal_s))
                 return await token.current()
 
     def _file(self, path: Path) -> _Keys:
@@ -193,25 +217,44 @@ def _sendable(key: str, name: str) -> str:
 
 async def _run(command: tuple[str, ...], name: str) -> str:
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        process = _started(command)
     except OSError as error:
         raise MisconfiguredError(f"the command that makes the key {name!r} cannot be run: {error.strerror}") from None
     try:
         async with asyncio.timeout(_COMMAND_PATIENCE_S):
-            said, _ = await process.communicate()
+            said = await _output(process)
+            status = await asyncio.to_thread(process.wait)
     except TimeoutError:
         raise MisconfiguredError(
             f"the command that makes the key {name!r} took over {_COMMAND_PATIENCE_S:g} s"
         ) from None
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode or not said.strip():
-        raise MisconfiguredError(f"the command that makes the key {name!r} ended with {process.returncode}")
+            # Not reaped yet, so the number is still its own, and its group's. Who has left that may live on, with
+            # the output open: nobody waits for it.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await asyncio.to_thread(process.wait)
+    if status or not said.strip():
+        raise MisconfiguredError(f"the command that makes the key {name!r} ended with {status}")
     return said.decode("utf-8", "replace").strip()
+
+
+def _started(command: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+    """Not by asyncio: cancelled while it starts a process, it ends that one alone, not what was started by it."""
+    return subprocess.Popen(  # noqa: S603 - the operator's own command
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+async def _output(process: "subprocess.Popen[bytes]") -> bytes:
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), process.stdout
+    )
+    with closing(transport):
+        return await reader.read()
