@@ -124,10 +124,9 @@ class Client:
         headers: Mapping[str, str],
         timeouts: Timeouts,
         body: bytes = b"",
-        before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> bytes:
         """The whole body of a good response. Raises as `open` does, and TruncatedError."""
-        async with await self.open(method, url, headers, timeouts, body, before_send) as response:
+        async with await self.open(method, url, headers, timeouts, body) as response:
             return await self.whole(response, timeouts)
 
     async def whole(self, response: aiohttp.ClientResponse, timeouts: Timeouts) -> bytes:

@@ -68,6 +68,7 @@ class _Asked(NamedTuple):
     claim: Claim
     continuing: bool = False
     avoid: frozenset[str] = frozenset()
+    failed: Callable[[ModelError], None] | None = None
 
 
 class Router:
@@ -156,7 +157,8 @@ class Router:
                 f"no route names the model {alias!r}: `klatch models list` shows those there are", status=404
             )
         claim = Claim(call.tenant, call.weight, call.priority, call.deadline)
-        return _Asked(route, alias, call.request or str(next(self._numbers)), claim, bool(call.prefix), call.avoid)
+        seed = call.request or str(next(self._numbers))
+        return _Asked(route, alias, seed, claim, bool(call.prefix), call.avoid, call.failed)
 
     async def _served(self, asked: _Asked, attempt: Callable[[Line], Awaitable[T | None]]) -> T:
         """What the first deployment gives that serves; of an attempt None: no call was made. Raises the last failure
@@ -183,6 +185,8 @@ class Router:
             outcome = Outcome(error, self._lines.view(route))
 
     def _tell(self, asked: _Asked, deployment: str, error: ModelError) -> None:
+        if asked.failed:
+            asked.failed(error)
         log.info(
             "model.failed",
             request=asked.seed,
@@ -246,8 +250,6 @@ async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitSta
             begun = await _first_words(rest)
         except ModelError as error:
             run.failed(error)
-            if call.failed:
-                call.failed(error)
             raise
         run.spoke()
         held.push_async_exit(opened.pop_all())
@@ -276,8 +278,6 @@ async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes | None:
             answer = await line.server.embed(named, timeouts_of(asked.route.timeouts), look)
         except ModelError as error:
             run.failed(error)
-            if call.failed:
-                call.failed(error)
             raise
         else:
             run.finished()

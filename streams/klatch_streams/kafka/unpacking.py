@@ -26,7 +26,7 @@ from klatch_streams.dead_letters import describe
 
 log: Final = structlog.stdlib.get_logger()
 
-_READ_COMMITTED: Final = 1
+READ_COMMITTED: Final = 1
 # Of every batch: base offset and length, then, after the leader's epoch, its format.
 _HEAD: Final = struct.Struct(">qi")
 _FORMAT_AT: Final = 16
@@ -80,7 +80,7 @@ class Unpacked(PartitionRecords):  # type: ignore[misc, unused-ignore]
             key_deserializer=None,
             value_deserializer=None,
             check_crcs=False,  # by `_Batches`
-            isolation_level=_READ_COMMITTED,
+            isolation_level=READ_COMMITTED,
         )
         self._partition = partition
         self._mended = iter(tuple[Record, ...]())

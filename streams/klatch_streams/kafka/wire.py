@@ -19,11 +19,10 @@ from aiokafka.structs import TopicPartition
 
 from klatch_schemas.records import Partition
 from klatch_streams.kafka.options import KafkaOptions
-from klatch_streams.kafka.unpacking import Unpacked
+from klatch_streams.kafka.unpacking import READ_COMMITTED, Unpacked
 from klatch_streams.log import LogError, UnknownTopic
 
 EARLIEST, LATEST = -2, -1
-_READ_COMMITTED = 1
 _PARTITION_BYTES = 1 << 20
 _FETCH_BYTES = 8 << 20
 _BACKOFF_S = 0.1
@@ -139,7 +138,7 @@ class Wire:
         if node is None:
             raise kafka.LeaderNotAvailableError(partition)
         asked = [(partition.topic, [(partition.number, timestamp_ms)])]
-        response = await self.client.send(node, OffsetRequest(-1, _READ_COMMITTED, asked), group=_lane("offsets"))
+        response = await self.client.send(node, OffsetRequest(-1, READ_COMMITTED, asked), group=_lane("offsets"))
         ((_, ((_, code, _, offset),)),) = response.topics
         error = kafka.for_code(code)
         if error is not kafka.NoError:
@@ -156,7 +155,7 @@ class Wire:
         by_topic = dict[str, list[tuple[int, int, int]]]()
         for partition, offset in offsets.items():
             by_topic.setdefault(partition.topic, []).append((partition.number, offset, _PARTITION_BYTES))
-        request = FetchRequest(wait_ms, 1, _FETCH_BYTES, _READ_COMMITTED, list(by_topic.items()))
+        request = FetchRequest(wait_ms, 1, _FETCH_BYTES, READ_COMMITTED, list(by_topic.items()))
         try:
             response = await self.client.send(node, request, group=_lane(f"fetch-{lane}"))
         except kafka.KafkaError as error:
