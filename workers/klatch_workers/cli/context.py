@@ -248,6 +248,11 @@ def kafka_options(command: Command) -> Command:
     return command
 
 
+def log_options(command: Command) -> Command:
+    """All options of a command that works on the log alone: `kafka_options` and `shared_options`."""
+    return kafka_options(shared_options(command))
+
+
 def door_options(command: Command) -> Command:
     """`--http` and `--api-key`."""
     for option in (

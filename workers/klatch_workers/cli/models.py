@@ -21,11 +21,10 @@ from klatch_workers.cli.context import (
     MISUSED,
     CommandFailed,
     Context,
-    kafka_options,
+    log_options,
     opened_log,
     perform,
     say_json,
-    shared_options,
 )
 from klatch_workers.model_trial import Trial, trials
 from klatch_workers.models_file import ModelsFileError, read_models, write_models
@@ -37,15 +36,11 @@ def models() -> None:
     """Route model names to deployments, and try them."""
 
 
-def _options(command: Any) -> Any:
-    return kafka_options(shared_options(command))
-
-
 @models.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--prune", is_flag=True, help="Remove the routes that FILE leaves out.")
 @click.option("--by", default="", help="Who changes it.")
-@_options
+@log_options
 def apply(file: Path, prune: bool, by: str, as_json: bool, **options: Any) -> None:
     """Put the routes that FILE names into the ledger; in force within a second.
 
@@ -91,7 +86,7 @@ def apply(file: Path, prune: bool, by: str, as_json: bool, **options: Any) -> No
 @click.option("--concurrency", type=click.IntRange(1), help="Calls at once, per generation process.")
 @click.option("--name", help="Which deployment, where there are several.  [default: a new one is named after ALIAS]")
 @click.option("--by", default="", help="Who changes it.")
-@_options
+@log_options
 def set_route(alias: str, name: str | None, by: str, as_json: bool, **options: Any) -> None:
     """Route ALIAS to a deployment, or change one that it goes to.
 
@@ -118,7 +113,7 @@ def set_route(alias: str, name: str | None, by: str, as_json: bool, **options: A
 
 @models.command()
 @click.argument("alias")
-@_options
+@log_options
 def remove(alias: str, as_json: bool, **options: Any) -> None:
     """Take away ALIAS' route; its requests then go to the server of KLATCH_MODEL_URL."""
 
@@ -139,7 +134,7 @@ def remove(alias: str, as_json: bool, **options: Any) -> None:
 
 
 @models.command(name="list")
-@_options
+@log_options
 def list_routes(as_json: bool, **options: Any) -> None:
     """List routes with their deployments, tier by tier."""
 
@@ -163,7 +158,7 @@ def list_routes(as_json: bool, **options: Any) -> None:
 @click.argument("alias", required=False)
 @click.option("--deployment", metavar="NAME", help="Try this one only.")
 @click.option("--embed", is_flag=True, help="Ask for an embedding instead of a few words.")
-@_options
+@log_options
 def test(alias: str | None, deployment: str | None, embed: bool, as_json: bool, **options: Any) -> None:
     """Make a real, small call to every deployment of ALIAS (or of all routes), and say what came back.
 

@@ -25,11 +25,10 @@ from klatch_workers.cli.context import (
     MISUSED,
     CommandFailed,
     Context,
-    kafka_options,
+    log_options,
     opened_log,
     perform,
     say_json,
-    shared_options,
 )
 
 
@@ -40,7 +39,7 @@ def prompts() -> None:
 
 def _options(command: Any) -> Any:
     owner = click.option("--tenant", metavar="NAME", help="This tenant's own prompts.  [default: those of all tenants]")
-    return owner(kafka_options(shared_options(command)))
+    return owner(log_options(command))
 
 
 @prompts.command()

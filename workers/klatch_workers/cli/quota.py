@@ -23,11 +23,10 @@ from klatch_workers.cli.context import (
     MISUSED,
     CommandFailed,
     Context,
-    kafka_options,
+    log_options,
     opened_log,
     perform,
     say_json,
-    shared_options,
 )
 from klatch_workers.quotas import Change, UnknownTenant, read_quota, set_quota
 from klatch_workers.tenants import limits_money
@@ -104,7 +103,7 @@ def _limit_options(command: Any) -> Any:
 
 
 def _common(command: Any) -> Any:
-    return click.argument("tenant")(kafka_options(shared_options(command)))
+    return click.argument("tenant")(log_options(command))
 
 
 @quota.command(name="set")

@@ -15,11 +15,10 @@ from klatch_workers.cli.context import (
     MISUSED,
     CommandFailed,
     Context,
-    kafka_options,
+    log_options,
     opened_log,
     perform,
     say_json,
-    shared_options,
 )
 from klatch_workers.tenants import TenantsFileError, read_tenants, write_tenants
 
@@ -29,14 +28,10 @@ def tenants() -> None:
     """Write tenants, their keys and limits, and list them."""
 
 
-def _options(command: Any) -> Any:
-    return kafka_options(shared_options(command))
-
-
 @tenants.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--again", is_flag=True, help="Write all of them, also those that stand in the ledger as they are.")
-@_options
+@log_options
 def apply(file: Path, again: bool, as_json: bool, **options: Any) -> None:
     """Put the tenants that FILE names into the ledger; in force within a second. Tenants it leaves out stay.
 
@@ -66,7 +61,7 @@ def apply(file: Path, again: bool, as_json: bool, **options: Any) -> None:
 
 
 @tenants.command("list")
-@_options
+@log_options
 def list_(as_json: bool, **options: Any) -> None:
     """The tenants in the ledger, with their limits; of keys only the ids."""
 

@@ -15,7 +15,7 @@ import click
 from klatch_schemas.topics import Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.topic_admin import Described, Partitions, check_topics, create_topics, describe_topics
-from klatch_workers.cli.context import Context, kafka_options, perform, shared_options
+from klatch_workers.cli.context import Context, log_options, perform
 
 _STARTUP_S = 3.0
 
@@ -38,8 +38,7 @@ def _command(body: Callable[..., Coroutine[Any, Any, int]]) -> Callable[..., Non
     """The options and errors of every command here; `body` returns the exit code."""
 
     @topics.command(name=body.__name__, help=body.__doc__)
-    @kafka_options
-    @shared_options
+    @log_options
     @wraps(body)
     def command(kafka: str | None, namespace: str | None, data: Path | None, as_json: bool, **rest: Any) -> None:
         async def work() -> int:
