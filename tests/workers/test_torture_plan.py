@@ -95,6 +95,18 @@ def test_a_load_can_be_made_of_what_is_rare() -> None:
     assert not any(turn.waits for turn in slow)
     assert {talk.at_s for talk in plan(3, 1, 5, shape=Shape(every_s=20.0))} == {0.0, 20.0, 40.0}
     assert {talk.tenant for talk in plan(3, 1, 5, shape=Shape(limited=1.0))} == set(LIMITED)
+    assert all(turn.alone for talk in plan(3, 1, 5, shape=Shape(alone=1.0)) for turn in talk.turns)
+
+
+def test_some_clients_have_no_conversation_and_none_of_their_requests_meets_another() -> None:
+    talks = [talk for talk in plan(3, 10, 5) if talk.turns[0].alone]
+    turns = [(talk, turn) for talk in talks for turn in talk.turns]
+    assert {talk.edge for talk in talks} == {"kafka", "http"}
+    assert all(talk.conversation_of(turn) == turn.request for talk, turn in turns)
+    assert all(turn.alone and turn.if_busy == "enqueue" and not turn.interrupted for _, turn in turns)
+    others = [talk for talk in plan(3, 10, 5) if talk not in talks]
+    assert all(talk.conversation_of(turn) == talk.conversation for talk in others for turn in talk.turns)
+    assert len(talks) < len(others)
 
 
 def test_a_load_can_begin_with_two_long_replies_that_hold_every_commit_back() -> None:

@@ -78,7 +78,7 @@ class Load:
         await asyncio.sleep(began + talk.at_s - asyncio.get_running_loop().time())
         async with asyncio.TaskGroup() as turns:
             for turn in talk.turns:
-                asked = self.asked[turn.request] = Asked(talk.tenant, talk.conversation, turn)
+                asked = self.asked[turn.request] = Asked(talk.tenant, talk.conversation_of(turn), turn)
                 acknowledged, over = asyncio.Event(), asyncio.Event()
                 ask = self._over_http if talk.edge == "http" else self._over_kafka
                 turns.create_task(self._patiently(ask(asked, acknowledged), acknowledged, over))
@@ -233,7 +233,7 @@ def _request(asked: Asked) -> ChatRequested:
         conversation=asked.conversation,
         body=body_of(asked),
         person=turn.person,
-        memory=MemoryPolicy(recent=2),
+        memory=MemoryPolicy() if turn.alone else MemoryPolicy(recent=2),
         on_crash=turn.on_crash,
         if_busy=turn.if_busy,
         deadline_ms=None if timeout_ms is None else time.time_ns() // 1_000_000 + timeout_ms,

@@ -158,7 +158,7 @@ class HttpReader:
             where = f"{self.url}/v1/streams/{turn.request}"
             query = {"conversation": self.asked.conversation}
             return self.session.get(where, params=query, headers=headers, timeout=_TIMEOUT)
-        headers["idempotency-key"] = f"{self.asked.conversation}.{turn.number}"
+        headers["idempotency-key"] = turn.key
         return self.session.post(
             f"{self.url}/v1/chat/completions", json=self._body(), headers=headers, timeout=_TIMEOUT
         )
@@ -166,12 +166,12 @@ class HttpReader:
     def _body(self) -> dict[str, Any]:
         turn = self.asked.turn
         klatch: dict[str, Any] = {
-            "conversation": self.asked.conversation,
-            "memory": {"recent": 2},
             "on_crash": turn.on_crash,
             "if_busy": turn.if_busy,
             "on_disconnect": "cancel" if turn.trouble.cancel == "disconnect" else "continue",
         }
+        if not turn.alone:
+            klatch |= {"conversation": self.asked.conversation, "memory": {"recent": 2}}
         if turn.person:
             klatch["person"] = turn.person
         if turn.trouble.timeout_ms is not None:

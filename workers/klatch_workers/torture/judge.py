@@ -78,6 +78,7 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "voided": sum(len(one.voided) for one in evidence.observations),
         "model_calls": len(evidence.calls),
         "stalled_ms": round(sum(one.until_ms - one.from_ms for one in evidence.stalls)),
+        "alone": sum(case.asked.turn.alone for case in cases.values()),
         "published_twice": sum(len(case.published) > 1 for case in cases.values()),
         "raced": sum(one.raced for one in told),
         "superseded": sum(one.attempts > 1 for one in told),

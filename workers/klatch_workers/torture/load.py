@@ -79,6 +79,8 @@ class Shape:
     """Conversations begin together, so often; 0: each by itself."""
     limited: float = 0.18
     """How many of the conversations are those of tenants with limits."""
+    alone: float = 0.15
+    """How many of the clients have no conversation: each of their requests is one by itself, and recalls nothing."""
     holds_s: float = 0.0
     """How long each of two replies takes that are asked one behind the other before all others, by a conversation of
     their own: until the first has ended, their partition commits nothing that came after it. 0: nobody asks them."""
@@ -130,6 +132,10 @@ class Turn:
     """Who asks, where that is limited."""
     limited: bool = False
     """Whether limits may refuse it, or a budget stop its reply."""
+    key: str = ""
+    """Its `Idempotency-Key`; empty: it is not asked over HTTP."""
+    alone: bool = False
+    """Whether it is a conversation by itself, named after the request, of which nothing is recalled."""
 
     @property
     def model(self) -> str:
@@ -149,7 +155,7 @@ def script(tokens: int, rate: float, upstream: Mapping[str, object] | None = Non
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """A conversation: its turns, in the order of their asking."""
+    """What one client asks: the turns of a conversation, or requests that stand alone, in the order of their asking."""
 
     at_s: float
     """When it begins, in seconds after the load began."""
@@ -157,6 +163,10 @@ class Talk:
     conversation: Conversation
     edge: Edge
     turns: tuple[Turn, ...]
+
+    def conversation_of(self, turn: Turn) -> Conversation:
+        """The conversation that one of its turns belongs to."""
+        return Conversation(turn.request) if turn.alone else self.conversation
 
 
 USUAL: Final = Shape()
@@ -175,8 +185,17 @@ def plan(
     while (at := at + chance.expovariate(1 / every)) < minutes * 60:
         begins = at // shape.every_s * shape.every_s if shape.every_s else at
         talks.append(_talk(chance, seed, len(talks), round(begins, 3), shape))
+    # Drawn apart: a seed has the same turns as it had before there were any that stand alone.
+    alone = random.Random(f"alone {seed}")  # noqa: S311 - no secret
+    talks = [_parted(talk) if alone.random() < shape.alone else talk for talk in talks]
     talks = [_holding(seed, shape.holds_s), *talks] if shape.holds_s else talks
     return [_plain(talk) for talk in talks] if plain else talks
+
+
+def _parted(talk: Talk) -> Talk:
+    """The same turns, each a conversation by itself: none finds another unfinished."""
+    turns = [replace(turn, alone=True, if_busy="enqueue", interrupted=False) for turn in talk.turns]
+    return replace(talk, turns=tuple(turns))
 
 
 def _plain(talk: Talk) -> Talk:
@@ -193,6 +212,8 @@ def _plain(talk: Talk) -> Talk:
             interrupted=False,
             person=None,
             limited=False,
+            key="",
+            alone=False,
         )
         for turn in talk.turns
     )
@@ -261,6 +282,7 @@ def _turn(chance: random.Random, tenant: Tenant, conversation: str, edge: Edge, 
         by_client=chance.random() < 0.08,
         on_crash="continue" if chance.random() < shape.continues else "restart",
         waits=chance.random() < shape.waits,
+        key=key if edge == "http" else "",
     )
 
 
