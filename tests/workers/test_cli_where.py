@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from pydantic import SecretStr
 
 from klatch_schemas.topics import Namespace
 from klatch_workers.cli import main
@@ -98,6 +99,28 @@ def test_who_names_another_kafka_is_told_nothing_of_the_running_klatch(folder: P
     assert (model.model_url, model.model_key, model.keys_file) == (None, None, None)
     with pytest.raises(CommandFailed, match="with the Kafka prod:9092"):
         away.door()
+
+
+@pytest.mark.parametrize("door", ["http://127.0.0.1:9", "https://127.0.0.1:4", "elsewhere:4"])
+def test_keys_of_the_running_klatch_are_sent_to_no_server_but_its_own(folder: Path, door: str) -> None:
+    run_file(folder)
+    away = Context.read({"KLATCH_HTTP": "127.0.0.1:9"}, data=folder, model_url="https://models.example/v1")
+    assert (away.door_known, away.api_key, away.model_settings.model_key) == (True, None, None)
+    with pytest.raises(CommandFailed, match=r"no API key for http://127\.0\.0\.1:9: set KLATCH_API_KEY"):
+        away.door()
+    assert klatch(("chat", "--once", "hi", "--data", str(folder), "--http", door)).exit_code == 2
+    own = Context.read({"KLATCH_HTTP": "localhost:4"}, data=folder, model_url="http://127.0.0.1:5/v1/")
+    assert (own.api_key, own.model_settings.model_key) == ("k", SecretStr("m"))
+
+
+def test_the_door_of_the_running_klatch_is_not_that_of_another_namespace(folder: Path) -> None:
+    run_file(folder)
+    other = Context.read({}, data=folder, namespace="other")
+    assert (other.door_known, other.api_key) == (False, None)
+    cancelled = klatch(("cancel", "r1", "--data", str(folder), "--namespace", "other"))
+    assert (cancelled.exit_code, "--conversation" in cancelled.output) == (2, True)
+    own = Context.read({}, data=folder, namespace="dev")
+    assert (own.door_url, own.api_key) == ("http://127.0.0.1:4", "k")
 
 
 @pytest.mark.parametrize("arguments", [*READING, APPLY, ("quota", "show", "acme"), ("models", "list")], ids=" ".join)

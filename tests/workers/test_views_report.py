@@ -9,7 +9,8 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 from pydantic import SecretStr
 
-from klatch_workers.cli.top import Source, find_source, table, top
+from klatch_workers.cli.context import Context, ServerAddress
+from klatch_workers.cli.top import table, top
 from klatch_workers.settings import Settings
 from klatch_workers.views.aggregate import Group, Tally
 from klatch_workers.views.histogram import BOUNDS_MS, Histogram
@@ -94,13 +95,21 @@ def test_without_a_key_top_says_where_to_get_one(tmp_path: Path) -> None:
 
 def test_top_takes_its_source_from_what_klatch_up_wrote(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"views_url": "http://127.0.0.1:7/", "internal_key": "k"}))
-    assert find_source(Settings(data=tmp_path)) == Source("http://127.0.0.1:7", "k")
+    assert Context(Settings(data=tmp_path)).views() == ServerAddress("http://127.0.0.1:7", "k")
 
 
 def test_settings_go_over_what_klatch_up_wrote(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"views_url": "http://127.0.0.1:7", "internal_key": "k"}))
     settings = Settings(data=tmp_path, views_url="http://views:8082", internal_key=SecretStr("other"))
-    assert find_source(settings) == Source("http://views:8082", "other")
+    assert Context(settings).views() == ServerAddress("http://views:8082", "other")
+
+
+def test_the_key_of_the_running_klatch_is_sent_to_no_other_views_worker(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"views_url": "http://127.0.0.1:7", "internal_key": "k"}))
+    shown = invoke("--views-url", "http://127.0.0.1:9", data=tmp_path)
+    assert (shown.exit_code, "KLATCH_INTERNAL_KEY" in shown.output) == (2, True)
+    own = invoke("--views-url", "http://localhost:7/", data=tmp_path)
+    assert (own.exit_code, "does not answer" in own.output) == (3, True)
 
 
 def test_a_broken_run_file_is_named(tmp_path: Path) -> None:

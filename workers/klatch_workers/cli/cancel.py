@@ -21,7 +21,7 @@ from klatch_workers.cli.context import (
     UNREACHABLE,
     CommandFailed,
     Context,
-    DoorAddress,
+    ServerAddress,
     door_options,
     kafka_options,
     opened_log,
@@ -64,7 +64,7 @@ def cancel(request_id: str, conversation: str | None, reason: str, as_json: bool
     perform(work, as_json=as_json)
 
 
-def _over_http(door: DoorAddress, request: str, conversation: str | None) -> None:
+def _over_http(door: ServerAddress, request: str, conversation: str | None) -> None:
     """Raises CommandFailed."""
     hint = f"?conversation={quote(conversation, safe='')}" if conversation else ""
     try:

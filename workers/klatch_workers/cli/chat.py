@@ -24,7 +24,7 @@ from klatch_workers.cli.context import (
     FAILED,
     CommandFailed,
     Context,
-    DoorAddress,
+    ServerAddress,
     door_options,
     outcomes,
     say_json,
@@ -109,7 +109,7 @@ def _single(once: str | None) -> str | None:
 
 
 def _converse(
-    runner: asyncio.Runner, session: aiohttp.ClientSession, door: DoorAddress, manner: Manner, history: Path
+    runner: asyncio.Runner, session: aiohttp.ClientSession, door: ServerAddress, manner: Manner, history: Path
 ) -> None:
     """Turn after turn, until Ctrl-D."""
     if not manner.quiet:
@@ -134,7 +134,7 @@ def _converse(
         _dim(f"come back with: klatch chat --conversation {manner.conversation}")
 
 
-async def _turn(session: aiohttp.ClientSession, door: DoorAddress, manner: Manner, text: str) -> Outcome:
+async def _turn(session: aiohttp.ClientSession, door: ServerAddress, manner: Manner, text: str) -> Outcome:
     """Ask, and show the reply. Raises CommandFailed when it never began."""
     turn, view = Turn(session, door, manner.body(text)), _View(manner)
     with _on_interrupt(lambda: view.notice("cancelling; Ctrl-C again leaves at once"), turn) as cancelling:

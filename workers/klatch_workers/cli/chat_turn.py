@@ -17,7 +17,7 @@ import aiohttp
 from klatch_agents.sse import Decoder, Event
 from klatch_schemas import codec
 from klatch_schemas.codec import Unreadable
-from klatch_workers.cli.context import FAILED, MISUSED, UNREACHABLE, CommandFailed, DoorAddress
+from klatch_workers.cli.context import FAILED, MISUSED, UNREACHABLE, CommandFailed, ServerAddress
 
 _TRIES: Final = 6
 """How often a broken connection is resumed without a new event in between."""
@@ -72,7 +72,7 @@ class _Lost(Exception):
 class Turn:
     """A request and its reply: iterate over `happenings`, then read `outcome`."""
 
-    def __init__(self, session: aiohttp.ClientSession, door: DoorAddress, body: Mapping[str, Any]) -> None:
+    def __init__(self, session: aiohttp.ClientSession, door: ServerAddress, body: Mapping[str, Any]) -> None:
         self._session = session
         self._door = door
         self._body = body
@@ -204,14 +204,14 @@ class Turn:
         return round((time.monotonic() - self._began) * 1000)
 
 
-async def open_session(door: DoorAddress) -> aiohttp.ClientSession:
+async def open_session(door: ServerAddress) -> aiohttp.ClientSession:
     """A session with the door; patient with long replies, not with a dead connection."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=_SILENCE_S)
     headers = {"authorization": f"Bearer {door.key}", "content-type": "application/json"}
     return aiohttp.ClientSession(headers=headers, timeout=timeout)
 
 
-async def first_model(session: aiohttp.ClientSession, door: DoorAddress) -> str:
+async def first_model(session: aiohttp.ClientSession, door: ServerAddress) -> str:
     """The first model on offer. Raises CommandFailed."""
     try:
         async with session.get(f"{door.url}/v1/models") as response:
@@ -225,7 +225,7 @@ async def first_model(session: aiohttp.ClientSession, door: DoorAddress) -> str:
     return str(listed[0]["id"]) if listed else "default"
 
 
-async def refusal(response: aiohttp.ClientResponse, door: DoorAddress) -> CommandFailed:
+async def refusal(response: aiohttp.ClientResponse, door: ServerAddress) -> CommandFailed:
     """What the door said instead of a reply, as one sentence."""
     try:
         error: Mapping[str, Any] = codec.loads(await response.read())["error"]
@@ -236,7 +236,7 @@ async def refusal(response: aiohttp.ClientResponse, door: DoorAddress) -> Comman
     return CommandFailed(message, codes.get(response.status, FAILED))
 
 
-def unreached(door: DoorAddress, error: Exception) -> CommandFailed:
+def unreached(door: ServerAddress, error: Exception) -> CommandFailed:
     """Nobody answered, or no longer."""
     reason = str(error) or type(error).__name__
     return CommandFailed(

@@ -1,8 +1,9 @@
 """What client commands share: where klatch is, whose requests these are, and how an outcome becomes an exit code.
 
 A running `klatch up` says where it is in `<data>/run.json`, so that commands beside it need no options; options, then
-the environment, win over it. Who names another Kafka means another klatch, of which `run.json` says nothing. Nothing
-here imports more than the bare install has.
+the environment, win over it. Who names another Kafka means another klatch, of which `run.json` says nothing; who names
+another namespace, one behind another door. Its keys are for its own servers and are sent to no other. Nothing here
+imports more than the bare install has.
 """
 
 import asyncio
@@ -43,8 +44,8 @@ class CommandFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class DoorAddress:
-    """Where the HTTP door is, and what to say there."""
+class ServerAddress:
+    """Where a server of klatch's is, and what to say there."""
 
     url: str
     key: str
@@ -100,42 +101,68 @@ class Context:
         named = self._chosen("tenant", "tenant")
         return Tenant(str(named)) if named else None
 
-    @property
-    def door_url(self) -> str:
-        """The base URL of the HTTP door, without `/v1`."""
-        return base_url(str(self._chosen("http", "http")))
+    @cached_property
+    def _beside(self) -> Mapping[str, Any]:
+        """What a running `klatch up` wrote, of its servers: they know no namespace but its own."""
+        named = "namespace" in self.settings.model_fields_set
+        own = Namespace.named(str(self.run.get("namespace") or ""))
+        return {} if named and Namespace.named(self.settings.namespace) != own else self.run
+
+    def _server(self, url: str, key: SecretStr | None, written: str, written_key: str) -> tuple[str, str | None]:
+        """A server's URL, and its key: the one that is set, else what `klatch up` wrote, if it wrote of this server."""
+        own = self._beside.get(written)
+        if key is None and own and _same(url, str(own)):
+            return url, self._beside.get(written_key)
+        return url, key.get_secret_value() if key else None
 
     @property
     def door_known(self) -> bool:
         """Whether anybody said where the door is."""
-        return "http" in self.settings.model_fields_set or "http" in self.run
+        return "http" in self.settings.model_fields_set or "http" in self._beside
+
+    @property
+    def door_url(self) -> str:
+        """The base URL of the HTTP door, without `/v1`."""
+        named = "http" in self.settings.model_fields_set
+        return base_url(self.settings.http if named else str(self._beside.get("http", self.settings.http)))
 
     @property
     def api_key(self) -> str | None:
         """What to say at the door, if anybody said."""
-        given = self.settings.api_key
-        return given.get_secret_value() if given else self.run.get("api_key")
+        return self._server(self.door_url, self.settings.api_key, "http", "api_key")[1]
 
     @property
     def model_settings(self) -> Settings:
         """The settings, with the model server and the keys file of a running `klatch up` where none is set."""
-        url, key = self._chosen("model_url", "model_url"), self._chosen("model_key", "model_key")
-        secret = SecretStr(key) if isinstance(key, str) else key
-        keys = self._chosen("keys_file", "keys_file")
-        said = {"model_url": url, "model_key": secret, "keys_file": Path(keys) if keys else None}
+        url, keys = self._chosen("model_url", "model_url"), self._chosen("keys_file", "keys_file")
+        key = self._server(str(url or ""), self.settings.model_key, "model_url", "model_key")[1]
+        said = {
+            "model_url": url,
+            "model_key": SecretStr(key) if key else None,
+            "keys_file": Path(keys) if keys else None,
+        }
         return self.settings.model_copy(update=said)
 
-    def door(self) -> DoorAddress:
+    def door(self) -> ServerAddress:
         """The door with its key. Raises CommandFailed when there is no key."""
-        if self.api_key is None:
+        return self._with_key(self.door_url, self.api_key, "API key", "KLATCH_API_KEY")
+
+    def views(self) -> ServerAddress:
+        """The views worker with its key. Raises CommandFailed when there is no key."""
+        set_url = self.settings.views_url or self._beside.get("views_url") or self.settings.views
+        url, key = self._server(base_url(str(set_url)), self.settings.internal_key, "views_url", "internal_key")
+        return self._with_key(url, key, "internal key", "KLATCH_INTERNAL_KEY")
+
+    def _with_key(self, url: str, key: str | None, what: str, variable: str) -> ServerAddress:
+        if key is None:
             named = "kafka" in self.settings.model_fields_set
             of = f", with the Kafka {self.settings.kafka}" if named else ""
             raise CommandFailed(
-                f"no API key: set KLATCH_API_KEY, or name with --data the folder of a running `klatch up`{of} "
-                f"({self.settings.data} has none)",
+                f"no {what} for {url}: set {variable}, or name with --data the folder of a running `klatch up`{of} "
+                f"that this is a server of ({self.settings.data} has none such)",
                 MISUSED,
             )
-        return DoorAddress(self.door_url, self.api_key)
+        return ServerAddress(url, key)
 
 
 def base_url(said: str) -> str:
@@ -146,6 +173,12 @@ def base_url(said: str) -> str:
     if parts.hostname == "0.0.0.0":  # noqa: S104 - read, not bound
         url = url.replace("0.0.0.0", "127.0.0.1", 1)  # noqa: S104
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _same(url: str, other: str) -> bool:
+    """Whether two URLs name one server."""
+    first, second = (urlsplit(base_url(one).replace("://localhost", "://127.0.0.1", 1)) for one in (url, other))
+    return (first.scheme, first.netloc) == (second.scheme, second.netloc)
 
 
 def _servers(bootstrap: str) -> set[str]:

@@ -9,35 +9,17 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
-from klatch_workers.settings import Settings, read_settings, what_is_wrong
+from klatch_workers.cli.context import UNREACHABLE, CommandFailed, Context, ServerAddress, perform
 
-_REFUSED, _MISUSED, _UNREACHABLE = 1, 2, 3
 _TIMEOUT_S = 10.0
 _CLEAR_DOWN, _HOME, _HIDE_CURSOR, _SHOW_CURSOR, _CLEAR_LINE = "\x1b[J", "\x1b[H", "\x1b[?25l", "\x1b[?25h", "\x1b[K"
 
 Snapshot = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where to ask, and with what key."""
-
-    url: str
-    key: str
-
-
-class _Failed(Exception):
-    """The message tells what to do."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @click.command()
@@ -64,48 +46,16 @@ def top(  # noqa: PLR0913 - a command has the parameters that it has
     query = {"minutes": str(minutes), **({"tenant": tenant} if tenant else {})}
     # Into a pipe, a table that redraws itself makes no sense; lines of JSON do.
     pause = None if once or not (as_json or sys.stdout.isatty()) else interval
-    try:
-        source = find_source(_settings(views_url=views_url, internal_key=internal_key, data=data))
-        asyncio.run(_watch(source, query, pause, as_json))
-    except _Failed as error:
-        click.echo(json.dumps({"error": str(error)}) if as_json else f"Error: {error}", err=not as_json)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(0)
+
+    async def work() -> int:
+        source = Context.read(views_url=views_url, internal_key=internal_key, data=data).views()
+        await _watch(source, query, pause, as_json)
+        return 0
+
+    perform(work, as_json=as_json, interrupted=0)
 
 
-def _settings(**options: Any) -> Settings:
-    try:
-        return read_settings(**options)
-    except ValueError as error:
-        raise _Failed(what_is_wrong(error), _MISUSED) from error
-
-
-def find_source(settings: Settings) -> Source:
-    """What options and settings say, else what a running `klatch up` wrote into its data folder."""
-    run = _run_file(settings.data / "run.json")
-    url = settings.views_url or run.get("views_url") or f"http://{settings.views}"
-    key = settings.internal_key.get_secret_value() if settings.internal_key else run.get("internal_key")
-    if not key:
-        raise _Failed(
-            f"no internal key: set KLATCH_INTERNAL_KEY to the views worker's, or name with --data the folder of a "
-            f"running `klatch up` ({settings.data} has none)",
-            _MISUSED,
-        )
-    return Source(str(url).rstrip("/"), str(key))
-
-
-def _run_file(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise _Failed(f"cannot read {path}: {error}; start `klatch up` again, or remove the file", _MISUSED) from error
-    return cast("dict[str, Any]", said) if isinstance(said, dict) else {}
-
-
-async def _watch(source: Source, query: dict[str, str], pause: float | None, as_json: bool) -> None:
+async def _watch(source: ServerAddress, query: dict[str, str], pause: float | None, as_json: bool) -> None:
     import aiohttp
 
     in_place = pause is not None and not as_json
@@ -136,11 +86,11 @@ async def _ask(session: Any, url: str, query: dict[str, str]) -> Snapshot:
                 return dict(said)
             message = said["error"]["message"]
     except (aiohttp.ContentTypeError, ValueError, KeyError, TypeError) as error:
-        raise _Failed(f"what answers at {url} is not klatch's views worker; {hint}", _REFUSED) from error
+        raise CommandFailed(f"what answers at {url} is not klatch's views worker; {hint}") from error
     except (aiohttp.ClientError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
-        raise _Failed(f"the views worker does not answer at {url} ({reason}); {hint}", _UNREACHABLE) from error
-    raise _Failed(f"the views worker at {url} refused: {message}", _REFUSED)
+        raise CommandFailed(f"the views worker does not answer at {url} ({reason}); {hint}", UNREACHABLE) from error
+    raise CommandFailed(f"the views worker at {url} refused: {message}")
 
 
 def _show(snapshot: Snapshot, minutes: str, *, as_json: bool, in_place: bool) -> None:
