@@ -358,31 +358,23 @@ def _corrected(state: Ledger, held: Held, by: Correction, *, running: int = 0) -
 
 
 def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequence[Emit]]:
-    """More for a reply that has nearly used what it was granted; asked twice, it is told the same.
-
-    Who asks lives: a reservation that expired meanwhile is in force again.
-    """
-    held, late = state.held.get(said.request), state.overdue.get(said.request)
-    held = held or late
+    """More for a reply that has nearly used what it was granted; asked twice, it is told the same."""
+    state = _revived(state, said.request)
+    held = state.held.get(said.request)
     if held is None or held.granted is None:
         return state, ()
     granted, limit = held.granted, None
-    if said.granted >= granted or late:
-        price = TokenPrice(completion=held.price)
-        counted = _counted(state, [state.rules.scope_of(key) for key in held.scopes], moment(state.clock_ms))
+    if said.granted >= granted:
+        now, price = moment(state.clock_ms), TokenPrice(completion=held.price)
+        counted = _counted(state, [state.rules.scope_of(key) for key in held.scopes], now)
         room = checks.room(counted, Need(0), price)
-        wanted = step + max(0, said.tokens - granted) if said.granted >= granted else 0
+        wanted = step + max(0, said.tokens - granted)
         more = wanted if room is None else min(wanted, room.tokens)
         limit = room.limit if room and more < wanted else None
-        kept, added = held.corrected(Need(more, micros(price, 0, more)), moment(state.clock_ms))
-        kept = msgspec.structs.replace(
-            kept,
-            granted=granted + more,
-            expires_ms=max(held.expires_ms, _expiry(state.clock_ms, held.entered_ms, None)),
-        )
-        state = _corrected(_held(state, said.request, kept), held, added, running=1 if late else 0)
-        state = msgspec.structs.replace(state, overdue=state.overdue.discard(said.request)) if late else state
         granted += more
+        kept, added = held.corrected(Need(more, micros(price, 0, more)), now)
+        kept = msgspec.structs.replace(kept, granted=granted, expires_ms=_expiry_of_running(state, held))
+        state = _corrected(_held(state, said.request, kept), held, added)
     told = StreamBudget(
         request=said.request,
         tenant=said.tenant,
@@ -391,3 +383,17 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
         limit=limit,
     )
     return state, [Emit(CHAT_STREAM, said.conversation, told)]
+
+
+def _revived(state: Ledger, request: str) -> Ledger:
+    """With the reservation of a reply that asks for more in force again, if it had expired: who asks lives."""
+    late = state.overdue.get(request)
+    if late is None or late.granted is None:
+        return state
+    again = msgspec.structs.replace(late, expires_ms=_expiry_of_running(state, late))
+    state = msgspec.structs.replace(_held(state, request, again), overdue=state.overdue.discard(request))
+    return _corrected(state, again, again.corrected(Need(0), moment(state.clock_ms))[1], running=1)
+
+
+def _expiry_of_running(state: Ledger, held: Held) -> int:
+    return max(held.expires_ms, _expiry(state.clock_ms, held.entered_ms, None))
