@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from klatch_streams.kafka.closed_transports import expect_closed_transports
+
 try:
     import uvloop
 except ImportError:  # there is none for Windows
@@ -19,5 +21,6 @@ T = TypeVar("T")
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run(main)` on that loop."""
+    expect_closed_transports()
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         return runner.run(main)
