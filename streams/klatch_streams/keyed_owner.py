@@ -232,10 +232,12 @@ class KeyedOwner:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        failure: BaseException | None = None
         if not task.cancelled():
-            self._failure = self._failure or task.exception()
+            failure = task.exception()
         elif not self._releasing:
-            self._failure = self._failure or RuntimeError("a handler was cancelled, and not by its owner's release")
+            failure = RuntimeError("a handler was cancelled, and not by its owner's release")
+        self._failure = self._failure or failure
         self._moved.set()
 
     def _raise_failure(self) -> None:

@@ -235,19 +235,24 @@ class Runner:
         if self._lanes:
             # Whoever comes here with partitions has failed or was cancelled: nothing more is committed.
             self._failure = self._failure or asyncio.CancelledError("the runner was cancelled")
-        await _end(self._tasks)
-        await self._forget(list(self._lanes.values()))
+        try:
+            await _end(self._tasks)
+        finally:
+            # Also when whoever waits for us gives up in the middle: what an owner has begun would go on for ever.
+            await self._forget(list(self._lanes.values()))
         try:
             await membership.close()
         except LogError as error:
             self._failure = self._failure or error
 
     async def _forget(self, lanes: Sequence[Lane]) -> None:
-        await _end([lane.task for lane in lanes if lane.task])
-        # Nothing is left to drain, or something failed: that is what is raised, not what follows from it.
-        await asyncio.gather(*[lane.owner.release(0) for lane in lanes if lane.owner], return_exceptions=True)
-        for lane in lanes:
-            self._lanes.pop(lane.partition, None)
+        try:
+            await _end([lane.task for lane in lanes if lane.task])
+        finally:
+            # Nothing is left to drain, or something failed: that is what is raised, not what follows from it.
+            await asyncio.gather(*[lane.owner.release(0) for lane in lanes if lane.owner], return_exceptions=True)
+            for lane in lanes:
+                self._lanes.pop(lane.partition, None)
 
 
 async def _all(work: Sequence[Awaitable[T]]) -> list[T]:

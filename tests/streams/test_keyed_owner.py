@@ -1,6 +1,7 @@
 """A doer keeps order per key, works on keys side by side, and commits only contiguous prefixes."""
 
 import asyncio
+import gc
 from collections import defaultdict
 
 import pytest
@@ -312,3 +313,23 @@ def test_nobody_who_has_nothing_under_way_waits_while_there_is_room_and_all_are_
         await owner.release(0)
 
     asyncio.run(story())
+
+
+async def test_no_failure_of_a_handler_is_left_for_the_loop_to_complain_of() -> None:
+    async def fail(one: Record) -> None:
+        raise ValueError(one.key)
+
+    complaints = list[dict[str, object]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
+    try:
+        owner = owner_of(fail)
+        await owner.take([record(0, "a"), record(1, "b")])
+        await settle()
+        with pytest.raises(ValueError, match="a"):
+            await owner.checkpoint()
+        await owner.release(0)
+        del owner
+        gc.collect()
+    finally:
+        asyncio.get_running_loop().set_exception_handler(None)
+    assert complaints == []

@@ -278,6 +278,37 @@ async def test_a_cancelled_runner_leaves_its_group_and_commits_nothing() -> None
     assert await committed(log, 0) is None
 
 
+async def test_a_runner_that_is_cancelled_while_it_leaves_still_ends_what_its_owners_have_begun() -> None:
+    @dataclass
+    class Slow(Keeping):
+        async def take(self, records: Sequence[Record]) -> None:
+            try:
+                await super().take(records)
+            except asyncio.CancelledError:
+                leaving.set()
+                await ends.wait()
+                raise
+
+    class Leaving(Collecting):
+        async def own(self, partition: Partition, committed: int) -> Keeping:
+            return Slow(self, (await super().own(partition, committed)).next)
+
+    leaving, ends = asyncio.Event(), asyncio.Event()
+    log, stage = MemoryLog({"in": 1}), Leaving()
+    stage.room.clear()
+    await log.append(records(1, 0))
+    task = asyncio.create_task((runner := Runner(log, stage, "g", QUICK)).run())
+    await runner.ready.wait()
+    await until(lambda: log.members("g") and runner._lanes[Partition("in", 0)].queued == 0)
+    log.expel(log.members("g")[0])
+    await leaving.wait()
+    task.cancel()
+    ends.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert stage.calls[-1] == "abandon"
+
+
 async def test_a_member_that_is_assigned_nothing_is_ready() -> None:
     log, stage, idle = MemoryLog({"in": 1}), Collecting(), Collecting()
     async with running(log, stage) as first:
