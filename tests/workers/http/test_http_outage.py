@@ -9,10 +9,12 @@ import pytest
 from klatch_schemas.errors import Unavailable
 from klatch_schemas.events import ChatRequested, StreamCancel
 from klatch_schemas.records import Draft, Partition
-from klatch_streams.log import AppendFailed, RecordTooLarge
+from klatch_streams.log import AppendFailed, RecordTooLarge, UnknownTopic
 from klatch_streams.memory_log import MemoryLog
-from klatch_workers.http.door import Terms
+from klatch_workers.http.app import serve
+from klatch_workers.http.door import Door, Terms
 from klatch_workers.http.intake import Intake
+from klatch_workers.http.runtime import TooManyPartitions
 
 if TYPE_CHECKING:
     from tests.workers.http.conftest import Answer, Kit, Kits, Teller
@@ -31,6 +33,18 @@ async def text(kit: "Kit", answer: "Answer") -> str:
     events = await answer.events()
     assert events[-1].data == "[DONE]"
     return kit.text_of(events)
+
+
+@pytest.mark.parametrize(
+    ("topics", "why"),
+    [({}, UnknownTopic), ({"chat.stream": 4096, "chat.requests": 1}, TooManyPartitions)],
+    ids=["no topics", "more partitions than a door can name"],
+)
+async def test_a_door_that_cannot_begin_says_why_to_who_may_try_again(
+    topics: dict[str, int], why: type[Exception]
+) -> None:
+    with pytest.raises(why):
+        await serve(Door(log=MemoryLog(topics), keys={}), asyncio.Event())
 
 
 @pytest.mark.parametrize("followed", [True, False], ids=["a partition that is read", "one that must be asked for"])

@@ -8,7 +8,6 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from typing import Any, Literal
 
 import structlog
 import uvicorn
@@ -71,7 +70,7 @@ async def _unknown(_: Runtime, call: Call) -> None:
 
 
 class App:
-    """The ASGI app of a door; lifespan events start and end its hub."""
+    """The ASGI app of a door; it answers while it is `running`."""
 
     def __init__(self, door: Door) -> None:
         self._runtime = runtime = Runtime(door)
@@ -88,7 +87,6 @@ class App:
             [Route(path, Endpoint(runtime, handlers)) for path, handlers in routes.items()],
             default=Endpoint(runtime, dict.fromkeys(every, _unknown)),
             redirect_slashes=False,
-            lifespan=self._lifespan,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,17 +103,16 @@ class App:
         self._runtime.intake.give_up()
 
     @asynccontextmanager
-    async def _lifespan(self, _: Any) -> AsyncGenerator[None]:
+    async def running(self) -> AsyncGenerator[None]:
+        """Read what streams say. Raises LogError, TooManyPartitions.
+
+        No lifespan of ASGI's: where one fails, uvicorn ends the process, and why is not known outside.
+        """
         await self._runtime.start()
         try:
             yield
         finally:
             await self._runtime.close()
-
-
-def create_app(door: Door) -> App:
-    """The ASGI app of a door."""
-    return App(door)
 
 
 class Server(uvicorn.Server):
@@ -151,11 +148,18 @@ async def serve(
     """Serve until `stop` is set: then accept no more, let streams finish for `drain_s`, and end the rest politely.
 
     On `listening`, a socket that listens already; by default on a free port of this machine. `ready` is called with
-    the port once the door listens.
+    the port once the door listens. Raises LogError, TooManyPartitions if it cannot begin.
     """
-    app = create_app(door)
+    app = App(door)
+    async with app.running():
+        await _serve(app, stop, listening or listen("127.0.0.1", 0), drain_s, ready)
+
+
+async def _serve(
+    app: App, stop: asyncio.Event, listening: socket.socket, drain_s: float, ready: Callable[[int], None] | None
+) -> None:
     server = Server(config_of(app, drain_s))
-    serving = asyncio.create_task(server.serve([listening or listen("127.0.0.1", 0)]), name="http-server")
+    serving = asyncio.create_task(server.serve([listening]), name="http-server")
     opened = asyncio.create_task(server.listening.wait(), name="http-listening")
     stopping = asyncio.create_task(stop.wait(), name="http-stop")
     try:
@@ -188,13 +192,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def config_of(app: ASGIApp, drain_s: float, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
+def config_of(app: ASGIApp, drain_s: float) -> uvicorn.Config:
     """How all of klatch's doors are served."""
     return uvicorn.Config(
         app,
         http="httptools",
         ws="none",
-        lifespan=lifespan,
+        lifespan="off",
         interface="asgi3",
         access_log=False,
         # Facts are logged here; uvicorn would only add that clients hang up.

@@ -37,7 +37,7 @@ async def closed_until(opened: Awaitable[T], listening: socket.socket) -> T:
 
 @asynccontextmanager
 async def _refusing(listening: socket.socket) -> AsyncGenerator[None]:
-    server = Server(config_of(_refuse, drain_s=0, lifespan="off"))
+    server = Server(config_of(_refuse, drain_s=0))
     serving = asyncio.create_task(server.serve([listening.dup()]), name="http-closed")
     try:
         yield
