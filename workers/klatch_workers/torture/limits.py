@@ -93,6 +93,10 @@ class _Fact:
     scopes: Mapping[Scope, Limits]
     """Those that it counts in, each with what limited it when it was admitted."""
     settled: bool = False
+    month: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.month = _month(self.entered_ms)
 
 
 @dataclass(slots=True)
@@ -126,9 +130,10 @@ class _Tenant:
                     yield f"{name} is {used[name]} of {most}{f' of {whose}' if whose else ''}"
 
     def _used(self, facts: Sequence[_Fact], limits: Limits) -> dict[str, int]:
+        this_month = _month(self.now_ms)
         minute = [one for one in facts if one.entered_ms > self.now_ms - _MINUTE_MS]
         day = [one for one in facts if one.entered_ms // DAY_MS == self.now_ms // DAY_MS]
-        month = [one for one in facts if _month(one.entered_ms) == _month(self.now_ms)]
+        month = [one for one in facts if one.month == this_month]
         return {
             "requests_per_minute": len(minute) - (limits.burst_requests or 0),
             "tokens_per_minute": sum(one.tokens for one in minute) - (limits.burst_tokens or 0),
