@@ -27,8 +27,13 @@ class Stalls:
     @property
     def lately(self) -> bool:
         """Whether a stall ended within the last `lately_s`, or just now."""
+        return self._clock() - self.last_over < self._lately_s
+
+    @property
+    def last_over(self) -> float:
+        """When the last stall ended, by the clock: another one, if it is another time."""
         self.look()
-        return self._clock() - self._over_at < self._lately_s
+        return self._over_at
 
     def now(self) -> float:
         """Seconds, by the clock."""

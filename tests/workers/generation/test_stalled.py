@@ -31,14 +31,20 @@ class SlowLog(MemoryLog):
         self.hearing.set()
         self.end_asked = asyncio.Event()
         """Somebody asked where `chat.stream` ends."""
+        self.on_the_way: Callable[[], Awaitable[None]] | None = None
+        """What happens once, between the next answer to that and the moment that it is heard."""
 
     async def tail(self) -> MemoryTail:
         return _SlowTail(self, self.hearing)
 
     async def bounds(self, partition: Partition) -> tuple[int, int]:
+        found = await super().bounds(partition)
         if partition.topic == CHAT_STREAM.name:
             self.end_asked.set()
-        return await super().bounds(partition)
+            happens, self.on_the_way = self.on_the_way, None
+            if happens:
+                await happens()
+        return found
 
 
 class _SlowTail(MemoryTail):
@@ -114,6 +120,34 @@ async def test_a_worker_that_was_stopped_between_two_tries_does_not_try_again_fo
         log.hearing.set()
         assert (await slow.settled(request)).status == "cancelled"
     assert len(slow.upstream.calls) == 1
+
+
+async def test_an_answer_from_before_a_worker_was_stopped_is_no_look(slow: Generation) -> None:
+    log = slow.log
+    assert isinstance(log, SlowLog)
+    request = slow.request("fake?text=hello")
+    cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+
+    async def stopped_again() -> None:
+        log.end_asked.clear()
+        log.hearing.clear()
+        await slow.write(CHAT_STREAM, "c1", cancel)
+        time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
+
+    async with slow.worker():
+        time.sleep(STALL_S)  # noqa: ASYNC251 - the first stall, for which it looks
+        log.end_asked.clear()
+        await slow.write_verdict(request)
+        await slow.write_admission(request)
+        async with asyncio.timeout(10):
+            await log.end_asked.wait()  # before the try
+            log.end_asked.clear()
+            log.on_the_way = stopped_again
+            await log.end_asked.wait()  # on the connection, the last look there was
+            await log.end_asked.wait()
+        log.hearing.set()
+        assert (await slow.settled(request)).status == "cancelled"
+    assert not slow.upstream.calls
 
 
 @dataclass

@@ -137,14 +137,15 @@ class Attempts:
         """Before a model is called, again or for the first time: raises Overtaken where nobody wants its answer.
 
         After a stall the log is read to its present end first: what a process knew before it was stopped is old, and it
-        may be nobody any more. Raises LogError.
+        may be nobody any more. So is what it was answered before it was stopped once more. Raises LogError.
         """
-        if not self.means.stalls.lately:
-            return
-        _, end = await self.means.log.bounds(Partition(self.means.namespace.of(CHAT_STREAM), self.means.partition))
-        await self.means.table.passed(end - 1)
-        if self.tracked.assembly.state.status is not None or self.is_anothers():
-            raise Overtaken
+        stalls, looked = self.means.stalls, None
+        while stalls.lately and looked != stalls.last_over:
+            looked = stalls.last_over
+            _, end = await self.means.log.bounds(Partition(self.means.namespace.of(CHAT_STREAM), self.means.partition))
+            await self.means.table.passed(end - 1)
+            if self.tracked.assembly.state.status is not None or self.is_anothers():
+                raise Overtaken
 
     def _begun(self, call: ModelCall) -> Begun | None:
         stands = begun(call.body, self.admitted.request.on_crash, self.tracked.assembly)
