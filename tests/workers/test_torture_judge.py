@@ -320,6 +320,25 @@ def test_a_reader_that_gave_up_before_the_end_was_not_deprived_of_it() -> None:
     assert judge(late).checked["readers that gave up before the end"] == 0
 
 
+@pytest.mark.parametrize(
+    ("what", "until_s", "lost"),
+    [
+        ("kill http", 19, 0),
+        ("kill http", 21, 1),
+        ("boundary end/http", 19, 0),
+        ("leaderless", 19, 0),
+        ("kill generation", 19, 1),
+    ],
+)
+def test_nobody_is_lost_who_gives_up_while_the_door_that_could_tell_is_away(
+    what: str, until_s: float, lost: int
+) -> None:
+    ended_ms = next(one.timestamp_ms for one in honest().stream if isinstance(one.said, StreamEnd))
+    struck = [Struck(what, ended_ms, ended_ms)]
+    gave_up = replace(http("", None, until_ms=ended_ms + until_s * 1000), struck=struck)
+    assert counts(judge(gave_up)).get("lost", 0) == lost
+
+
 def test_a_bill_is_its_tokens_times_their_price() -> None:
     assert counts(judge(priced(35))) == {}
     assert judge(priced(35)).checked["unpriced"] == 0

@@ -15,9 +15,14 @@ def began_ms(fault: Struck) -> float:
     return fault.began_ms or fault.at_ms
 
 
+def over_ms(fault: Struck) -> float:
+    """When nobody need be deaf any more for a fault."""
+    return fault.until_ms + _AFTERMATH_MS
+
+
 def near(struck: Sequence[Struck], since_ms: float, until_ms: float) -> list[Struck]:
     """The faults that were on between the two, or just over."""
-    return [one for one in struck if began_ms(one) < until_ms and since_ms < one.until_ms + _AFTERMATH_MS]
+    return [one for one in struck if began_ms(one) < until_ms and since_ms < over_ms(one)]
 
 
 def disturbed(struck: Sequence[Struck], stages: Collection[str], since_ms: float, until_ms: float) -> bool:

@@ -13,7 +13,8 @@ from klatch_schemas.events import ChatRefused, TurnFinished, UsageSettled
 from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
-from klatch_workers.torture.evidence import Evidence, Observation, Stall
+from klatch_workers.torture.disturbance import BROKERS, near, over_ms
+from klatch_workers.torture.evidence import Evidence, Observation, Stall, Struck
 from klatch_workers.torture.heeded import checked as heeded
 from klatch_workers.torture.heeded import deadlines_of, wishes
 from klatch_workers.torture.ledgers import checked as ledgers
@@ -37,7 +38,7 @@ LATE_CLOSE_MS: Final = 3_000.0
 def judge(evidence: Evidence) -> Report:
     """What the evidence comes to."""
     cases = cases_of(evidence)
-    violations = [violation for case in cases.values() for violation in _of_one(case, evidence.stalls)]
+    violations = [violation for case in cases.values() for violation in _of_one(case, evidence)]
     violations += _of_conversations(cases)
     violations += broken_limits(evidence)
     violations += forgotten(evidence)
@@ -73,7 +74,10 @@ def _checked(evidence: Evidence, cases: Mapping[RequestId, Case]) -> dict[str, i
         "readers": len(evidence.observations),
         **{f"readers: {name}": number for name, number in Counter(one.reader for one in evidence.observations).items()},
         "readers that gave up before the end": sum(
-            _impatient(case, seen) for case in cases.values() for seen in case.observations if not seen.left
+            _impatient(case, seen, evidence.struck)
+            for case in cases.values()
+            for seen in case.observations
+            if not seen.left
         ),
         "voided": sum(len(one.voided) for one in evidence.observations),
         "model_calls": len(evidence.calls),
@@ -113,17 +117,17 @@ def _script(case: Case) -> Mapping[str, object]:
 # --- one request -----------------------------------------------------------------------------------------------------
 
 
-def _of_one(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
-    yield from _lost(case)
+def _of_one(case: Case, evidence: Evidence) -> Iterator[Violation]:
+    yield from _lost(case, evidence.struck)
     yield from _ended_twice(case)
     yield from _outcome(case)
     yield from _text(case)
-    yield from _redone(case, stalls)
+    yield from _redone(case, evidence.stalls)
     if not case.bare:
         yield from missettled(case)
 
 
-def _lost(case: Case) -> Iterator[Violation]:
+def _lost(case: Case, struck: Sequence[Struck]) -> Iterator[Violation]:
     if not case.published:
         yield case.broke("lost", "acknowledged, and not in the log")
     elif not case.decisions and not case.bare:
@@ -133,14 +137,19 @@ def _lost(case: Case) -> Iterator[Violation]:
     elif case.told.text and not (case.turns or case.bare or case.told.assembly.state.undone):
         yield case.broke("lost", "its turn is not in the log", *case.decisions[:1])
     for seen in case.observations:
-        if seen.outcome is None and not (seen.left or _impatient(case, seen)):
+        if seen.outcome is None and not (seen.left or _impatient(case, seen, struck)):
             yield case.broke("lost", f"its {seen.reader} reader heard of no end", *case.published[:1])
 
 
-def _impatient(case: Case, seen: Observation) -> bool:
+def _impatient(case: Case, seen: Observation, struck: Sequence[Struck]) -> bool:
     """Whether a reader gave up before there was an end that it could have heard of."""
     ended = case.told.ended
-    return seen.outcome is None and ended is not None and seen.until_ms < ended.timestamp_ms + _HEARD_MS
+    if seen.outcome is not None or ended is None:
+        return False
+    # A door, or a broker, that was away had nobody to tell it.
+    away = [fault for fault in struck if fault.what in BROKERS or ("http" in fault.what and "http" in seen.reader)]
+    back = [over_ms(fault) for fault in near(away, ended.timestamp_ms, seen.until_ms)]
+    return seen.until_ms < max([ended.timestamp_ms, *back]) + _HEARD_MS
 
 
 def _ended_twice(case: Case) -> Iterator[Violation]:
