@@ -339,6 +339,13 @@ def test_nobody_is_lost_who_gives_up_while_the_door_that_could_tell_is_away(
     assert counts(judge(gave_up)).get("lost", 0) == lost
 
 
+@pytest.mark.parametrize(("heard_ms", "redone"), [(1_200.0, 0), (900.0, 1), (float("inf"), 1)])
+def test_nobody_goes_on_for_an_end_that_brokers_had_not_taken_yet(heard_ms: float, redone: int) -> None:
+    evidence = honest(calls=[ModelCall("c1", ONE, 0.0), ModelCall("c5", ONE, 2_000.0)])
+    seen = [replace(one, until_ms=heard_ms) if one.reader == "live" else one for one in evidence.observations]
+    assert counts(judge(replace(evidence, observations=seen))).get("redone", 0) == redone
+
+
 def test_a_bill_is_its_tokens_times_their_price() -> None:
     assert counts(judge(priced(35))) == {}
     assert judge(priced(35)).checked["unpriced"] == 0

@@ -7,6 +7,7 @@ test plants a lie for every one of them.
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import inf
 from typing import Final
 
 from klatch_schemas.events import ChatRefused, TurnFinished, UsageSettled
@@ -14,7 +15,7 @@ from klatch_schemas.ids import Conversation, RequestId
 from klatch_workers.torture.cancelling import closings, figures
 from klatch_workers.torture.case import Case, cases_of
 from klatch_workers.torture.disturbance import BROKERS, near, over_ms
-from klatch_workers.torture.evidence import Evidence, Observation, Stall, Struck
+from klatch_workers.torture.evidence import Entry, Evidence, Observation, Stall, Struck
 from klatch_workers.torture.heeded import checked as heeded
 from klatch_workers.torture.heeded import deadlines_of, wishes
 from klatch_workers.torture.ledgers import checked as ledgers
@@ -203,7 +204,7 @@ def _text(case: Case) -> Iterator[Violation]:
 
 def _redone(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
     ended, deadlines = case.told.ended, deadlines_of(case)
-    over = [(ended.timestamp_ms, f"it was {case.told.outcome}")] if ended else []
+    over = [(_could_be_read_ms(case, ended), f"it was {case.told.outcome}")] if ended else []
     over += [(deadline_ms, "its deadline") for deadline_ms in deadlines[:1]]
     for call in case.calls:
         for at_ms, what in over:
@@ -211,6 +212,12 @@ def _redone(case: Case, stalls: Sequence[Stall]) -> Iterator[Violation]:
             late_ms = call.started_ms - at_ms - stalled_ms(stalls, at_ms, call.started_ms)
             if late_ms > GRACE_MS:
                 yield case.broke("redone", f"model call {call.id} began {late_ms / 1000:.1f} s after {what}")
+
+
+def _could_be_read_ms(case: Case, ended: Entry) -> float:
+    """When the record that ended it could be read: its producer dates it, and brokers may be long in taking it."""
+    heard = (seen.until_ms for seen in case.observations if seen.reader == "live" and seen.outcome is not None)
+    return max([float(ended.timestamp_ms), *(at_ms for at_ms in heard if at_ms < inf)])
 
 
 def _unfit_answers(evidence: Evidence) -> Iterator[Violation]:

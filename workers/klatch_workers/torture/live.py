@@ -5,9 +5,11 @@ that no reader misses a record.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 
 from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing
 from klatch_schemas.client import Stream
@@ -32,6 +34,8 @@ class LiveReader:
     chunks: int = 0
     """How many it was shown since it last began."""
     outcomes: list[str] = field(default_factory=list[str])
+    ended_ms: float = inf
+    """When it was first told of an end."""
     published_ms: int = 0
     """When its request was written; 0: the log does not hold it."""
     refused: bool = False
@@ -104,7 +108,8 @@ class LiveReader:
         """What it was shown."""
         outcome = self.outcomes[-1] if self.outcomes else None
         voided, outcomes = tuple(self._voided), tuple(self.outcomes)
-        return Observation("live", self.request, text_of(self._shown), outcome, voided, outcomes)
+        text = text_of(self._shown)
+        return Observation("live", self.request, text, outcome, voided, outcomes, until_ms=self.ended_ms)
 
     def _show(self, heard: Standing | Ended | None) -> None:
         match heard:
@@ -112,6 +117,7 @@ class LiveReader:
                 self._shown.append(heard)
                 self.chunks += 1
             case Ended():
+                self.ended_ms = min(self.ended_ms, time.time() * 1000)
                 self.outcomes.append(outcome_told(heard))
             case None:
                 pass
