@@ -117,6 +117,7 @@ def test_the_door_of_the_running_klatch_is_not_that_of_another_namespace(folder:
     run_file(folder)
     other = Context.read({}, data=folder, namespace="other")
     assert (other.door_known, other.api_key) == (False, None)
+    assert other.model_settings.model_key == SecretStr("m"), "its model server is"
     cancelled = klatch(("cancel", "r1", "--data", str(folder), "--namespace", "other"))
     assert (cancelled.exit_code, "--conversation" in cancelled.output) == (2, True)
     own = Context.read({}, data=folder, namespace="dev")

@@ -108,13 +108,6 @@ class Context:
         own = Namespace.named(str(self.run.get("namespace") or ""))
         return {} if named and Namespace.named(self.settings.namespace) != own else self.run
 
-    def _server(self, url: str, key: SecretStr | None, written: str, written_key: str) -> tuple[str, str | None]:
-        """A server's URL, and its key: the one that is set, else what `klatch up` wrote, if it wrote of this server."""
-        own = self._beside.get(written)
-        if key is None and own and _same(url, str(own)):
-            return url, self._beside.get(written_key)
-        return url, key.get_secret_value() if key else None
-
     @property
     def door_known(self) -> bool:
         """Whether anybody said where the door is."""
@@ -129,13 +122,14 @@ class Context:
     @property
     def api_key(self) -> str | None:
         """What to say at the door, if anybody said."""
-        return self._server(self.door_url, self.settings.api_key, "http", "api_key")[1]
+        return _key_of(self.settings.api_key, self.door_url, self._beside, "http", "api_key")
 
     @property
     def model_settings(self) -> Settings:
         """The settings, with the model server and the keys file of a running `klatch up` where none is set."""
         url, keys = self._chosen("model_url", "model_url"), self._chosen("keys_file", "keys_file")
-        key = self._server(str(url or ""), self.settings.model_key, "model_url", "model_key")[1]
+        # A model server knows no namespace.
+        key = _key_of(self.settings.model_key, str(url or ""), self.run, "model_url", "model_key")
         said = {
             "model_url": url,
             "model_key": SecretStr(key) if key else None,
@@ -149,8 +143,8 @@ class Context:
 
     def views(self) -> ServerAddress:
         """The views worker with its key. Raises CommandFailed when there is no key."""
-        set_url = self.settings.views_url or self._beside.get("views_url") or self.settings.views
-        url, key = self._server(base_url(str(set_url)), self.settings.internal_key, "views_url", "internal_key")
+        url = base_url(str(self.settings.views_url or self._beside.get("views_url") or self.settings.views))
+        key = _key_of(self.settings.internal_key, url, self._beside, "views_url", "internal_key")
         return self._with_key(url, key, "internal key", "KLATCH_INTERNAL_KEY")
 
     def _with_key(self, url: str, key: str | None, what: str, variable: str) -> ServerAddress:
@@ -173,6 +167,14 @@ def base_url(said: str) -> str:
     if parts.hostname == "0.0.0.0":  # noqa: S104 - read, not bound
         url = url.replace("0.0.0.0", "127.0.0.1", 1)  # noqa: S104
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _key_of(given: SecretStr | None, url: str, run: Mapping[str, Any], server: str, key: str) -> str | None:
+    """The key for a server: the one that is set, else what `klatch up` wrote, if it wrote of this server."""
+    if given:
+        return given.get_secret_value()
+    own = run.get(server)
+    return run.get(key) if own and _same(url, str(own)) else None
 
 
 def _same(url: str, other: str) -> bool:
