@@ -14,7 +14,7 @@ from tests.workers.generation.conftest import Generation
 from klatch_agents.gateway.port import ModelCall, ModelReply
 from klatch_agents.gateway.router import Router
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas.events import StreamCancel, Usage
+from klatch_schemas.events import ChatRequested, StreamCancel, Usage
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import CHAT_STREAM, TOPICS
 from klatch_streams.memory_log import MemoryLog, MemoryTail
@@ -66,6 +66,10 @@ class _SlowTail(MemoryTail):
         return [record for record in records if record.partition.topic != CHAT_STREAM.name]
 
 
+def cancel_of(request: ChatRequested) -> StreamCancel:
+    return StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+
+
 @pytest.fixture
 async def slow() -> AsyncIterator[Generation]:
     async with Upstream() as upstream:
@@ -82,7 +86,7 @@ async def test_a_worker_that_was_stopped_calls_no_model_for_what_was_cancelled_m
         log.hearing.clear()
         log.end_asked.clear()
         request = slow.request("fake?text=hello")
-        cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+        cancel = cancel_of(request)
         await slow.write(CHAT_STREAM, "c1", cancel)
         if stalled == "stopped":
             time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
@@ -113,7 +117,7 @@ async def test_a_worker_that_was_stopped_between_two_tries_does_not_try_again_fo
         await slow.upstream.changed(lambda: bool(slow.upstream.calls))
         log.hearing.clear()
         log.end_asked.clear()
-        cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+        cancel = cancel_of(request)
         await slow.write(CHAT_STREAM, "c1", cancel)
         time.sleep(STALL_S)  # noqa: ASYNC251 - the stall: nothing in this process runs
         await log.end_asked.wait()
@@ -126,7 +130,7 @@ async def test_an_answer_from_before_a_worker_was_stopped_is_no_look(slow: Gener
     log = slow.log
     assert isinstance(log, SlowLog)
     request = slow.request("fake?text=hello")
-    cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+    cancel = cancel_of(request)
 
     async def stopped_again() -> None:
         log.end_asked.clear()
@@ -178,7 +182,7 @@ async def test_a_call_that_a_stopped_worker_did_not_send_after_all_costs_nothing
     log = slow.log
     assert isinstance(log, SlowLog)
     request = slow.request("fake?text=hello")
-    cancel = StreamCancel(request=request.request, tenant="acme", conversation="c1", by="client", reason="enough")
+    cancel = cancel_of(request)
 
     async def stop() -> None:
         log.hearing.clear()
