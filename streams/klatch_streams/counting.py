@@ -3,7 +3,8 @@
 A chunk that says something is a token, as servers usually send them. One of more than `LONGEST` bytes of text holds
 several: a token for each `BYTES` of them. Text is content, reasoning, refusals and what tools are called with; a role,
 a finish or an annotation is none. A running count that the server sent with a chunk (`continuous_usage_stats`) replaces
-what was counted before: the last stands, and is never added to another (trap 27).
+what was counted before: the last stands, and is never added to another (trap 27). Of a reply with several choices it is
+a floor: vLLM's is that of the chunk's own choice alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,7 @@ class _Delta(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     delta: _Delta | None = None
 
 
@@ -57,10 +59,12 @@ _read: Final = msgspec.json.Decoder(_Chunk).decode
 class Count:
     """Tokens of the chunks heard so far."""
 
-    __slots__ = ("tokens",)
+    __slots__ = ("_several", "tokens")
 
     def __init__(self, tokens: int = 0) -> None:
         self.tokens = tokens
+        self._several = False
+        """Whether more than one choice was heard of."""
 
     def after(self, chunk: bytes) -> int:
         """How many it would be with this chunk."""
@@ -68,10 +72,14 @@ class Count:
             read = _read(chunk)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return self._tolerantly(chunk)
-        if read.usage and read.usage.completion_tokens is not None:
-            return read.usage.completion_tokens
-        size = sum(_size(choice.delta) for choice in read.choices or () if choice.delta)
-        return self.tokens + _tokens(size)
+        size = 0
+        for choice in read.choices or ():
+            self._several |= choice.index > 0
+            size += _size(choice.delta) if choice.delta else 0
+        counted = read.usage.completion_tokens if read.usage else None
+        if counted is None or self._several:
+            return max(counted or 0, self.tokens + _tokens(size))
+        return counted
 
     def hear(self, chunk: bytes) -> None:
         """Count a chunk."""

@@ -54,6 +54,12 @@ async def ask(generation: Any, model: str, **envelope: Any) -> ChatRequested:
     return request
 
 
+def words(ended: Any) -> int:
+    """How many chunks say something."""
+    deltas = [choice["delta"] for one in ended.standing for choice in json.loads(bytes(one.chunk))["choices"]]
+    return sum(bool(delta.get("content")) for delta in deltas)
+
+
 async def used(generation: Any) -> int:
     """Tokens that the tenant's settlements come to."""
     said = await generation.held(CHAT_REQUESTS)
@@ -127,6 +133,29 @@ async def test_every_open_choice_is_told_why(generation: Any) -> None:
         (1, "length"),
     ]
     assert ended.end.usage.completion_tokens == tokens_in(said), "what tells of it is nobody's token"
+
+
+@pytest.mark.parametrize("asks", [False, True])
+async def test_choices_that_are_counted_each_by_itself_share_one_budget(generation: Any, asks: bool) -> None:
+    """vLLM's running counts; trap 27."""
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body = {"model": "fake?tokens=100000&rate=300&running_usage=1", "n": 8, "messages": [], **(options if asks else {})}
+    async with admission(generation), generation.worker():
+        await limit(generation, Limits(tokens_per_day=400))
+        request = await ask(generation, "", body=body)
+        ended, settled = await generation.ended(request), await generation.settled(request)
+    said = words(ended)
+    assert ended.end.stopped_by == "tokens_per_day"
+    assert 300 < said == settled.usage.completion_tokens <= 400
+    assert settled.usage.estimated
+
+
+async def test_what_is_said_after_the_last_count_is_billed_too(generation: Any) -> None:
+    async with admission(generation), generation.worker():
+        await limit(generation, Limits(tokens_per_day=400))
+        request = await ask(generation, "fake?tokens=100000&rate=2000&early_usage=1")
+        ended, settled = await generation.ended(request), await generation.settled(request)
+    assert 300 < words(ended) == settled.usage.completion_tokens <= 400
 
 
 @pytest.mark.parametrize("body", [{"max_tokens": 120}, {}])

@@ -79,6 +79,13 @@ def usage_without_count(body: Mapping[str, object], tokens: int, spoke: bool) ->
     return Usage(prompt_tokens=prompt, completion_tokens=tokens, estimated=True)
 
 
+def at_least(usage: Usage, tokens: int) -> Usage:
+    """The model server's count of a part of what was said, where klatch counts so many tokens of all of it."""
+    if tokens <= usage.completion_tokens:
+        return usage
+    return usage.model_copy(update={"completion_tokens": tokens, "estimated": True})
+
+
 def own_count(assembly: Assembly, written: int = 0) -> int:
     """The tokens of the text that stands (`counting.py`).
 

@@ -47,6 +47,7 @@ from klatch_workers.generation.attempts import Attempts, Overtaken
 from klatch_workers.generation.conclude import (
     Asked,
     Timing,
+    at_least,
     has_turn,
     own_count,
     reply_of,
@@ -318,13 +319,15 @@ class RequestUnderWay:
         return reply_of(self.tracked.assembly).finish_reasons.get(0) if command.status == "completed" else None
 
     def _usage(self) -> Usage:
-        if (present := self.attempts.present) and present.usage:
+        present, assembly = self.attempts.present, self.tracked.assembly
+        if present and present.usage and present.counted_all:
             return present.usage
         # What stands may be a dead owner's: it was read, and its model was paid.
-        written = present.deltas - present.closings if present else 0
-        assembly = self.tracked.assembly
+        own = own_count(assembly, present.deltas - present.closings if present else 0)
+        if present and present.usage:
+            return at_least(present.usage, own)
         asked = self.attempts.asked or bool(assembly.standing)
-        return usage_without_count(self._sent(), own_count(assembly, written), asked)
+        return usage_without_count(self._sent(), own, asked)
 
     def _sent(self) -> Mapping[str, object]:
         """What the model was sent, with prompt, turns and memories; of a dead owner's call the request is known."""

@@ -53,6 +53,8 @@ class Attempt:
         self.finished: Finished | None = None
         self.counted: Counted | None = None
         """The model server's last count of tokens, of a reply that was cut off as well."""
+        self.counted_all = True
+        """Whether it is of all that was said: no text came after it, and it is not one choice's of several."""
         self.upstream_request: str | None = None
         self.first_token_at: float | None = None
         """Event loop time of the first chunk that spoke."""
@@ -61,6 +63,7 @@ class Attempt:
         """Stream the model's answer. Raises ModelError, LogError; RecordTooLarge for a chunk, which is left out."""
         opening = self.opening
         prefix = codec.delta_prefix(opening.request, opening.attempt, opening.writer)
+        one_choice = call.body.get("n") in (None, 1)
         self.trailer.clear()
         if self._credit:
             self._credit.begin(self.begun.tokens if self.begun else 0)
@@ -74,7 +77,9 @@ class Attempt:
                         self._stop(prefix, self._credit)
                         return
                     if chunk.usage is not None:
-                        self.counted = chunk.usage
+                        self.counted, self.counted_all = chunk.usage, chunk.usage_only or one_choice
+                    elif chunk.speaks:
+                        self.counted_all = False
                     if chunk.usage_only:
                         self.trailer.append(raw)
                     else:

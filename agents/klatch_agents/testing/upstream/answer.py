@@ -86,7 +86,7 @@ class Answer:
                 break
             spoken += 1
             due = script.first_delay + (step / script.rate if script.rate else 0.0)
-            yield Frame(due, self._event(self._chunk(index, self._deltas[index][step], spoken)))
+            yield Frame(due, self._event(self._chunk(index, self._deltas[index][step], step + 1)))
         yield Frame(due, b"".join(self._closing(spoken)))
         if script.end_delay:
             yield Frame(due + script.end_delay, b"")
@@ -124,16 +124,17 @@ class Answer:
             note: Json = {"index": 0, "finish_reason": None, "content_filter_offsets": offsets}
             yield {"id": "", "object": "", "created": 0, "model": "", "choices": [note]}
         for index in range(self._n):
-            yield self._chunk(index, {}, spoken, finish=self._finish(index))
+            yield self._chunk(index, {}, len(self._deltas[index]), finish=self._finish(index))
         if self._usage_asked:
             yield self._whole_chunk([], self._usage(spoken))
 
-    def _chunk(self, index: int, delta: Json, spoken: int, finish: str | None = None) -> Json:
+    def _chunk(self, index: int, delta: Json, said: int, finish: str | None = None) -> Json:
+        """A chunk of a choice that has said so many tokens; as in vLLM a running count is the choice's alone."""
         choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         if self._body.get("logprobs") and isinstance(token := delta.get("content"), str) and token:
             choice["logprobs"] = {"content": [_logprob(token)], "refusal": None}
-        running = (self._script.running_usage or self._running_usage_asked) and self._usage_asked
-        return self._whole_chunk([choice], self._usage(spoken) if running else None)
+        running = self._script.running_usage or self._running_usage_asked or (self._script.early_usage and not said)
+        return self._whole_chunk([choice], self._usage(said) if running and self._usage_asked else None)
 
     def _whole_chunk(self, choices: list[Json], usage: Json | None) -> Json:
         chunk: Json = {**self._head, "object": "chat.completion.chunk", "choices": choices}

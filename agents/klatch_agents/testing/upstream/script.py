@@ -52,7 +52,9 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prompt_filtered: bool = False
     """Azure's refusal of a prompt: 400 `content_filter`, with what was found in `innererror`."""
     running_usage: bool = False
-    """A usage total on every chunk, as vLLM's `continuous_usage_stats` sends."""
+    """On every chunk what its choice has used, as vLLM's `continuous_usage_stats` sends."""
+    early_usage: bool = False
+    """A usage that counts nothing yet, with the chunks that open the answer."""
     newline: Literal["lf", "crlf", "cr"] = "lf"
     comments: bool = False
     """A comment before every event."""
