@@ -11,7 +11,17 @@ from typing import NamedTuple, cast
 from pydantic import JsonValue
 
 _MOST_TOKENS = 1_000_000_000
-_READ = ("messages", "prediction", "tools", "functions", "response_format")
+_READ = (
+    "messages",
+    "prediction",
+    "tools",
+    "functions",
+    "response_format",
+    # vLLM's.
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
+)
 """What a model reads of a body."""
 _LIMITS = ("max_completion_tokens", "max_tokens")
 _OWN_LIMITS = ("n_predict",)

@@ -187,6 +187,8 @@ def test_every_text_of_a_body_is_a_passage_and_no_media_is() -> None:
             {"role": "tool", "tool_call_id": "call_1", "content": "done"},
         ],
         "tools": [{"type": "function", "function": {"name": "pay", "description": "pays"}}],
+        "documents": [{"title": "t", "text": "found"}],
+        "chat_template_kwargs": {"tone": "warm", "enable_thinking": True},
     }
     m = "messages"
     args = (m, 2, "tool_calls", 0, "function", "arguments")
@@ -202,6 +204,9 @@ def test_every_text_of_a_body_is_a_passage_and_no_media_is() -> None:
         ((m, 2, "tool_calls", 1, "function", "name"), "f"),
         ((m, 2, "tool_calls", 1, "function", "arguments"), "not json"),
         ((m, 3, "content"), "done"),
+        (("documents", 0, "title"), "t"),
+        (("documents", 0, "text"), "found"),
+        (("chat_template_kwargs", "tone"), "warm"),
         (("tools", 0, "function", "description"), "pays"),
     ]
 

@@ -38,6 +38,7 @@ Body = dict[str, JsonValue]
         ({"max_tokens": 0, "messages": [{"role": "user", "content": "日本"}]}, 16 + 8 + 7),
         ({"max_tokens": 0, "messages": ["\ud800"]}, 16 + 8 + 1),
         ({"max_tokens": 1, "n_predict": 4_000}, 16 + 4_000),
+        ({"max_tokens": 0, "documents": [{"text": "abcde"}], "chat_template": "fgh"}, 16 + 4),
         ({"max_tokens": 0, "messages": [{"image_url": {"url": "data:" + 9_000 * "A"}}]}, 16 + 8 + 1_200),
     ],
 )

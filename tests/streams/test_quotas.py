@@ -530,6 +530,16 @@ def test_an_hours_burst_is_not_forgotten_where_a_month_ends() -> None:
     assert acme.refuses(person="ann", tokens=5_000) == "tokens_per_minute"
 
 
+def test_an_hour_that_begins_on_a_busy_tenant_is_corrected_like_its_minute() -> None:
+    acme = Tenants(Limits(tokens_per_minute=1_000))
+    assert acme.refuses(tokens=10) is None
+    acme.set(Limits(tokens_per_minute=1_000, burst_tokens=59_000))
+    assert acme.refuses(tokens=55_000) is None
+    acme.settles(10)
+    acme.now += 2 * MINUTE
+    assert acme.refuses(tokens=55_000) is None
+
+
 def test_only_the_shards_that_changed_are_written_again() -> None:
     acme = Tenants(None, LimitRule(person="*", limits=Limits(tokens_per_day=1_000)))
     for number in range(500):

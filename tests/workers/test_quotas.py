@@ -1,10 +1,11 @@
 """Quotas as operators set and read them, on a log."""
 
+import asyncio
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from klatch_schemas import codec
 from klatch_schemas.events import (
@@ -16,13 +17,15 @@ from klatch_schemas.events import (
     ModelRouted,
     Prices,
     QuotaLimitSet,
+    TenantConfigured,
     TokenPrice,
 )
 from klatch_schemas.ids import Conversation, Person, RequestId, Tenant
 from klatch_schemas.records import Partition
-from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, MODELS, TOPICS, Namespace
+from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, MODELS, TENANTS, TOPICS, Namespace
 from klatch_streams.admission import Admission
 from klatch_streams.kernel import Input
+from klatch_streams.ledger import Ledger as LedgerTopic
 from klatch_streams.ledger import publish
 from klatch_streams.memory_log import MemoryLog
 from klatch_streams.quota.report import standings
@@ -55,13 +58,13 @@ def settings(log: MemoryLog) -> list[QuotaLimitSet]:
     return [one for one in said if isinstance(one, QuotaLimitSet)]
 
 
-def ask(number: int, person: str) -> Event:
+def ask(number: int, person: str, **body: JsonValue) -> Event:
     return ChatRequested(
         request=RequestId(f"r{number}"),
         tenant=ACME,
         conversation=Conversation("c"),
         person=Person(person),
-        body={"max_tokens": 84},
+        body={"max_tokens": 84, **body},
     )
 
 
@@ -90,6 +93,44 @@ async def test_what_is_set_stands_in_the_tenants_log_and_in_its_history(log: Mem
         ("test", ("tokens_per_day: none -> 1000",)),
         ("ann", ("person=* tokens_per_day: none -> 7",)),
     ]
+
+
+async def test_changes_made_at_once_are_all_kept_and_none_brings_a_key_back(log: MemoryLog) -> None:
+    new = tenant_configured(ACME, ["klatch-9876543210"], Limits(tokens_per_day=1_000))
+    await asyncio.gather(
+        set_quota(log, SPACE, ACME, Change(limits={"requests_per_minute": 5}), by="ann"),
+        set_quota(log, SPACE, ACME, Change(limits={"cost_micros_per_month": 6}), by="bob"),
+        set_quota(log, SPACE, ACME, Change(weight=2.0), by="cy"),
+        write_tenants(log, SPACE, [new], by="up", keep={ACME}),
+    )
+    in_force = (await read_quota(log, SPACE, ACME, 0)).rules.settings
+    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, SPACE, TenantConfigured) as ledger:
+        held = ledger.get(ACME)
+    assert held
+    assert held.keys == new.keys
+    for said in (held, in_force):
+        assert said.limits == Limits(tokens_per_day=1_000, requests_per_minute=5, cost_micros_per_month=6)
+        assert said.weight == 2.0
+
+
+async def test_who_has_no_limits_is_excepted_from_those_of_everybody(log: MemoryLog) -> None:
+    ann = {"person": "ann"}
+    await set_quota(log, SPACE, ACME, Change({"person": "*"}, {"tokens_per_day": 7}), by="op")
+    said = await set_quota(log, SPACE, ACME, Change(ann, {"tokens_per_day": None}), by="op")
+    assert LimitRule(person="ann", limits=Limits()) in said.rules
+    await set_quota(log, SPACE, ACME, Change(ann, {"requests_per_minute": 5}), by="op")
+    said = await set_quota(log, SPACE, ACME, Change(ann, {"requests_per_minute": None}), by="op")
+    assert LimitRule(person="ann", limits=Limits()) in said.rules, "taking a limit away adds none"
+    await set_quota(log, SPACE, ACME, Change({"person": "*"}, {"tokens_per_day": None}), by="op")
+    said = await set_quota(log, SPACE, ACME, Change(ann, {"tokens_per_day": None}), by="op")
+    assert not said.rules
+
+
+async def test_a_model_named_by_half_a_surrogate_pair_is_counted_and_shown(log: MemoryLog) -> None:
+    await set_quota(log, SPACE, ACME, Change({"model": "*"}, {"requests_per_minute": 1}), by="op")
+    await says(log, *(ask(number, "ann", model="m\ud800") for number in (1, 2)))
+    shown = [one for one in standings(await read_quota(log, SPACE, ACME, 0)) if one.scope]
+    assert [(one.scope, one.used) for one in shown] == [({"model": "m\ud800"}, 1)]
 
 
 async def test_a_tenant_that_does_not_exist_is_told_with_those_that_do(log: MemoryLog) -> None:

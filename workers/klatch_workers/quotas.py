@@ -13,7 +13,7 @@ from klatch_schemas import codec
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.events import LimitRule, Limits, TenantConfigured
 from klatch_schemas.ids import Tenant
-from klatch_schemas.records import Partition, partition_of
+from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, TENANTS, Namespace
 from klatch_streams.admission import Admission, advanced
 from klatch_streams.catch_up import catch_up
@@ -21,6 +21,7 @@ from klatch_streams.kernel import Input
 from klatch_streams.ledger import Ledger as LedgerTopic
 from klatch_streams.log import Log
 from klatch_streams.quota.ledger import Ledger
+from klatch_streams.quota.rules import EACH
 from klatch_streams.snapshots import look
 from klatch_workers.tenants import write_tenants
 
@@ -68,8 +69,9 @@ class Change:
         others = [rule for rule in rules if _names(rule) != names]
         before = next((rule.limits for rule in rules if _names(rule) == names), Limits())
         limits = _changed(before, self.limits)
-        if limits == Limits():
+        if limits == Limits() and not any(_covers(_names(rule), names) for rule in others):
             return tuple(others)
+        # An empty rule stands where a broader one would apply again without it: it excepts from that.
         return (*others, LimitRule.model_validate({**self.scope, "limits": limits}))
 
 
@@ -78,20 +80,56 @@ async def set_quota(
 ) -> TenantConfigured:
     """Change a tenant's settings; `again`: write them also if nothing changes. In force for the next request.
 
+    Changes that are made at the same time are all kept.
     Raises UnknownTenant, ValidationError, LogError.
     """
-    held = await _held(log, namespace, tenant)
-    changed = change.of(held)
-    await write_tenants(log, namespace, [changed], by, again=again)
-    return changed
+    held, position = await _held(log, namespace, tenant)
+    while True:
+        changed = change.of(held)
+        await write_tenants(log, namespace, [changed], by, again=again)
+        between, position = await _overwritten(log, namespace, changed, position)
+        if between is None:
+            return changed
+        # Somebody else changed the tenant since it was read: that stays, and this change is made of it.
+        held = between
 
 
-async def _held(log: Log, namespace: Namespace, tenant: Tenant) -> TenantConfigured:
+async def _held(log: Log, namespace: Namespace, tenant: Tenant) -> tuple[TenantConfigured, int]:
+    """What the ledger holds of a tenant, and up to where it was read."""
     async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
         held = ledger.get(tenant)
         if held is None:
             raise UnknownTenant(tenant, sorted(one.tenant for one in ledger.values()))
-    return held
+        return held, ledger.position
+
+
+async def _overwritten(
+    log: Log, namespace: Namespace, written: TenantConfigured, since: int
+) -> tuple[TenantConfigured | None, int]:
+    """What was said of a tenant from `since` on, before what was written over it; and where to look from next time."""
+    topic = Partition(namespace.of(TENANTS), 0)
+    _, end = await log.bounds(topic)
+    tail, between = await log.tail(), None
+    try:
+        async for records in catch_up(tail, topic, since, end):
+            for record in records:
+                said = _configured(record, written.tenant)
+                if said and said.model_copy(update={"prices": written.prices}) == written:
+                    return between, record.offset + 1
+                between = said or between
+    finally:
+        await tail.close()
+    # Nothing was written: the ledger says so already.
+    return None, end
+
+
+def _configured(record: Record, tenant: Tenant) -> TenantConfigured | None:
+    if record.key != tenant.encode() or record.value is None:
+        return None
+    try:
+        return codec.decode_as(TenantConfigured, record.value)
+    except Unreadable:
+        return None
 
 
 async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int) -> Ledger:
@@ -132,6 +170,12 @@ def _decided(admission: Admission, state: Ledger, value: bytes | None, timestamp
 
 def _names(rule: LimitRule) -> tuple[str | None, ...]:
     return (rule.use_case, rule.person, rule.model)
+
+
+def _covers(broad: tuple[str | None, ...], names: tuple[str | None, ...]) -> bool:
+    """Whether a rule of `broad` applies where one of `names` would, of the same dimensions."""
+    pairs = zip(broad, names, strict=True)
+    return all(one == other or (one == EACH and other is not None) for one, other in pairs)
 
 
 def _changed(limits: Limits, changes: Mapping[str, int | None]) -> Limits:

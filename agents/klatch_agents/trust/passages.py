@@ -1,8 +1,9 @@
 """Walks a Chat Completions body: yields every text that a model would read, and puts replaced text back.
 
 Read are all strings inside `messages` and `prediction`, whatever their key, so that a field we do not know is
-judged too, and the descriptions inside `tools`, `functions` and `response_format`. Left out are names of structure
-(roles, types, ids), media (images, audio, files), and the keys of objects, which cannot be replaced in place.
+judged too, inside what vLLM's templates put into a prompt (`documents`, `chat_template`, `chat_template_kwargs`), and
+the descriptions inside `tools`, `functions` and `response_format`. Left out are names of structure (roles, types,
+ids), media (images, audio, files), and the keys of objects, which cannot be replaced in place.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import cast
 
 from klatch_agents.trust.judge import Passage, Path
 
-_SPOKEN = ("messages", "prediction")
+_SPOKEN = ("messages", "prediction", "documents", "chat_template", "chat_template_kwargs")
 _DESCRIBED = ("tools", "functions", "response_format")
 _STRUCTURE = frozenset({"role", "type", "id", "tool_call_id"})
 _MEDIA = frozenset({"image_url", "input_audio", "audio", "video_url", "audio_url", "file"})

@@ -16,7 +16,7 @@ import msgspec
 from rpds import HashTrieMap
 
 from klatch_streams.quota.calendar import Moment
-from klatch_streams.windows import HOUR_SLOT_MS, Window
+from klatch_streams.windows import HOUR_SLOT_MS, SLOT_MS, Window
 
 SHARDS: Final = 256
 MOST: Final = 50_000
@@ -81,16 +81,14 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
         )
 
     def bursting(self, now: Moment, requests: bool, tokens: bool) -> Counter:
-        """The counter with the windows of an hour that its limits need, and no other; they begin now."""
+        """The counter with the windows of an hour that its limits need, and no other; they begin with
+        its minute. The counter is one of `at(now)`."""
         if requests == (self.hour_requests is not None) and tokens == (self.hour_tokens is not None):
             return self
-        # What runs already, or came in this very millisecond, is not in them.
-        since = now.ms if self.running or self.requests.slots else now.ms - 1
-        hour = Window(slot_ms=HOUR_SLOT_MS, since_ms=since)
         return msgspec.structs.replace(
             self,
-            hour_requests=self.hour_requests or hour if requests else None,
-            hour_tokens=self.hour_tokens or hour if tokens else None,
+            hour_requests=(self.hour_requests or _hour_of(self.requests, now)) if requests else None,
+            hour_tokens=(self.hour_tokens or _hour_of(self.tokens, now)) if tokens else None,
         )
 
     def add(self, now: Moment, need: Need) -> Counter:
@@ -191,6 +189,16 @@ class Counters(msgspec.Struct, frozen=True):
     def _find(self, place: str) -> Counter | None:
         shard = self.shards.get(_shard(place))
         return shard.get(place) if shard else None
+
+
+def _hour_of(minute: Window, now: Moment) -> Window:
+    """An hour that begins with a minute, so that what was counted in it is corrected in both."""
+    slots = dict[int, int]()
+    for slot, amount in minute.slots:
+        hourly = slot * SLOT_MS // HOUR_SLOT_MS
+        slots[hourly] = slots.get(hourly, 0) + amount
+    since = minute.slots[0][0] * SLOT_MS if minute.slots else now.ms
+    return Window.of(tuple(slots.items()), HOUR_SLOT_MS, since - 1)
 
 
 def _shard(place: str) -> int:

@@ -8,7 +8,7 @@ import msgspec
 from klatch_streams.quota.calendar import moment
 from klatch_streams.quota.counters import Counter
 from klatch_streams.quota.ledger import Ledger
-from klatch_streams.quota.rules import Names, Scope
+from klatch_streams.quota.rules import Scope, names_in
 
 _DIMENSIONS: Final = ("use_case", "person", "model")
 
@@ -61,5 +61,5 @@ def _of(scope: Scope, names: Mapping[str, str], counter: Counter) -> Iterator[St
 
 
 def _named(key: str) -> dict[str, str]:
-    names = msgspec.json.decode(key, type=Names)
-    return {dimension: name for dimension, name in zip(_DIMENSIONS, names, strict=True) if name is not None}
+    named = zip(_DIMENSIONS, names_in(key), strict=True)
+    return {dimension: name for dimension, name in named if name is not None}

@@ -31,6 +31,11 @@ Names = tuple[str | None, str | None, str | None]
 """Use case, person, model; None: whatever it is."""
 
 
+def names_in(key: str) -> Names:
+    """The names that a scope's key is made of; half a surrogate pair may stand in them."""
+    return msgspec.convert(codec.loads(key.encode()), Names)
+
+
 class Budget(NamedTuple):
     """A limit of a day or a month: it does not come back by waiting a little, so it stops replies that run."""
 
@@ -72,7 +77,7 @@ class Scope(NamedTuple):
         """Such as `use_case+person`; None for the whole tenant."""
         if not self.key:
             return None
-        names = msgspec.json.decode(self.key, type=Names)
+        names = names_in(self.key)
         return "+".join(dimension for dimension, name in zip(_DIMENSIONS, names, strict=True) if name is not None)
 
 
@@ -139,7 +144,7 @@ class Rules:
         """The scope under `key`, with what limits it now."""
         if not key:
             return self._whole
-        names = msgspec.json.decode(key, type=Names)
+        names = names_in(key)
         dimensions = tuple(name is not None for name in names)
         rules = self._by_dimensions.get(dimensions, {})
         return Scope.of(key, next(_matches(rules, names), Limits()))

@@ -209,6 +209,20 @@ async def test_an_end_before_the_first_token_is_a_status_trap_9(
         assert raised.value.response.headers["x-ratelimit-reset-tokens"] == "1500ms"
 
 
+@pytest.mark.parametrize("wait_ms", [None, 43_200_000])
+async def test_a_client_does_not_come_again_by_itself_where_there_is_no_room_for_long(
+    kit: "Kit", wait_ms: int | None
+) -> None:
+    async def script(teller: "Teller") -> None:
+        await teller.end("rejected", StreamError(code="rate_limit_exceeded", message="full", retry_after_ms=wait_ms))
+
+    kit.stages.script = script
+    with pytest.raises(openai.RateLimitError) as raised:
+        await kit.client(max_retries=2).chat.completions.create(model="tiny", messages=HI)
+    assert raised.value.response.headers["x-should-retry"] == "false"
+    assert len(kit.stages.tellers) == 1
+
+
 async def test_a_refused_client_retries_by_itself_when_it_is_told_so(kit: "Kit") -> None:
     async def script(teller: "Teller") -> None:
         if len(kit.stages.tellers) == 1:

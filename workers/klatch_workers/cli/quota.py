@@ -233,7 +233,9 @@ def _setting_lines(tenant: TenantConfigured) -> list[str]:
     lines = [f"{tenant.tenant}: weight {tenant.weight:g}, priority {tenant.priority}"]
     scopes = [("all of it", tenant.limits), *((scope_text(rule), rule.limits) for rule in tenant.rules)]
     for scope, limits in scopes:
-        lines += [f"  {scope:<32} {_amount(name, most)}" for name, most in limits.model_dump(exclude_none=True).items()]
+        said = [_amount(name, most) for name, most in limits.model_dump(exclude_none=True).items()]
+        # A rule without limits excepts from a broader one.
+        lines += [f"  {scope:<32} {limit}" for limit in said or (["no limits"] if scope != "all of it" else [])]
     if limits_money(tenant) and not tenant.prices:
         lines.append("  no route has a price: nothing is reserved and no money counted until one has")
     return lines

@@ -32,6 +32,8 @@ _RETRY_AFTER_MS = 1_000
 """What a client is told when klatch itself is not ready: long enough for a broker to elect a leader."""
 
 _WORTH_ANOTHER_TRY = frozenset({408, 409, 425, 429})
+# OpenAI's clients wait for no longer than this, and would come again within seconds instead, in vain.
+_LONGEST_WAIT_MS = 60_000
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -179,6 +181,8 @@ def status_of(error: KlatchError) -> int:
 def _retriable(error: KlatchError) -> bool:
     if isinstance(error, UpstreamSaid) and error.upstream_status:
         return error.upstream_status in _WORTH_ANOTHER_TRY or error.upstream_status >= 500
+    if isinstance(error, LimitExceeded):
+        return error.retry_after_ms is not None and error.retry_after_ms <= _LONGEST_WAIT_MS
     return error.retriable
 
 
