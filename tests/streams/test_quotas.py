@@ -530,6 +530,15 @@ def test_an_hours_burst_is_not_forgotten_where_a_month_ends() -> None:
     assert acme.refuses(person="ann", tokens=5_000) == "tokens_per_minute"
 
 
+def test_of_two_limits_that_are_used_up_clients_are_told_the_one_that_lasts() -> None:
+    acme = Tenants(Limits(requests_per_minute=1, concurrent_requests=1))
+    told = acme.asks()
+    assert isinstance(told, ChatAdmitted)
+    assert told.rate_limits
+    assert told.rate_limits.requests
+    assert told.rate_limits.requests.name == "requests_per_minute"
+
+
 def test_an_hour_that_begins_on_a_busy_tenant_is_corrected_like_its_minute() -> None:
     acme = Tenants(Limits(tokens_per_minute=1_000))
     assert acme.refuses(tokens=10) is None

@@ -133,6 +133,14 @@ async def test_a_model_named_by_half_a_surrogate_pair_is_counted_and_shown(log: 
     assert [(one.scope, one.used) for one in shown] == [({"model": "m\ud800"}, 1)]
 
 
+async def test_a_limit_with_a_burst_stands_as_clients_are_told_of_it(log: MemoryLog) -> None:
+    change = Change(limits={"requests_per_minute": 10, "burst_requests": 30, "tokens_per_day": None})
+    await set_quota(log, SPACE, ACME, change, by="op")
+    await says(log, ask(1, "ann"))
+    said = [(one.limit, one.most, one.used) for one in standings(await read_quota(log, SPACE, ACME, 0))]
+    assert said == [("requests_per_minute", 40, 1), ("requests_per_hour", 600, 1)]
+
+
 async def test_a_tenant_that_does_not_exist_is_told_with_those_that_do(log: MemoryLog) -> None:
     unknown = r"no tenant 'acne'.*did you mean acme\?.*holds acme.*klatch tenants apply"
     with pytest.raises(UnknownTenant, match=unknown):

@@ -131,7 +131,7 @@ def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | 
 
 
 class _Standing(NamedTuple):
-    """How a scope stands with one limit; compared by what is left."""
+    """How a scope stands with one limit."""
 
     left: int
     name: str
@@ -178,8 +178,9 @@ def _sliding(
 def _tightest(found: list[_Standing], counted: Sequence[Counted], now: Moment) -> RateLimit | None:
     if not found:
         return None
-    one = min(found)
-    reset_ms = _reset(one, counted[one.place].counter, now)
+    least = min(one.left for one in found)
+    # Of those with as little left the one that keeps a client waiting longest.
+    reset_ms, one = max((_reset(one, counted[one.place].counter, now), one) for one in found if one.left == least)
     return RateLimit(name=one.name, limit=one.most, remaining=max(0, one.left), reset_ms=reset_ms)
 
 

@@ -9,7 +9,9 @@ from klatch_streams.quota.calendar import moment
 from klatch_streams.quota.counters import Counter
 from klatch_streams.quota.ledger import Ledger
 from klatch_streams.quota.rules import Scope, names_in
+from klatch_streams.windows import SLOTS
 
+_BURSTS: Final = {"requests_per_minute": "burst_requests", "tokens_per_minute": "burst_tokens"}
 _DIMENSIONS: Final = ("use_case", "person", "model")
 
 
@@ -19,8 +21,9 @@ class Standing(msgspec.Struct, frozen=True):
     scope: Mapping[str, str]
     """Dimension to value; empty for the whole tenant."""
     limit: str
-    """As in `Limits`."""
+    """As in `Limits`; or `requests_per_hour`, `tokens_per_hour`, which a burst is paid back in."""
     most: int
+    """With the burst that is allowed."""
     used: int
 
     @property
@@ -57,7 +60,11 @@ def _of(scope: Scope, names: Mapping[str, str], counter: Counter) -> Iterator[St
     limits = scope.limits.model_dump(exclude_none=True)
     for name, amount in used(counter).items():
         if name in limits:
-            yield Standing(names, name, limits[name], amount)
+            yield Standing(names, name, limits[name] + limits.get(_BURSTS.get(name, ""), 0), amount)
+    hours = (("requests", counter.hour_requests), ("tokens", counter.hour_tokens))
+    for kind, hour in hours:
+        if hour and (most := limits.get(f"{kind}_per_minute")) is not None:
+            yield Standing(names, f"{kind}_per_hour", SLOTS * most, hour.total)
 
 
 def _named(key: str) -> dict[str, str]:

@@ -33,7 +33,8 @@ Names = tuple[str | None, str | None, str | None]
 
 def names_in(key: str) -> Names:
     """The names that a scope's key is made of; half a surrogate pair may stand in them."""
-    return msgspec.convert(codec.loads(key.encode()), Names)
+    names: Names = msgspec.convert(codec.loads(key.encode()), Names)
+    return names
 
 
 class Budget(NamedTuple):

@@ -13,7 +13,7 @@ import click
 from pydantic import ValidationError
 
 from klatch_schemas.codec import explain
-from klatch_schemas.events import TenantConfigured
+from klatch_schemas.events import Limits, TenantConfigured
 from klatch_schemas.ids import Tenant
 from klatch_streams.quota.changes import Change as Changed
 from klatch_streams.quota.changes import scope_text
@@ -156,7 +156,9 @@ def show(tenant: str, all_: bool, as_json: bool, **options: Any) -> None:
         if as_json:
             settings = ledger.rules.settings
             limits = [_standing(one) for one in found]
-            say_json({"tenant": tenant, "weight": settings.weight, "priority": settings.priority, "limits": limits})
+            rules = [rule.model_dump(exclude_none=True) for rule in settings.rules]
+            said = {"weight": settings.weight, "priority": settings.priority, "limits": limits, "rules": rules}
+            say_json({"tenant": tenant, **said})
         else:
             click.echo("\n".join(_standing_lines(ledger, found, None if all_ else _SHOWN)))
 
@@ -231,14 +233,19 @@ def _settings(tenant: TenantConfigured) -> dict[str, Any]:
 
 def _setting_lines(tenant: TenantConfigured) -> list[str]:
     lines = [f"{tenant.tenant}: weight {tenant.weight:g}, priority {tenant.priority}"]
-    scopes = [("all of it", tenant.limits), *((scope_text(rule), rule.limits) for rule in tenant.rules)]
-    for scope, limits in scopes:
-        said = [_amount(name, most) for name, most in limits.model_dump(exclude_none=True).items()]
-        # A rule without limits excepts from a broader one.
-        lines += [f"  {scope:<32} {limit}" for limit in said or (["no limits"] if scope != "all of it" else [])]
+    if tenant.limits != Limits():
+        lines += _limit_lines("all of it", tenant.limits)
+    for rule in tenant.rules:
+        lines += _limit_lines(scope_text(rule), rule.limits)
     if limits_money(tenant) and not tenant.prices:
         lines.append("  no route has a price: nothing is reserved and no money counted until one has")
     return lines
+
+
+def _limit_lines(scope: str, limits: Limits) -> list[str]:
+    """What limits a scope; a rule without limits excepts it from a broader one."""
+    said = [_amount(name, most) for name, most in limits.model_dump(exclude_none=True).items()]
+    return [f"  {scope:<32} {limit}" for limit in said or ["no limits"]]
 
 
 def _standing(one: Standing) -> dict[str, Any]:
@@ -257,6 +264,9 @@ def _standing_lines(ledger: Ledger, found: Sequence[Standing], most: int | None)
         lines.append(f"  and {len(parts) - len(parts[:most])} more: --all shows them")
     if not settings.rules and not whole:
         lines.append("  no limits")
+    lines += [
+        f"  rule {line.lstrip()}" for rule in settings.rules for line in _limit_lines(scope_text(rule), rule.limits)
+    ]
     return lines
 
 
