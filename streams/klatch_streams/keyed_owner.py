@@ -205,8 +205,11 @@ class KeyedOwner:
                 if not self._releasing:
                     raise
                 break
-            self._finish(line.popleft())
-        del self._lines[key]
+            done = line.popleft()
+            if not line:
+                # First: finishing may let in the key's next record, which then begins a line of its own.
+                del self._lines[key]
+            self._finish(done)
 
     async def _handle(self, record: Record) -> None:
         try:

@@ -273,6 +273,28 @@ async def test_room_that_is_given_back_goes_to_who_has_least_and_each_tenant_is_
     assert await owner.checkpoint() == 6
 
 
+@pytest.mark.parametrize("records", [2, 3, 50])
+async def test_what_waits_for_its_share_keeps_the_order_of_its_key(records: int) -> None:
+    handled, running = list[int](), 0
+
+    async def handle(one: Record) -> None:
+        nonlocal running
+        running += 1
+        assert running == 1, "two of one key at once"
+        await asyncio.sleep(0)
+        running -= 1
+        handled.append(one.offset)
+
+    doing = Doing("doer", handle, max_in_flight=2, share_by=lambda _: None)
+    owner = KeyedOwner(doing, log_with_dead_letters(), Namespace(), 0)
+    await owner.take([record(offset, "k") for offset in range(records)])
+    async with asyncio.timeout(5):
+        while await owner.checkpoint() < records:
+            await asyncio.sleep(0)
+    await owner.release(0)
+    assert handled == list(range(records))
+
+
 async def test_what_waits_for_its_share_is_left_to_the_next_owner() -> None:
     gates = Gates()
     owner = shared(gates, room=2)
