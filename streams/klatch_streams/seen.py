@@ -1,8 +1,8 @@
-"""The ids that a decider has seen in the last 24 hours, or a little longer, of record time.
+"""The ids that a decider has seen in the last 24 hours, or up to an hour longer, of record time.
 
-Ids are kept in buckets of at most `BUCKET` in order of arrival. Only the newest bucket changes, so a snapshot
-rewrites only that one; a bucket is forgotten whole, when its newest id is old enough. All operations are O(1) in
-the number of ids.
+Ids are kept in buckets of at most `BUCKET`, and of one hour, in order of arrival. Only the newest bucket changes, so a
+snapshot rewrites only that one; a bucket is forgotten whole, when its newest id is old enough. All operations are O(1)
+in the number of ids.
 """
 
 from __future__ import annotations  # rpds classes take type arguments in annotations only
@@ -13,6 +13,7 @@ from rpds import HashTrieMap, HashTrieSet
 MEMORY_MS = 24 * 3_600_000
 BUCKET = 256
 """Keeps a bucket's snapshot under 40 kB, whatever the ids."""
+HOUR_MS = 3_600_000
 
 
 class Bucket(msgspec.Struct, frozen=True):
@@ -46,16 +47,21 @@ class Seen(msgspec.Struct, frozen=True):
         """Remember `one`, which is not remembered yet."""
         newest = self.newest
         bucket = self.buckets.get(newest)
-        if bucket and len(bucket.ids) >= BUCKET:
+        if bucket and (len(bucket.ids) >= BUCKET or bucket.newest_ms // HOUR_MS != now_ms // HOUR_MS):
             newest, bucket = newest + 1, None
         grown = Bucket(now_ms, (*bucket.ids, one) if bucket else (one,))
         return Seen(self.ids.insert(one), self.buckets.insert(newest, grown), self.oldest, newest)
 
     def forget(self, now_ms: int) -> Seen:
-        """Forget the oldest bucket if it is old enough: one at a time, so that no event pays for many."""
-        bucket = self.buckets.get(self.oldest)
-        if bucket is None or bucket.newest_ms >= now_ms - MEMORY_MS:
-            return self
+        """Forget the oldest buckets if they are old enough, of so many ids at a time that no event pays for many."""
+        left = self
+        while (bucket := left.buckets.get(left.oldest)) and bucket.newest_ms < now_ms - MEMORY_MS:
+            if len(self.ids) - len(left.ids) + len(bucket.ids) > BUCKET:
+                break
+            left = left._without_oldest(bucket)
+        return left
+
+    def _without_oldest(self, bucket: Bucket) -> Seen:
         ids = self.ids
         for one in bucket.ids:
             ids = ids.discard(one)

@@ -24,7 +24,7 @@ from klatch_schemas.topics import DAY_MS
 from klatch_streams.admission import Admission
 from klatch_streams.kernel import Emit, Input
 from klatch_streams.quota.ledger import Ledger
-from klatch_streams.seen import BUCKET, MEMORY_MS, Seen
+from klatch_streams.seen import BUCKET, HOUR_MS, MEMORY_MS, Seen
 from klatch_streams.windows import SLOT_MS, Window
 
 ADMISSION = Admission()
@@ -224,7 +224,7 @@ def test_a_ledger_does_not_grow_with_the_length_of_its_history() -> None:
         )
         assert len(state.overdue) <= len(state.seen.ids)
     assert max(sizes[2_000:]) <= 1_000 + BUCKET + 20
-    assert len(ADMISSION.dump(state)) <= 3 * (1_000 // BUCKET + 2) + 3
+    assert len(ADMISSION.dump(state)) <= 2 * (25 + 1_000 // BUCKET + 2) + 3, "a bucket an hour, at least"
 
 
 def test_no_part_of_a_snapshot_grows_with_the_traffic() -> None:
@@ -269,6 +269,16 @@ def test_an_id_is_remembered_for_at_least_a_day(steps: list[int]) -> None:
         assert all(one in seen for one, at in times.items() if now - at <= MEMORY_MS)
         seen = seen.insert(now, f"r{number}")
         times[f"r{number}"] = now
+
+
+@pytest.mark.parametrize("hours", [1, 3, 10])
+def test_an_id_is_forgotten_after_a_day_and_an_hour_however_seldom_others_come(hours: int) -> None:
+    seen = Seen()
+    for at in range(0, 24 * 14, hours):
+        now = START + at * HOUR_MS
+        seen = seen.forget(now)
+        assert all(f"r{before}" not in seen for before in range(0, at - 25, hours))
+        seen = seen.insert(now, f"r{at}")
 
 
 @pytest.mark.parametrize("size", [0, 1, BUCKET - 1, BUCKET, BUCKET + 1])

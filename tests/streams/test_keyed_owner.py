@@ -289,7 +289,7 @@ async def test_what_waits_for_its_share_keeps_the_order_of_its_key(records: int)
     owner = KeyedOwner(doing, log_with_dead_letters(), Namespace(), 0)
     await owner.take([record(offset, "k") for offset in range(records)])
     async with asyncio.timeout(5):
-        while await owner.checkpoint() < records:
+        while await owner.checkpoint() < records:  # noqa: ASYNC110 - the owner tells nobody
             await asyncio.sleep(0)
     await settle()
     assert await owner.checkpoint() == records, "nothing has failed meanwhile"

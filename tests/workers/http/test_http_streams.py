@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import time
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
+from uuid import UUID
 
 import pytest
 
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 async def _resume(kit: "Kit", request: str, after: str | None, tenant: str = "acme") -> "Answer":
     headers = {"last-event-id": after} if after else {}
     return await kit.call("GET", f"/v1/streams/{request}", tenant=tenant, headers=headers)
+
+
+def birth(request: str) -> int:
+    born = birth_of(request)
+    assert born
+    return born.milliseconds
+
+
+def cancels(kit: "Kit") -> list[StreamCancel]:
+    said = [codec.decode(one.value) for one in kit.log.records("chat.stream")]
+    return [one for one in said if isinstance(one, StreamCancel)]
 
 
 async def _fifty_words(teller: "Teller") -> None:
@@ -204,6 +217,51 @@ async def test_a_last_event_id_that_is_none_is_refused(kit: "Kit") -> None:
     answer = await _resume(kit, "x", "12")
     assert answer.status == 400
     assert (await answer.json())["error"]["param"] == "Last-Event-ID"
+
+
+@pytest.mark.parametrize("last", ["another", "beyond", "9999-3"])
+async def test_a_last_event_id_of_another_stream_is_refused(kit: "Kit", last: str) -> None:
+    request = (await kit.chat(stream=False)).headers["x-request-id"]
+    [number] = {teller.partition for teller in kit.stages.tellers}
+    names = {"another": f"{(number + 1) % 4}-0", "beyond": f"{number}-999999"}
+    answer = await _resume(kit, request, names.get(last, last))
+    assert answer.status == 400
+    assert (await answer.json())["error"]["param"] == "Last-Event-ID"
+
+
+async def test_a_stream_that_runs_for_longer_than_keys_are_known_is_read_and_cancelled_at_any_door(
+    kits: "Kits",
+) -> None:
+    terms, told, enough = Terms(idempotency_window_ms=1), asyncio.Event(), asyncio.Event()
+
+    async def script(teller: "Teller") -> None:
+        await teller.open()
+        await teller.say("one ")
+        told.set()
+        await enough.wait()
+        await teller.end()
+
+    async with kits.serving(terms=terms) as kit:
+        kit.stages.script = script
+        running = await kit.chat(klatch={"conversation": "c"})
+        request = running.headers["x-request-id"]
+        await told.wait()
+        while time.time_ns() // 1_000_000 <= birth(request) + terms.idempotency_window_ms:  # noqa: ASYNC110 - a clock
+            await asyncio.sleep(0)
+        async with kits.serving(beside=kit, terms=terms) as other:
+            cancelled = await other.call("DELETE", f"/v1/streams/{request}?reason=incident%207")
+            assert cancelled.status == 202
+            assert [said.reason for said in cancels(kit)] == ["incident 7"]
+            enough.set()
+            assert (await _resume(other, request, None)).status == 200
+
+
+async def test_a_stream_named_by_a_clock_that_is_ahead_is_found(kit: "Kit") -> None:
+    ahead = time.time_ns() // 1_000_000 + 120_000
+    request = RequestId(str(UUID(int=ahead << 80 | 7 << 76 | 0x123 << 64 | 2 << 62 | 12_345)))
+    asked = ChatRequested(request=request, tenant=Tenant("acme"), conversation=Conversation("c"), body={"messages": []})
+    await kit.log.append([codec.draft("chat.requests", "acme", asked)])
+    assert (await _resume(kit, request, None)).status == 200
 
 
 @pytest.mark.parametrize("same_door", [True, False])

@@ -5,7 +5,7 @@ decides: the first of cancel and end counts, so a request that has ended stays a
 """
 
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import click
 from pydantic import ValidationError
@@ -48,7 +48,7 @@ def cancel(request_id: str, conversation: str | None, reason: str, as_json: bool
     async def work() -> int:
         context = Context.read(**options)
         if not options.get("kafka") and context.door_known:
-            _over_http(context.door(), request_id, conversation)
+            _over_http(context.door(), request_id, conversation, reason)
             how = "http"
         else:
             cancelled = _event(context, request_id, conversation, reason)
@@ -64,11 +64,13 @@ def cancel(request_id: str, conversation: str | None, reason: str, as_json: bool
     perform(work, as_json=as_json)
 
 
-def _over_http(door: ServerAddress, request: str, conversation: str | None) -> None:
+def _over_http(door: ServerAddress, request: str, conversation: str | None, reason: str) -> None:
     """Raises CommandFailed."""
-    hint = f"?conversation={quote(conversation, safe='')}" if conversation else ""
+    said = {"conversation": conversation, "reason": reason}
+    query = urlencode({name: value for name, value in said.items() if value})
     try:
-        answer = ask("DELETE", f"{door.url}/v1/streams/{quote(request, safe='')}{hint}", key=door.key, timeout_s=60.0)
+        url = f"{door.url}/v1/streams/{quote(request, safe='')}?{query}"
+        answer = ask("DELETE", url, key=door.key, timeout_s=60.0)
     except Unreached as error:
         raise CommandFailed(
             f"{error}; start `klatch up`, say where the door is with --http, or cancel over Kafka with --kafka and "

@@ -16,6 +16,7 @@ from klatch_schemas.errors import InvalidRequest, NotFound
 from klatch_schemas.events import ChatRequested
 from klatch_schemas.ids import Conversation
 from klatch_schemas.records import Partition, Record, partition_of
+from klatch_schemas.topics import DAY_MS
 from klatch_workers.http.reader import Reader, Stream
 from klatch_workers.http.recent import Place
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of
@@ -86,9 +87,11 @@ async def _guesses(runtime: Runtime, stream: Stream, hints: Hints) -> AsyncItera
 
 
 def _since(runtime: Runtime, stream: Stream) -> int:
-    terms, birth = runtime.door.terms, birth_of(stream.request)
-    oldest = time.time_ns() // 1_000_000 - terms.idempotency_window_ms
-    return max(oldest, birth.milliseconds - terms.clock_skew_ms) if birth else oldest
+    """From when on its records may stand, as its id says; of one that says nothing likely, what the window allows."""
+    terms, birth, now = runtime.door.terms, birth_of(stream.request), time.time_ns() // 1_000_000
+    if birth and now - DAY_MS <= birth.milliseconds <= now:
+        return birth.milliseconds - terms.clock_skew_ms
+    return now - terms.idempotency_window_ms
 
 
 async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: int) -> Found | None:
@@ -106,7 +109,12 @@ async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: i
 
 
 async def _from_requests(runtime: Runtime, stream: Stream) -> Found:
-    asked = await _request(runtime, stream)
+    likely = _since(runtime, stream)
+    oldest = time.time_ns() // 1_000_000 - runtime.door.terms.idempotency_window_ms
+    asked = await _request(runtime, stream, likely)
+    if asked is None and oldest < likely:
+        # The clock that its id was made by may have been ahead.
+        asked = await _request(runtime, stream, oldest)
     if asked is None:
         raise NotFound(f"no stream {stream.request}, or none of yours")
     conversation, timestamp_ms = asked
@@ -117,10 +125,10 @@ async def _from_requests(runtime: Runtime, stream: Stream) -> Found:
     return Found(await runtime.hub.open(stream, partition, start), conversation)
 
 
-async def _request(runtime: Runtime, stream: Stream) -> tuple[Conversation, int] | None:
+async def _request(runtime: Runtime, stream: Stream, since: int) -> tuple[Conversation, int] | None:
     number = partition_of(stream.tenant.encode(), runtime.requests)
     partition = Partition(runtime.request_topic, number)
-    position = await runtime.door.log.offset_at(partition, _since(runtime, stream))
+    position = await runtime.door.log.offset_at(partition, since)
     _, end = await runtime.door.log.bounds(partition)
     if position >= end:
         return None

@@ -7,7 +7,7 @@ among others.
 import re
 
 from klatch_schemas import codec
-from klatch_schemas.errors import LogMoved, NotFound
+from klatch_schemas.errors import InvalidRequest, LogMoved, NotFound
 from klatch_schemas.ids import RequestId
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import Call
@@ -16,6 +16,8 @@ from klatch_workers.http.reader import Stream
 from klatch_workers.http.replies import EventStream
 from klatch_workers.http.runtime import Runtime
 
+_REASON = 1_000
+"""Characters of a reason that are kept."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -42,18 +44,31 @@ async def resume(runtime: Runtime, call: Call) -> None:
 
 
 async def _check_place(runtime: Runtime, found: Found, after: EventId | None) -> None:
-    """Raise LogMoved for a client whose place retention has taken: what followed it may be gone as well."""
-    if after and after.number == found.reader.partition.number:
-        first, _ = await runtime.door.log.bounds(found.reader.partition)
-        if after.offset + 1 < first:
-            raise LogMoved(f"the log has moved on: it begins at offset {first}, and {after.offset + 1} was next")
+    """Raise LogMoved for a client whose place retention has taken: what followed it may be gone as well.
+
+    InvalidRequest for a place that is none of this stream's: text would be left out in silence.
+    """
+    if after is None:
+        return
+    first, end = await runtime.door.log.bounds(found.reader.partition)
+    if after.number != found.reader.partition.number or after.offset >= end:
+        raise InvalidRequest(
+            "Last-Event-ID is the id of no event of this stream: leave it out to read from the beginning",
+            param="Last-Event-ID",
+        )
+    if after.offset + 1 < first:
+        raise LogMoved(f"the log has moved on: it begins at offset {first}, and {after.offset + 1} was next")
 
 
 async def cancel(runtime: Runtime, call: Call) -> None:
-    """Append a cancel: the log decides whether it came before the end. Raises KlatchError, LogError."""
+    """Append a cancel: the log decides whether it came before the end; `?reason=` stands in it.
+
+    Raises KlatchError, LogError.
+    """
     found = await _found(runtime, call, None)
     await found.reader.close()
-    draft = runtime.cancel_draft(found.reader.stream, found.conversation, "cancelled over HTTP")
+    reason = (call.query("reason") or "cancelled over HTTP")[:_REASON]
+    draft = runtime.cancel_draft(found.reader.stream, found.conversation, reason)
     await runtime.intake.append(draft, runtime.partition(found.conversation))
     said = {"id": call.request, "object": "stream.cancel", "conversation": found.conversation}
     await call.answer(202, codec.dumps(said))
