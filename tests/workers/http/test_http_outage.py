@@ -1,6 +1,7 @@
 """A log that does not answer: the door refuses and says when to come again, keeps what it accepted, and goes on."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +198,27 @@ async def test_more_than_the_room_is_refused_while_the_log_is_silent_and_taken_a
     await asyncio.gather(*waiting)
     await intake.append(record(500), HERE)
     assert [len(one.value or b"") for one in log.records("t")] == [45, 45, 500]
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+async def test_what_has_not_been_asked_of_the_log_yet_takes_room_too(kits: "Kits", keyed: bool) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 600}]}
+    async with kits.serving(Terms(append_timeout_s=3600, intake_bytes=1_000)) as kit:
+        kit.log.fall_silent()
+        asking = [
+            asyncio.create_task(
+                kit.call(
+                    "POST", "/v1/chat/completions", body, headers={"idempotency-key": f"k{number}"} if keyed else {}
+                )
+            )
+            for number in range(4)
+        ]
+        async with asyncio.timeout(10):
+            for done in itertools.islice(asyncio.as_completed(asking), 3):
+                assert (await done).status == 503
+            kit.log.answer()
+            answers = await asyncio.gather(*asking)
+        assert sorted(answer.status for answer in answers) == [200, 503, 503, 503]
 
 
 async def test_one_place_at_a_time_is_tried_and_others_are_free() -> None:

@@ -38,7 +38,8 @@ async def complete(runtime: Runtime, call: Call) -> None:
     raw = await call.body(terms.max_body_bytes)
     asked = asked_in(await read_json(raw, terms.off_loop_bytes))
     stream = _name(runtime, call, asked)
-    reader = await _attach(runtime, call, stream, asked, large=len(raw) > terms.off_loop_bytes)
+    with runtime.intake.room_for(len(raw)):
+        reader = await _attach(runtime, call, stream, asked, large=len(raw) > terms.off_loop_bytes)
     try:
         over = await _answer(runtime, call, reader, asked)
     finally:
@@ -106,7 +107,7 @@ async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -
         raise Disconnected
     drafted = (runtime.request_topic, call, asked)
     draft = await asyncio.to_thread(_draft, *drafted) if large else _draft(*drafted)
-    await runtime.intake.append(draft, runtime.requests_of(call.tenant))
+    await runtime.intake.append(draft, runtime.requests_of(call.tenant), has_room=True)
     log.info("request.accepted", request=call.request, tenant=call.tenant)
 
 
