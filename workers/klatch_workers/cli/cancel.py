@@ -69,7 +69,7 @@ def _over_http(door: ServerAddress, request: str, conversation: str | None, reas
     said = {"conversation": conversation, "reason": reason}
     query = urlencode({name: value for name, value in said.items() if value})
     try:
-        url = f"{door.url}/v1/streams/{quote(request, safe='')}?{query}"
+        url = f"{door.url}/v1/streams/{quote(request, safe='')}{f'?{query}' if query else ''}"
         answer = ask("DELETE", url, key=door.key, timeout_s=60.0)
     except Unreached as error:
         raise CommandFailed(
