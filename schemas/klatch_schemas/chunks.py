@@ -158,17 +158,24 @@ def _merge(into: Json, said: Mapping[str, JsonValue], depth: int = 0) -> None:
         elif value in _NOTHING and old is not None:
             continue
         elif old is None or name in _REPEATED:
-            into[name] = value
+            into[name] = _own(value)
         elif isinstance(old, str) and isinstance(value, str):
             into[name] = old + value
         elif isinstance(old, list) and isinstance(value, list):
-            into[name] = [*old, *value]
+            old.extend(value)
         elif isinstance(old, dict) and isinstance(value, dict) and depth < _DEEPEST:
-            merged = dict(old)
-            _merge(merged, value, depth + 1)
-            into[name] = merged
+            _merge(old, value, depth + 1)
         else:
-            into[name] = value
+            into[name] = _own(value)
+
+
+def _own(value: JsonValue, depth: int = 0) -> JsonValue:
+    """A copy as far down as `_merge` writes: to copy what is merged at every chunk would take time squared."""
+    if isinstance(value, list):
+        return [*value]
+    if isinstance(value, dict) and depth <= _DEEPEST:
+        return {name: _own(member, depth + 1) for name, member in value.items()}
+    return value
 
 
 def _merge_calls(message: Json, fragments: list[Json]) -> None:

@@ -29,6 +29,14 @@ def more(arguments: Any, **said: Any) -> dict[str, Any]:
     return {"tool_calls": [{"index": 0, **said, "function": {"arguments": arguments}}]}
 
 
+@given(st.lists(json_values, min_size=1, max_size=4))
+def test_what_is_put_together_stays_as_it_was(values: list[Any]) -> None:
+    deltas = [{"content": value, "details": {"parts": value, "of": {"parts": [value]}}} for value in values]
+    before = codec.dumps(deltas)
+    put_together(*deltas)
+    assert codec.dumps(deltas) == before
+
+
 def test_a_server_that_says_null_for_tool_calls_on_every_chunk_may_still_call_tools() -> None:
     """As SGLang does."""
     opened = {"role": "assistant", "content": "", "tool_calls": None}
