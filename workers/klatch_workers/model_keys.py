@@ -5,7 +5,7 @@
     azure-east = { file = "/run/secrets/azure-east" }
     azure-west = { env = "AZURE_WEST_KEY" }
     entra = { command = ["az", "account", "get-access-token", "--query", "accessToken", "-o", "tsv",
-              "--resource", "https://cognitiveservices.azure.com"], every_s = 1800 }
+              "--resource", "https://cognitiveservices.azure.com"], every_s = 120 }
 
 The file is read again when it changes, and so is one that it names; a command is run again after `every_s`, once for
 all who wait for it. So a key or a token that is renewed needs no restart. While its command fails or hangs, a token is
