@@ -10,10 +10,10 @@ from __future__ import annotations  # rpds classes take type arguments in annota
 import msgspec
 from rpds import HashTrieMap, HashTrieSet
 
-MEMORY_MS = 24 * 3_600_000
+HOUR_MS = 3_600_000
+MEMORY_MS = 24 * HOUR_MS
 BUCKET = 256
 """Keeps a bucket's snapshot under 40 kB, whatever the ids."""
-HOUR_MS = 3_600_000
 
 
 class Bucket(msgspec.Struct, frozen=True):

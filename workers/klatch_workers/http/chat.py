@@ -107,7 +107,9 @@ async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -
         raise Disconnected
     drafted = (runtime.request_topic, call, asked)
     draft = await asyncio.to_thread(_draft, *drafted) if large else _draft(*drafted)
-    await runtime.intake.append(draft, runtime.requests_of(call.tenant), has_room=True)
+    # `complete` has taken the room.
+    async with runtime.intake.turn(runtime.requests_of(call.tenant)):
+        await runtime.door.log.append([draft])
     log.info("request.accepted", request=call.request, tenant=call.tenant)
 
 

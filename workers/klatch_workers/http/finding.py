@@ -88,10 +88,18 @@ async def _guesses(runtime: Runtime, stream: Stream, hints: Hints) -> AsyncItera
 
 def _since(runtime: Runtime, stream: Stream) -> int:
     """From when on its records may stand, as its id says; of one that says nothing likely, what the window allows."""
-    terms, birth, now = runtime.door.terms, birth_of(stream.request), time.time_ns() // 1_000_000
+    birth, now = birth_of(stream.request), _now_ms()
     if birth and now - DAY_MS <= birth.milliseconds <= now:
-        return birth.milliseconds - terms.clock_skew_ms
-    return now - terms.idempotency_window_ms
+        return birth.milliseconds - runtime.door.terms.clock_skew_ms
+    return _oldest(runtime)
+
+
+def _oldest(runtime: Runtime) -> int:
+    return _now_ms() - runtime.door.terms.idempotency_window_ms
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: int) -> Found | None:
@@ -109,8 +117,7 @@ async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: i
 
 
 async def _from_requests(runtime: Runtime, stream: Stream) -> Found:
-    likely = _since(runtime, stream)
-    oldest = time.time_ns() // 1_000_000 - runtime.door.terms.idempotency_window_ms
+    likely, oldest = _since(runtime, stream), _oldest(runtime)
     asked = await _request(runtime, stream, likely)
     if asked is None and oldest < likely:
         # The clock that its id was made by may have been ahead.

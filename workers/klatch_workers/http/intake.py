@@ -33,14 +33,12 @@ class Intake:
         self._silent = dict[Partition, bool]()
         """Partitions that have failed to answer, and whether somebody tries them just now."""
 
-    async def append(self, draft: Draft, place: Partition, *, has_room: bool = False) -> None:
+    async def append(self, draft: Draft, place: Partition) -> None:
         """Append to `place`; what it was is accepted when this returns. Raises Unavailable, LogError, TimeoutError.
-
-        `has_room`: its caller has taken the room that it needs already.
 
         What raised TimeoutError or AppendFailed may stand all the same: ask again under the same Idempotency-Key.
         """
-        with self.room_for(0 if has_room else len(draft.value or b"")):
+        with self.room_for(len(draft.value or b"")):
             async with self.turn(place):
                 await self._log.append([draft])
 
@@ -83,7 +81,7 @@ class Intake:
     @contextmanager
     def room_for(self, size: int) -> Generator[None]:
         """Around all that is asked of the log for a request of so many bytes. Raises Unavailable."""
-        if size and self._waiting_bytes and self._waiting_bytes + size > self._terms.intake_bytes:
+        if self._waiting_bytes and self._waiting_bytes + size > self._terms.intake_bytes:
             raise Unavailable("too much waits for the log already; try again", retry_after_ms=RETRY_AFTER_MS)
         self._waiting_bytes += size
         try:
