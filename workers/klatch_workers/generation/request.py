@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Final, assert_never
 
 import structlog
@@ -86,8 +86,6 @@ class RequestUnderWay:
     attempts: Attempts
     prepared: Prepared | None = None
     first_token_ms: int | None = None
-    failed_on: set[str] = field(default_factory=set[str])
-    """Deployments whose answers broke off."""
 
     @classmethod
     def of(cls, means: Means, admitted: ChatAdmitted, record: Record, place: Place) -> "RequestUnderWay":
@@ -219,14 +217,12 @@ class RequestUnderWay:
             return Interrupted("superseded")
         if attempt.begun and attempt.begun.whole:
             return Spoken()
-        call = replace(self.prepared.call, avoid=frozenset(self.failed_on))
         try:
-            await attempt.stream(self.means.gateway, self.attempts.sent(call, attempt))
+            await attempt.stream(self.means.gateway, self.attempts.sent(self.prepared.call, attempt))
         except Overtaken:
             return Interrupted("superseded")
         except ModelError as error:
-            attempt.failed(error)
-            self.failed_on.add(attempt.deployment)
+            self.attempts.failed(attempt, error)
             broken = broken_by(error)
             log.info("model.failed", request=self.tracked.request, code=error.code, seq=attempt.seq, again=broken.again)
             return broken
