@@ -52,7 +52,7 @@ from klatch_workers.generation.conclude import (
     own_count,
     reply_of,
     settlement,
-    turn,
+    turn_aside,
     usage_without_count,
 )
 from klatch_workers.generation.failures import broken_by
@@ -344,7 +344,8 @@ class RequestUnderWay:
         settled = settlement(self.admitted, assembly, asked, timing, self.attempts.prices)
         drafts = [self.effects.draft(SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
-        finished = None if plain else turn(self.admitted, assembly, asked, timing, head.offset if head else None)
+        previous = head.offset if head else None
+        finished = None if plain else await turn_aside(self.admitted, assembly, asked, timing, previous)
         # In a conversation requests are concluded in order: the turns up to the last one's request were appended.
         if finished and not (head and head.applied >= self.place.offset):
             drafts.append(self.effects.draft(TURN, CHAT_TURNS, request.conversation, finished))
