@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from klatch_agents.gateway.errors import (
     ConnectError,
     ErrorBody,
+    ExpiredError,
     MalformedError,
     MisconfiguredError,
     ModelError,
@@ -18,6 +19,7 @@ from klatch_agents.gateway.errors import (
     StalledError,
     StreamError,
     TruncatedError,
+    UnroutableError,
 )
 from klatch_agents.gateway.routing import (
     MOST_LOOKS,
@@ -30,6 +32,7 @@ from klatch_agents.gateway.routing import (
     View,
     choose_until_served,
     is_servers_doing,
+    who_did_not_continue,
 )
 from klatch_schemas.events import Deployment, ModelRouted
 
@@ -243,6 +246,25 @@ def test_only_those_that_can_continue_are_asked_to() -> None:
         one("a"), one("b", kind="vllm"), one("c", continues="prefill"), one("d", kind="vllm", continues="none")
     )
     assert set(play(mixed, DOWN, continuing=True).tried) == {"b", "c"}
+
+
+CONTINUING = (one("b", kind="vllm"), one("c", continues="prefill"))
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectError("no"), refused(401), refused(503), MalformedError("no"), UnroutableError("no", status=503)]
+)
+def test_what_none_of_those_continued_who_can_may_be_begun_anew_by_others_if_there_are_any(error: ModelError) -> None:
+    assert who_did_not_continue(route(one("a"), *CONTINUING), error) == frozenset({"b", "c"})
+    assert who_did_not_continue(route(*CONTINUING), error) is None
+    assert who_did_not_continue(route(one("a", weight=0), *CONTINUING), error) is None
+
+
+@pytest.mark.parametrize(
+    "error", [refused(400), refused(400, "content_filter"), event("content_filter"), ExpiredError("late")]
+)
+def test_what_is_refused_for_its_own_doing_is_not_begun_anew(error: ModelError) -> None:
+    assert who_did_not_continue(route(one("a"), *CONTINUING), error) is None
 
 
 def test_one_that_broke_off_before_is_taken_only_where_there_is_no_other() -> None:

@@ -18,8 +18,7 @@ from tests.model.policy import Policies
 from tests.model.strands import Strand
 from tests.model.world import Bounds, Owner, Running, Step, World
 
-from klatch_schemas.assembly import Assembly, StreamState
-from klatch_schemas.assembly import Standing as StandingDelta
+from klatch_schemas.assembly import StreamState
 from klatch_schemas.codec import Delta
 from klatch_schemas.events import ChatAdmitted, Reservation, StreamEnd, StreamError, Usage, UsageSettled
 from klatch_schemas.ids import Writer
@@ -123,13 +122,14 @@ class Requests:
             yield from self._opened(at)
         elif one.attempt and not at.has_read_opening():
             return
-        elif one.attempt and at.in_force() and not one.said:
+        elif one.attempt and at.in_force() and not one.said and not (one.anew and one.continues):
             # It was ours before a pause, and nothing has been said in it.
             yield self._calls(at, one)
         elif at.must_be_watched():
             yield at.reports(Interrupted("superseded"))
         else:
-            opened, said = self._open(at, continues=self.begun(at) is not None)
+            begun = self.begun(at)
+            opened, said = self._open(at, continues=begun is not None and (begun.whole or not one.anew))
             yield self._calls(at, opened, said) if opened.attempt == 1 else at.goes_on("opens", opened, said)
 
     def _opened(self, at: "_At") -> Iterator[Step]:
@@ -150,7 +150,7 @@ class Requests:
         strand = at.strand
         if strand not in self._begun:
             body, mode = asked(at.one.request).body, "continue" if self._bounds.continues else "restart"
-            self._begun[strand] = begun(body, mode, _assembly(strand))  # type: ignore[arg-type]
+            self._begun[strand] = begun(body, mode, strand.assembly())  # type: ignore[arg-type]
         return self._begun[strand]
 
     def _open(self, at: "_At", *, continues: bool) -> tuple[Running, Said]:
@@ -194,8 +194,10 @@ class Requests:
             owner = at.owner.with_running(later)
             yield Step("says", at.world._replace(stream=at.world.stream.then(said)).with_owner(at.number, owner))
         if at.world.breaks < self._bounds.breaks:
-            step = at.reports(policy.Broken(_MODEL_FAILED, again=True))
-            yield step._replace(to=step.to._replace(breaks=at.world.breaks + 1), fair=False)
+            # Who said nothing behind a text that it was to continue may be asked again, or others to begin anew.
+            for anew in {one.anew, one.anew or (one.continues and not one.said)}:
+                step = at.reports(policy.Broken(_MODEL_FAILED, again=True), anew=anew)
+                yield step._replace(to=step.to._replace(breaks=at.world.breaks + 1), fair=False)
 
     def _say(self, at: "_At") -> tuple[Running, Said]:
         one = at.one
@@ -304,7 +306,7 @@ class Requests:
         key = at.strand, at.one.spoke
         if key not in self._settlements:
             admitted, asked_with = _admitted(at.one.request), Asked(spoke=at.one.spoke)
-            self._settlements[key] = settlement(admitted, _assembly(at.strand), asked_with, Timing(NOW_MS), _no_price)
+            self._settlements[key] = settlement(admitted, at.strand.assembly(), asked_with, Timing(NOW_MS), _no_price)
         return self._settlements[key]
 
     def after(self, at: "_At", report: Report) -> Running:
@@ -370,15 +372,6 @@ _MODEL_FAILED = StreamError(code="model_error", message="the model server hung u
 
 def _no_price(_: str, __: str) -> None:
     return None
-
-
-def _assembly(strand: Strand) -> Assembly:
-    standing = list[StandingDelta]()
-    for at in strand.standing:
-        said = strand.records[at]
-        assert isinstance(said, Delta)
-        standing.append(StandingDelta(at, said.attempt, said.seq, said.chunk))
-    return Assembly(strand.state, standing, end=strand.end)
 
 
 @cache

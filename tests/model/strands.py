@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 from tests.model.parts import Broken, Parts, Reader
 
-from klatch_schemas.assembly import Ended, Heard, Opened, Said, Settled, Spoke, Standing, StreamState
+from klatch_schemas.assembly import Assembly, Ended, Heard, Opened, Said, Settled, Spoke, Standing, StreamState
 from klatch_schemas.codec import Delta
 from klatch_schemas.errors import StreamBroken, Superseded
 from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd, StreamError
@@ -69,6 +69,15 @@ class Strand:
     def last(self) -> Token | None:
         """The last token that stands."""
         return self.tokens[self.standing[-1]] if self.standing else None
+
+    def assembly(self) -> Assembly:
+        """It as production's deciders are given it."""
+        standing = list[Standing]()
+        for at in self.standing:
+            said = self.records[at]
+            assert isinstance(said, Delta)
+            standing.append(Standing(at, said.attempt, said.seq, said.chunk))
+        return Assembly(self.state, standing, end=self.end)
 
     # --- what is promised
 

@@ -29,6 +29,7 @@ VISITED: dict[str, tuple[int, Bounds, int]] = {
     "a takeover, a cancel, a reply of a token": (2, Bounds(chunks=1, takeovers=1, cancels=1), 300_000),
     "a takeover, a deadline, a reply of a token": (2, Bounds(chunks=1, takeovers=1, deadlines=True), 150_000),
     "a takeover, a failure": (2, Bounds(chunks=1, takeovers=1, breaks=1), 300_000),
+    "a takeover, a failure, continued or not": (2, Bounds(chunks=1, takeovers=1, breaks=1, continues=True), 200_000),
     "a takeover, deltas in flight": (2, Bounds(chunks=2, takeovers=1, in_flight=True), 200_000),
     "a takeover, two requests": (2, Bounds(requests=2, chunks=0, takeovers=1), 800_000),
     "a takeover, impatience, a reply of a token": (3, Bounds(chunks=1, takeovers=1, impatience=1), 300_000),

@@ -71,6 +71,8 @@ class Running(NamedTuple):
     """Where its opening stands; -1: on its way."""
     openings: int = 0
     continues: bool = False
+    anew: bool = False
+    """Whether nobody continued what stood: later attempts of this owner begin anew."""
     call: str = ""
     token: Token | None = None
     """The last one that the call has said, or was given to go on from."""

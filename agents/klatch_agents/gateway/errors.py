@@ -57,6 +57,9 @@ class ModelError(Exception):
         self.spoke = spoke
         self.retry_after: float | None = None
         self.body: ErrorBody | None = None
+        self.anew_but: frozenset[str] | None = None
+        """Of a call with a `prefix` that no deployment went on from: those that can, where the same call without it may
+        be answered by others of their route; else None."""
         if spoke:  # text went out: a second try would repeat its beginning
             self.retriable = False
 

@@ -22,7 +22,14 @@ from klatch_agents.gateway.errors import ModelError, UnroutableError
 from klatch_agents.gateway.fair import Claim
 from klatch_agents.gateway.lines import Line, Lines, OpenServer, Run
 from klatch_agents.gateway.port import Chunk, Embedded, Finished, ModelCall, ModelReply, Timeouts
-from klatch_agents.gateway.routing import NothingLeft, Outcome, choose_until_served, how_it_continues, judge
+from klatch_agents.gateway.routing import (
+    NothingLeft,
+    Outcome,
+    choose_until_served,
+    how_it_continues,
+    judge,
+    who_did_not_continue,
+)
 from klatch_schemas.events import ModelRouted, RouteTimeouts
 
 log = structlog.get_logger(__name__)
@@ -171,7 +178,10 @@ class Router:
             try:
                 step = next(policy) if outcome is None else policy.send(outcome)
             except StopIteration as over:
-                raise failure or _unroutable(asked, over.value) from None
+                last: ModelError = failure or _unroutable(asked, over.value)
+                if asked.continuing:
+                    last.anew_but = who_did_not_continue(route, last)
+                raise last from None
             if step.after:
                 await self._sleep(step.after + self._jitter() * step.spread)
             error: ModelError | None = None

@@ -135,6 +135,14 @@ def choose_until_served(
     return NothingLeft()
 
 
+def who_did_not_continue(routed: ModelRouted, error: ModelError) -> frozenset[str] | None:
+    """Those that can continue an answer, none of which did, for this failure last: but others of the route might begin
+    it anew; else None."""
+    in_use = [one for one in routed.deployments if one.weight]
+    able = frozenset(one.name for one in in_use if how_it_continues(one) != "none")
+    return able if len(able) < len(in_use) and judge(error) != "stop" else None
+
+
 def how_it_continues(deployment: Deployment) -> Continues:
     """How a deployment goes on with an answer that broke off."""
     if deployment.continues is None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import structlog
 
+from klatch_agents.gateway.errors import ModelError
 from klatch_agents.gateway.port import ModelCall
 from klatch_schemas.events import ChatAdmitted, Prices, Status, StreamAttempt
 from klatch_schemas.ids import Writer
@@ -44,6 +45,10 @@ class Attempts:
     """Attempts up to this one are nobody's any more: their owner is succeeded, or said nothing for too long."""
     present: Attempt | None = None
     """The last that this owner opened."""
+    _failed_on: set[str] = field(default_factory=set[str])
+    """Deployments whose answers broke off, or that did not continue one."""
+    _anew: bool = False
+    """Nobody who can continue what stands has done so: this owner begins anew."""
     _priced: dict[str, Prices | None] = field(default_factory=dict[str, Prices | None])
     """By deployment that this owner asked: what it cost then."""
 
@@ -83,10 +88,22 @@ class Attempts:
             # A route that goes while it answers must not make the reply free.
             self._priced[deployment] = self.means.prices(str(call.model or call.body.get("model") or ""), deployment)
 
-        named = f"{call.request}.{attempt.opening.attempt}"
         return replace(
-            call, request=named, before_try=self.still_wanted, before_send=before_send, failed=attempt.failed
+            call,
+            request=f"{call.request}.{attempt.opening.attempt}",
+            avoid=frozenset(self._failed_on),
+            before_try=self.still_wanted,
+            before_send=before_send,
+            failed=attempt.failed,
         )
+
+    def failed(self, attempt: Attempt, error: ModelError) -> None:
+        """Its model has failed: what the next attempt has to know of it."""
+        attempt.failed(error)
+        self._failed_on.add(attempt.deployment)
+        if error.anew_but is not None:
+            self._anew = True
+            self._failed_on |= error.anew_but
 
     def prices(self, model: str, deployment: str) -> Prices | None:
         """What a deployment cost when this owner asked it; one that another owner asked, what is known of it now."""
@@ -105,7 +122,8 @@ class Attempts:
         """An attempt that is in force, as far as the log was read; None if somebody else's is. Raises LogError."""
         if self.present:
             await self.means.table.passed(await self.present.written.durable())
-            if self.in_force() and not self.present.seq:
+            continued_in_vain = self._anew and self.present.begun
+            if self.in_force() and not self.present.seq and not continued_in_vain:
                 return self.present
         if self._must_be_watched():
             return None
@@ -149,7 +167,9 @@ class Attempts:
 
     def _begun(self, call: ModelCall) -> Begun | None:
         stands = begun(call.body, self.admitted.request.on_crash, self.tracked.assembly)
-        return stands if stands and (stands.whole or self.means.gateway.continues(call)) else None
+        if stands is None or stands.whole:
+            return stands
+        return stands if not self._anew and self.means.gateway.continues(call) else None
 
     async def _open(self, mode: Mode) -> Attempt | None:
         request, means = self.admitted.request, self.means

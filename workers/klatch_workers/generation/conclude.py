@@ -8,6 +8,7 @@ and what that one counted; the prompt is the last one's, in which its server als
 an attempt took back (`restart`) is not billed: the tenant did not get it.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -17,7 +18,7 @@ from pydantic import JsonValue
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
-from klatch_schemas.chunks import Json, Reply
+from klatch_schemas.chunks import Json, Reply, objects_in
 from klatch_schemas.events import (
     ChatAdmitted,
     Prices,
@@ -31,6 +32,8 @@ from klatch_streams.estimate import Estimate
 
 _PROMPT: Final = Estimate(bytes_per_token=4, per_message=4, overhead=0)
 """How a prompt is counted that no server counted: as it was reserved, images and files among it, with less to spare."""
+LONG: Final = 1_000
+"""Chunks that are put together within a few milliseconds; of 32,000 it takes a quarter of a second."""
 PriceOf = Callable[[str, str], Prices | None]
 """What a model costs at a deployment, where it is known."""
 
@@ -56,10 +59,13 @@ class Timing:
 
 
 def reply_of(assembly: Assembly) -> Reply:
-    """The text that stands, put together."""
+    """The text that stands, put together, without log probabilities: no turn holds them, and they are most of it."""
     reply = Reply()
     for said in assembly.standing:
-        reply.add(codec.loads(bytes(said.chunk)))
+        chunk = codec.loads(bytes(said.chunk))
+        for choice in objects_in(chunk.get("choices")):
+            choice.pop("logprobs", None)
+        reply.add(chunk)
     return reply
 
 
@@ -160,6 +166,15 @@ def turn(
         finished_ms=timing.finished_ms,
         previous=previous,
     )
+
+
+async def turn_aside(
+    admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing, previous: int | None
+) -> TurnFinished | None:
+    """`turn`, without holding up the event loop; nothing of a stream that has ended changes meanwhile."""
+    if len(assembly.standing) <= LONG:
+        return turn(admitted, assembly, asked, timing, previous)
+    return await asyncio.to_thread(turn, admitted, assembly, asked, timing, previous)
 
 
 def _status(assembly: Assembly) -> Status:

@@ -11,10 +11,12 @@ from klatch_streams.generation import Broken
 
 def broken_by(error: ModelError) -> Broken:
     """What the policy is told of a failure."""
+    if error.anew_but is not None:
+        # Another attempt asks others, so that it need not wait for as long as those who did not continue wanted.
+        return Broken(said_of(error), again=True)
     # What failed before it spoke was tried again by the gateway, as often as its route allows. Once text went out, only
     # another attempt can mend it, which continues that text or takes it back.
-    again = error.spoke and error.transient
-    return Broken(said_of(error), again, error.retry_after or 0.0)
+    return Broken(said_of(error), error.spoke and error.transient, error.retry_after or 0.0)
 
 
 def said_of(error: ModelError) -> StreamError:

@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Final, assert_never
 
 import structlog
@@ -52,7 +52,7 @@ from klatch_workers.generation.conclude import (
     own_count,
     reply_of,
     settlement,
-    turn,
+    turn_aside,
     usage_without_count,
 )
 from klatch_workers.generation.failures import broken_by
@@ -86,8 +86,6 @@ class RequestUnderWay:
     attempts: Attempts
     prepared: Prepared | None = None
     first_token_ms: int | None = None
-    failed_on: set[str] = field(default_factory=set[str])
-    """Deployments whose answers broke off."""
 
     @classmethod
     def of(cls, means: Means, admitted: ChatAdmitted, record: Record, place: Place) -> "RequestUnderWay":
@@ -219,14 +217,12 @@ class RequestUnderWay:
             return Interrupted("superseded")
         if attempt.begun and attempt.begun.whole:
             return Spoken()
-        call = replace(self.prepared.call, avoid=frozenset(self.failed_on))
         try:
-            await attempt.stream(self.means.gateway, self.attempts.sent(call, attempt))
+            await attempt.stream(self.means.gateway, self.attempts.sent(self.prepared.call, attempt))
         except Overtaken:
             return Interrupted("superseded")
         except ModelError as error:
-            attempt.failed(error)
-            self.failed_on.add(attempt.deployment)
+            self.attempts.failed(attempt, error)
             broken = broken_by(error)
             log.info("model.failed", request=self.tracked.request, code=error.code, seq=attempt.seq, again=broken.again)
             return broken
@@ -348,7 +344,8 @@ class RequestUnderWay:
         settled = settlement(self.admitted, assembly, asked, timing, self.attempts.prices)
         drafts = [self.effects.draft(SETTLED, CHAT_REQUESTS, request.tenant, settled)]
         head = means.conversations.head(request.tenant, request.conversation)
-        finished = None if plain else turn(self.admitted, assembly, asked, timing, head.offset if head else None)
+        previous = head.offset if head else None
+        finished = None if plain else await turn_aside(self.admitted, assembly, asked, timing, previous)
         # In a conversation requests are concluded in order: the turns up to the last one's request were appended.
         if finished and not (head and head.applied >= self.place.offset):
             drafts.append(self.effects.draft(TURN, CHAT_TURNS, request.conversation, finished))
