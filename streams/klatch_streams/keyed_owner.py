@@ -1,7 +1,7 @@
-"""Runs a doer on a partition: in order per key, parallel across keys, at most so many records at once.
+"""Runs a doer on a partition: in order per key, parallel across keys.
 
-Where records are those of tenants, one that floods leaves room for the others: it may have as much under way as there
-is still room for (`Doing.share_by`). What it has beyond that waits here, and who comes later does not wait behind it.
+Every record is begun as soon as those of its key before it are finished, so that its handler hears whatever there is
+to be heard while it waits; how many of them may do what costs something is the handler's to decide.
 
 What is committed is the contiguous prefix of finished records, so out-of-order completion loses nothing: a crash or
 a release repeats what had begun and not ended. A record that cannot be used is raised as `DeadLetter` and done with;
@@ -9,7 +9,7 @@ any other exception of the handler is the owner's end, and the next `take` or `c
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -45,61 +45,14 @@ class Doing:
 
     stage: str
     handle: Handle
-    max_in_flight: int = 256
-    """Records begun and not finished, waiting behind their key included."""
     max_bytes: int = 64 * 1024 * 1024
     """Of the values of records taken and not finished; one record may go over it."""
     max_ahead: int = 10_000
-    """How far finished records may run ahead of the oldest unfinished one: so many are repeated after a crash."""
+    """Records taken from the oldest unfinished one on: at most so many are under way, or are repeated after a crash."""
     order_by: Callable[[Record], Hashable] = record_key
     """Records of which this is equal are handled one after another, in the order in which they were taken."""
-    share_by: Callable[[Record], Hashable] | None = None
-    """Records of which this is equal are those of one tenant; equal for all that are handled one after another.
-
-    A tenant's next record begins if fewer of its own are under way than there is room for besides: alone it may have
-    half of `max_in_flight`, beside another that floods a third, and so on, so that there is always room for one more.
-    From: Choudhury, Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", IEEE/ACM Transactions
-    on Networking, 1998, with its factor 1. Without it all are one, and may have all.
-    """
     before_commit: Callable[[int], Awaitable[None]] = nothing
     """Awaited by every checkpoint with the offset about to be committed."""
-
-
-class Shares:
-    """How much of the room each tenant has, and what waits for its share. See `Doing.share_by`."""
-
-    def __init__(self, room: int, tenant_of: Callable[[Record], Hashable]) -> None:
-        self._room, self._tenant_of = room, tenant_of
-        self._held = Counter[Hashable]()
-        self._tenants = dict[int, Hashable]()
-        """Of the records that have been let in, by offset."""
-        self._waiting = dict[Hashable, deque[Record]]()
-
-    def ask(self, record: Record) -> None:
-        """Put a record in line."""
-        self._waiting.setdefault(self._tenant_of(record), deque()).append(record)
-
-    def next(self) -> Record | None:
-        """Let in the first record of whoever has least, and of these the oldest, if there is room for one more."""
-        if not self._waiting:
-            return None
-        tenant = min(self._waiting, key=lambda tenant: (self._held[tenant], self._waiting[tenant][0].offset))
-        if self._held[tenant] >= self._room - len(self._tenants):
-            return None
-        line = self._waiting[tenant]
-        record = line.popleft()
-        if not line:
-            del self._waiting[tenant]
-        self._held[tenant] += 1
-        self._tenants[record.offset] = tenant
-        return record
-
-    def give_back(self, record: Record) -> None:
-        """A record that had been let in is finished."""
-        tenant = self._tenants.pop(record.offset)
-        self._held[tenant] -= 1
-        if not self._held[tenant]:
-            del self._held[tenant]
 
 
 class KeyedOwner:
@@ -115,7 +68,6 @@ class KeyedOwner:
         self._open = deque[int]()
         self._done = set[int]()
         self._lines = dict[Hashable, deque[Record]]()
-        self._shares = Shares(doing.max_in_flight, doing.share_by) if doing.share_by else None
         self._tasks = set[asyncio.Task[None]]()
         self._failure: BaseException | None = None
         self._releasing = False
@@ -161,9 +113,7 @@ class KeyedOwner:
 
     def _has_room(self) -> bool:
         doing = self._doing
-        # Where tenants share, records wait here for their share.
-        has_room = self._shares is not None or self.in_flight < doing.max_in_flight
-        return has_room and self._bytes < doing.max_bytes and len(self._open) < doing.max_ahead
+        return self._bytes < doing.max_bytes and len(self._open) < doing.max_ahead
 
     async def _until(self, ready: Callable[[], bool]) -> None:
         while True:
@@ -177,17 +127,6 @@ class KeyedOwner:
         self._open.append(record.offset)
         self._bytes += len(record.value or b"")
         self._next = record.offset + 1
-        if self._shares:
-            self._shares.ask(record)
-            self._start_those_with_room()
-        else:
-            self._start(record)
-
-    def _start_those_with_room(self) -> None:
-        while self._shares and not self._releasing and (record := self._shares.next()):
-            self._start(record)
-
-    def _start(self, record: Record) -> None:
         key = self._doing.order_by(record)
         if line := self._lines.get(key):
             line.append(record)
@@ -228,9 +167,6 @@ class KeyedOwner:
         self._bytes -= len(record.value or b"")
         while self._open and self._open[0] in self._done:
             self._done.remove(self._open.popleft())
-        if self._shares:
-            self._shares.give_back(record)
-            self._start_those_with_room()
         self._moved.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -26,8 +26,8 @@ def log_with_dead_letters(limit: int = 1_000_000) -> MemoryLog:
     return MemoryLog({DEAD_LETTERS.name: 1}, max_record_bytes=limit)
 
 
-def owner_of(handle: Handle, log: MemoryLog | None = None, in_flight: int = 256, ahead: int = 10_000) -> KeyedOwner:
-    doing = Doing("doer", handle, max_in_flight=in_flight, max_ahead=ahead)
+def owner_of(handle: Handle, log: MemoryLog | None = None, ahead: int = 10_000) -> KeyedOwner:
+    doing = Doing("doer", handle, max_ahead=ahead)
     return KeyedOwner(doing, log or log_with_dead_letters(), Namespace(), 0)
 
 
@@ -83,12 +83,12 @@ def test_records_of_a_key_are_handled_in_order_and_the_low_water_never_passes_an
 
 async def test_no_more_than_so_many_records_are_taken_at_once() -> None:
     gates = Gates()
-    owner = owner_of(gates, in_flight=3)
+    owner = owner_of(gates, ahead=3)
     taking = asyncio.create_task(owner.take([record(offset, str(offset)) for offset in range(5)]))
     await settle()
     assert gates.begun == [0, 1, 2]
     assert not taking.done()
-    gates.open[1].set()
+    gates.open[0].set()
     await settle()
     assert gates.begun == [0, 1, 2, 3]
     for offset in range(5):
@@ -159,7 +159,7 @@ async def test_a_take_that_waits_for_room_hears_of_a_failure() -> None:
         await asyncio.sleep(0)
         raise LookupError("a bug")
 
-    owner = owner_of(broken, in_flight=1)
+    owner = owner_of(broken, ahead=1)
     with pytest.raises(LookupError):
         await owner.take([record(0), record(1, "other")])
 
@@ -180,7 +180,7 @@ async def test_release_waits_for_what_is_in_flight_and_begins_nothing_new() -> N
 
 async def test_release_cancels_at_its_deadline_and_leaves_the_rest_uncommitted() -> None:
     gates = Gates()
-    owner = owner_of(gates, in_flight=2)
+    owner = owner_of(gates, ahead=2)
     taking = asyncio.create_task(owner.take([record(offset, str(offset)) for offset in range(4)]))
     await settle()
     gates.open[0].set()
@@ -228,114 +228,6 @@ async def test_no_more_bytes_are_in_flight_than_may_be_but_a_single_record_may_b
     await asyncio.wait_for(owner.take([large]), 10)
     await finished(owner)
     assert await owner.checkpoint() == 5
-
-
-# --- tenants that share
-
-
-def shared(handle: Handle, room: int) -> KeyedOwner:
-    """An owner whose records are those of the tenant whose name their key begins with, each in a line of its own."""
-    doing = Doing("doer", handle, max_in_flight=room, order_by=lambda one: one.offset, share_by=lambda one: one.key)
-    return KeyedOwner(doing, log_with_dead_letters(), Namespace(), 0)
-
-
-async def test_a_tenant_that_floods_leaves_room_for_whoever_comes_behind_it() -> None:
-    gates = Gates()
-    owner = shared(gates, room=9)
-    await owner.take([record(offset, "flood") for offset in range(50)])
-    await settle()
-    assert gates.begun == [0, 1, 2, 3, 4]
-    await owner.take([record(offset, "another flood") for offset in range(50, 100)])
-    await settle()
-    assert gates.begun[5:] == [50, 51]
-    await owner.take([record(100, "one question"), record(101, "another question")])
-    await settle()
-    assert gates.begun[7:] == [100, 101]
-    await owner.release(0)
-
-
-async def test_room_that_is_given_back_goes_to_who_has_least_and_each_tenant_is_served_in_order() -> None:
-    gates = Gates()
-    owner = shared(gates, room=4)
-    await owner.take([record(offset, "b" if offset in {3, 4} else "a") for offset in range(6)])
-    await settle()
-    assert gates.begun == [0, 1, 3]
-    gates.open[0].set()
-    await settle()
-    assert gates.begun == [0, 1, 3, 2], "both have one, and 2 is older than 4"
-    gates.open[1].set()
-    await settle()
-    assert gates.begun == [0, 1, 3, 2, 4], "both have one, and 4 is older than 5"
-    for offset in range(6):
-        gates.open[offset].set()
-    await finished(owner)
-    assert gates.begun == [0, 1, 3, 2, 4, 5]
-    assert await owner.checkpoint() == 6
-
-
-@pytest.mark.parametrize("records", [2, 3, 50])
-async def test_what_waits_for_its_share_keeps_the_order_of_its_key(records: int) -> None:
-    handled, running = list[int](), 0
-
-    async def handle(one: Record) -> None:
-        nonlocal running
-        running += 1
-        assert running == 1, "two of one key at once"
-        await asyncio.sleep(0)
-        running -= 1
-        handled.append(one.offset)
-
-    doing = Doing("doer", handle, max_in_flight=2, share_by=lambda _: None)
-    owner = KeyedOwner(doing, log_with_dead_letters(), Namespace(), 0)
-    await owner.take([record(offset, "k") for offset in range(records)])
-    async with asyncio.timeout(5):
-        while await owner.checkpoint() < records:  # noqa: ASYNC110 - the owner tells nobody
-            await asyncio.sleep(0)
-    await settle()
-    assert await owner.checkpoint() == records, "nothing has failed meanwhile"
-    assert handled == list(range(records))
-
-
-async def test_what_waits_for_its_share_is_left_to_the_next_owner() -> None:
-    gates = Gates()
-    owner = shared(gates, room=2)
-    await owner.take([record(offset, "a") for offset in range(3)])
-    await settle()
-    assert gates.begun == [0]
-    gates.open[0].set()
-    await owner.release(10)
-    assert gates.begun == [0]
-    assert await owner.checkpoint() == 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    tenants=st.lists(st.sampled_from("abcd"), max_size=40),
-    room=st.integers(1, 8),
-    order=st.randoms(use_true_random=False),
-)
-def test_nobody_who_has_nothing_under_way_waits_while_there_is_room_and_all_are_served_in_order(
-    tenants: list[str], room: int, order: object
-) -> None:
-    async def story() -> None:
-        gates = Gates()
-        owner = shared(gates, room)
-        await owner.take([record(offset, tenant) for offset, tenant in enumerate(tenants)])
-        while len(gates.done) < len(tenants):
-            await settle()
-            running = [offset for offset in gates.begun if not gates.open[offset].is_set()]
-            assert 0 < len(running) <= room
-            waiting = {tenant for offset, tenant in enumerate(tenants) if offset not in gates.begun}
-            starved = waiting - {tenants[offset] for offset in running}
-            assert not starved or len(running) == room
-            gates.open[order.choice(running)].set()  # type: ignore[attr-defined]
-            await settle()
-        for tenant in "abcd":
-            begun = [offset for offset in gates.begun if tenants[offset] == tenant]
-            assert begun == sorted(begun)
-        await owner.release(0)
-
-    asyncio.run(story())
 
 
 async def test_no_failure_of_a_handler_is_left_for_the_loop_to_complain_of() -> None:

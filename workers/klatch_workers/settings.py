@@ -98,7 +98,7 @@ class Settings(BaseModel):
     """A name for this process that is its own and stays: a restart gets its partitions back at once, not after the
     group's session time-out (Kafka's static membership). Two processes of one name throw each other out."""
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 512
-    """Requests under way at once, per partition; of one tenant half of them, so that others find room beside it."""
+    """Requests that have their turn at once, per partition; of one tenant half of them, so that others find room."""
     verdict_patience_s: Annotated[float, Field(gt=0)] = 300.0
     """How long a request whose turn it is waits for trust's verdict before it ends `failed` (`unavailable`)."""
     drain_s: Annotated[float, Field(ge=0)] = 10.0

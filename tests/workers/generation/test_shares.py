@@ -1,6 +1,7 @@
 """A tenant's weight and class on their way, from its settings through admission and screening to a model's place."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,9 +15,9 @@ from klatch_agents.gateway.port import Gateway, ModelCall, ModelReply
 from klatch_agents.gateway.router import Router
 from klatch_agents.trust.policy import load_policy
 from klatch_agents.trust.rules import RulesJudge
-from klatch_schemas.events import Deployment, Limits, ModelRouted, QuotaLimitSet
+from klatch_schemas.events import ChatRequested, Deployment, Limits, ModelRouted, QuotaLimitSet, StreamCancel
 from klatch_schemas.ids import Tenant
-from klatch_schemas.topics import CHAT_REQUESTS, MODELS, Namespace
+from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, MODELS, Namespace
 from klatch_streams.admission import Admission
 from klatch_streams.decider_owner import DeciderStage
 from klatch_streams.ledger import publish
@@ -144,3 +145,93 @@ async def test_in_a_tenant_classes_order_requests_and_none_is_better_than_the_te
     for priority in (7, 5, 4, 3, 0):
         await town.asks("acme", priority=priority)
     assert await town.served(asked_class) == [3, 0, 4, 5, 7], "the 0 is a 3, and came after one"
+
+
+# --- behind a tenant's own share
+
+SLOW = "fake?reply=unique&tokens=1000&rate=20"
+
+
+async def outcome(generation: Generation, request: ChatRequested) -> str:
+    """How it ended, which is to be soon."""
+    async with asyncio.timeout(5):
+        return (await generation.settled(request)).status
+
+
+@pytest.fixture
+async def full(generation: Generation) -> AsyncIterator[ChatRequested]:
+    """Of a tenant whose whole share of the room is taken by one request, which speaks in conversation c1."""
+    generation.max_in_flight = 2
+    async with generation.worker(drain_s=0.1):
+        speaking = await generation.admit(SLOW)
+        await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+        yield speaking
+        assert len(generation.upstream.calls) == 1, "nobody who waited has called a model"
+
+
+async def test_who_waits_for_a_share_of_the_room_is_cancelled_at_once(
+    generation: Generation, full: ChatRequested
+) -> None:
+    waiting = await generation.admit(SLOW, conversation="c2")
+    cancel = StreamCancel(request=waiting.request, tenant=full.tenant, conversation=waiting.conversation, by="test")
+    await generation.write(CHAT_STREAM, "c2", cancel)
+    assert await outcome(generation, waiting) == "cancelled"
+
+
+async def test_who_was_cancelled_before_it_came_to_wait_for_a_share_ends_at_once(
+    generation: Generation, full: ChatRequested
+) -> None:
+    waiting = generation.request(SLOW, conversation="c2")
+    cancel = StreamCancel(request=waiting.request, tenant=full.tenant, conversation=waiting.conversation, by="test")
+    await generation.write(CHAT_STREAM, "c2", cancel)
+    await generation.write_admission(waiting)
+    assert await outcome(generation, waiting) == "cancelled"
+
+
+@pytest.mark.parametrize("left_ms", [-1000, 300])
+async def test_who_waits_for_a_share_of_the_room_expires_at_its_deadline(
+    generation: Generation, full: ChatRequested, left_ms: int
+) -> None:
+    deadline_ms = int(time.time() * 1000) + left_ms
+    waiting = await generation.admit(SLOW, conversation="c2", tenant=full.tenant, deadline_ms=deadline_ms)
+    assert await outcome(generation, waiting) == "expired"
+
+
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("conversation", ["c1", "c2"], ids=["where one speaks", "where one waits for a share"])
+async def test_who_is_not_to_wait_is_refused_at_once_while_there_is_no_share_for_it(
+    generation: Generation, conversation: str
+) -> None:
+    await generation.admit(SLOW, conversation="c2")
+    request = await generation.admit(SLOW, conversation=conversation, if_busy="reject")
+    assert await outcome(generation, request) == "rejected"
+
+
+@pytest.mark.usefixtures("full")
+async def test_who_interrupts_cancels_those_that_wait_for_a_share_at_once(generation: Generation) -> None:
+    waiting = await generation.admit(SLOW, conversation="c2")
+    await generation.admit(SLOW, conversation="c2", if_busy="interrupt")
+    assert await outcome(generation, waiting) == "cancelled"
+
+
+async def test_what_waits_for_its_turn_takes_no_share_of_the_room(generation: Generation) -> None:
+    generation.max_in_flight = 4
+    async with generation.worker(drain_s=0.1):
+        speaking = await generation.admit(SLOW)
+        await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+        for _ in range(5):
+            await generation.admit(SLOW)
+        elsewhere = await generation.admit("fake?text=elsewhere", conversation="c2")
+        assert await outcome(generation, elsewhere) == "completed"
+
+
+async def test_what_waits_for_a_share_is_left_to_the_next_owner(generation: Generation) -> None:
+    generation.max_in_flight = 2
+    async with generation.worker(drain_s=0.1):
+        speaking = await generation.admit(SLOW)
+        await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+        waiting = await generation.admit("fake?text=later", conversation="c2")
+    assert await generation.held(CHAT_REQUESTS) == []
+    generation.max_in_flight = 4
+    async with generation.worker(drain_s=0.1):
+        assert await outcome(generation, waiting) == "completed"

@@ -2,17 +2,20 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from klatch_schemas import codec
 from klatch_schemas.errors import LogMoved, Unavailable
+from klatch_schemas.events import StreamAttempt, StreamCancel, StreamEnd, StreamRetract
 from klatch_schemas.ids import RequestId, Tenant
 from klatch_schemas.records import Draft, Partition, Record
 from klatch_streams.memory_log import MemoryLog
 from klatch_workers.http.door import Terms
 from klatch_workers.http.hub import Hub
-from klatch_workers.http.reader import Stream
+from klatch_workers.http.reader import Reader, Stream
 
 MINE = Stream(Tenant("acme"), RequestId("mine"))
 PLACE = Partition("s", 0)
@@ -136,3 +139,147 @@ async def test_a_marker_before_its_place_does_not_keep_a_reader_from_catching_up
     assert [offset for offset, _ in heard] == [0]
     await reader.close()
     await hub.close()
+
+
+# --- of which the beginning is not where it is read from
+
+
+class Told:
+    """A hub on a log that tells of `MINE`, and a reader of what it reads."""
+
+    def __init__(self) -> None:
+        self.log = MemoryLog({"s": 1})
+        self.hub = Hub(self.log, Terms())
+        self.hub.start()
+
+    async def tell(self, kind: type[Any], tenant: str = "acme", **fields: Any) -> int:
+        """Append an event of the stream; returns its offset."""
+        named = {"request": "mine", "tenant": tenant, "conversation": "c", "writer": "w", **fields}
+        event = kind.model_validate({name: named[name] for name in named if name in kind.model_fields})
+        [(_, offset)] = await self.log.append([codec.draft("s", "c", event)._replace(partition=0)])
+        return offset
+
+    async def say(self, seq: int) -> int:
+        """Append a delta of the stream; returns its offset."""
+        [(_, offset)] = await self.log.append([_delta("mine", seq)])
+        return offset
+
+    async def read(self, start: int) -> Reader:
+        """A reader that begins at a place that was guessed."""
+        return await self.hub.open(MINE, PLACE, start)
+
+    async def heard(self, reader: Reader, until: int) -> list[int]:
+        """What it hands out, up to the record at `until`."""
+        heard = list[int]()
+        async with asyncio.timeout(5):
+            while until not in heard:
+                heard += [offset for offset, _ in await reader.read()]
+        return heard
+
+    async def is_told_that_it_is_gone(self, reader: Reader) -> None:
+        """Whatever it hands out before."""
+        with pytest.raises(LogMoved):
+            await self.heard(reader, -1)
+
+
+@pytest.fixture
+async def told() -> AsyncIterator[Told]:
+    told = Told()
+    yield told
+    await told.hub.close()
+
+
+async def test_an_end_whose_opening_the_log_has_lost_says_so(told: Told) -> None:
+    await told.tell(StreamAttempt, attempt=1, mode="restart")
+    first = await told.say(0)
+    await told.tell(StreamEnd, attempt=1, seq=1, status="completed")
+    told.log.truncate_before(PLACE, first)
+    await told.is_told_that_it_is_gone(await told.read(first))
+
+
+async def test_an_end_that_comes_while_it_is_waited_for_says_so_too(told: Told) -> None:
+    await told.tell(StreamAttempt, attempt=1, mode="restart")
+    first = await told.say(0)
+    told.log.truncate_before(PLACE, first)
+    reader = await told.read(first)
+    assert await told.heard(reader, first) == [first]
+    waiting = asyncio.create_task(told.is_told_that_it_is_gone(reader))
+    await told.tell(StreamEnd, attempt=1, seq=1, status="completed")
+    await waiting
+
+
+async def test_an_attempt_that_continues_what_the_log_has_lost_is_not_taken_for_the_whole(told: Told) -> None:
+    await told.tell(StreamAttempt, attempt=1, mode="restart")
+    await told.say(0)
+    first = await told.tell(StreamAttempt, attempt=2, mode="continue")
+    await told.tell(StreamEnd, attempt=2, status="completed")
+    told.log.truncate_before(PLACE, first)
+    reader = await told.read(first)
+    assert await reader.find() == "c", "it is there, and can be cancelled"
+    await told.is_told_that_it_is_gone(reader)
+
+
+async def test_an_attempt_that_began_anew_is_whole_without_those_before_it(told: Told) -> None:
+    await told.tell(StreamAttempt, attempt=1, mode="restart")
+    first = await told.tell(StreamAttempt, attempt=2, mode="restart")
+    end = await told.tell(StreamEnd, attempt=2, status="completed")
+    told.log.truncate_before(PLACE, first)
+    assert await told.heard(await told.read(first), end) == [first, end]
+
+
+@pytest.mark.parametrize("mode", ["restart", "continue"])
+@pytest.mark.parametrize("live", [False, True])
+async def test_who_was_sent_to_too_late_a_place_reads_from_the_beginning_of_the_log(
+    told: Told, mode: str, live: bool
+) -> None:
+    await told.log.append([_delta("other", 0)])
+    opening = await told.tell(StreamAttempt, attempt=1, mode="restart")
+    await told.say(0)
+    late = await told.say(1)
+    reader = await told.read(late)
+    heard = await told.heard(reader, late) if live else []
+    last = await told.tell(StreamAttempt, attempt=2, mode=mode)
+    end = await told.tell(StreamEnd, attempt=2, status="completed")
+    heard += await told.heard(reader, end)
+    assert heard[-1] == end
+    # An attempt that begins anew is whole, and nobody looks for what was before it.
+    assert (opening in heard) == (mode == "continue")
+    assert last in heard
+
+
+async def test_an_id_that_is_used_again_after_its_first_stream_is_gone_is_read_from_its_own_beginning(
+    told: Told,
+) -> None:
+    await told.tell(StreamAttempt, attempt=1, mode="restart")
+    first = await told.tell(StreamEnd, attempt=1, status="completed")
+    again = await told.tell(StreamAttempt, attempt=1, mode="restart")
+    end = await told.tell(StreamEnd, attempt=1, status="completed")
+    told.log.truncate_before(PLACE, first)
+    assert await told.heard(await told.read(first), end) == [again, end]
+
+
+async def test_a_cancel_ends_a_stream_whose_beginning_the_log_has_lost_too(told: Told) -> None:
+    await told.tell(StreamAttempt, attempt=1, mode="restart")
+    first = await told.say(0)
+    cancel = await told.tell(StreamCancel, by="test")
+    end = await told.tell(StreamEnd, attempt=1, seq=1, status="cancelled")
+    told.log.truncate_before(PLACE, first)
+    assert await told.heard(await told.read(first), end) == [first, cancel, end]
+
+
+async def test_what_has_no_opening_or_is_anothers_proves_nothing(told: Told) -> None:
+    await told.say(0)
+    told.log.truncate_before(PLACE, 1)
+    reader = await told.read(1)
+    await told.tell(StreamEnd, tenant="globex", attempt=3, status="completed")
+    await told.tell(StreamRetract, from_seq=0)
+    await told.log.append([_delta("other", 0)])
+    end = await told.tell(StreamEnd, attempt=0, status="rejected")
+    assert (await told.heard(reader, end))[-1] == end
+
+
+async def test_a_stream_that_was_waited_for_from_its_beginning_on_has_one(told: Told) -> None:
+    reader = await told.hub.open(MINE, PLACE)
+    stray = await told.tell(StreamEnd, attempt=7, status="completed")
+    opening = await told.tell(StreamAttempt, attempt=1, mode="restart")
+    assert await told.heard(reader, opening) == [stray, opening]

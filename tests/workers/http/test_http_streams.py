@@ -314,6 +314,18 @@ async def test_a_stream_that_retention_took_is_said_to_be_gone(kit: "Kit") -> No
     assert (await answer.json())["error"]["code"] == "log_moved"
 
 
+async def test_a_door_that_knows_nothing_of_a_stream_says_that_its_beginning_is_gone(kits: "Kits", kit: "Kit") -> None:
+    key = {"Idempotency-Key": "k"}
+    request = (await kit.chat(stream=False, headers=key)).headers["x-request-id"]
+    opening = kit.log.records_of("chat.stream")[kit.stages.tellers[0].partition]
+    kit.log.truncate_before(opening, 2)
+    async with asyncio.timeout(10), kits.serving(beside=kit) as other:
+        again = await _resume(other, request, None)
+        whole = await other.chat(stream=False, headers=key)
+        for answer in (again, whole):
+            assert (answer.status, (await answer.json())["error"]["code"]) == (410, "log_moved")
+
+
 async def test_partitions_are_followed_while_somebody_waits_and_a_little_longer() -> None:
 
     loop = asyncio.get_running_loop()

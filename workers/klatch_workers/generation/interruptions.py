@@ -28,12 +28,17 @@ class Interruptions:
             work.close()  # not even begun: a model that was called for a moment was called
             return already
         working = asyncio.ensure_future(work)
-        listening = asyncio.ensure_future(self._first(alone))
+        listening = asyncio.ensure_future(self._come_between(alone))
         try:
             await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working.done() else listening.result()
         finally:
             await _cancelled(working, listening)
+
+    async def until(self, true: Callable[[], bool], *, alone: bool = False) -> None:
+        """Wait until `true()`, which the request is told of, or until something comes between."""
+        if not self._already(alone):
+            await self._first(alone, true)
 
     def seconds_left(self) -> float | None:
         """Until the deadline; None without one."""
@@ -44,16 +49,19 @@ class Interruptions:
             return said
         return Interrupted("expired") if self.seconds_left() == 0 else None
 
-    async def _first(self, alone: bool) -> Report:
+    async def _come_between(self, alone: bool) -> Report:
+        interrupted = await self._first(alone, lambda: False)
+        assert interrupted  # noqa: S101 - awaited just now
+        return interrupted
+
+    async def _first(self, alone: bool, true: Callable[[], bool]) -> Interrupted | None:
         at_start = self.tracked.assembly.state.attempt
         try:
             async with asyncio.timeout(self.seconds_left()):
-                await self.tracked.until(lambda: self._now(at_start, alone) is not None)
+                await self.tracked.until(lambda: true() or self._now(at_start, alone) is not None)
         except TimeoutError:
             return Interrupted("expired")
-        interrupted = self._now(at_start, alone)
-        assert interrupted  # noqa: S101 - awaited just now
-        return interrupted
+        return self._now(at_start, alone)
 
     def _now(self, attempt_at_start: int, alone: bool) -> Interrupted | None:
         state = self.tracked.assembly.state

@@ -39,7 +39,6 @@ from klatch_streams.generation import (
     Stalled,
     Watch,
     lifecycle,
-    when_met,
 )
 from klatch_streams.keyed_owner import GivenBack
 from klatch_streams.log import LogError, RecordTooLarge
@@ -158,15 +157,15 @@ class RequestUnderWay:
         return report
 
     async def _until_due(self) -> Report:
-        earlier = self.place.running()
-        what = when_met(self.admitted.request.if_busy, self.tracked.assembly.state, bool(earlier))
-        match what:
+        match self.place.when_met(self.admitted.request.if_busy):
             case "wait":
                 pass
             case "reject":
                 return Busy()
-            case "cancel" | "undo":
-                await self._cancel(earlier, undo=what == "undo")
+            case "cancel":
+                await self._cancel(self.place.running(), undo=False)
+            case "undo":
+                await self._cancel(self.place.running(), undo=True)
         await self.place.turn()
         return Due()
 

@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeGuard
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import msgspec
@@ -38,8 +38,9 @@ from klatch_streams.log import Log, LogError, RecordTooLarge
 from klatch_streams.snapshots import Snapshots
 from klatch_streams.stalls import Stalls
 from klatch_workers.generation.conclude import PriceOf
+from klatch_workers.generation.interruptions import Interruptions
 from klatch_workers.generation.kept_heads import KeptHeads
-from klatch_workers.generation.lines import Lines
+from klatch_workers.generation.lines import Lines, Place
 from klatch_workers.generation.means import Means
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.recover import Archive, was_redriven
@@ -171,7 +172,6 @@ class _Ends(NamedTuple):
 
 
 class _Named(msgspec.Struct):
-    tenant: str
     conversation: str
 
 
@@ -193,19 +193,11 @@ def _named(record: Record) -> _Named | None:
         return None
 
 
-def _stands_where_it_belongs(named: _Named | None, record: Record) -> TypeGuard[_Named]:
-    return named is not None and named.conversation.encode("utf-8", "replace") == record.key
-
-
 def _line_of(record: Record) -> Hashable:
     """Admissions that stand where they belong wait in `Lines`, where they can be ended; all others by their key."""
-    return record.offset if _stands_where_it_belongs(_named(record), record) else record.key
-
-
-def _tenant_of(record: Record) -> Hashable:
-    """Whose share of the room a record takes; what stands where it does not belong is nobody's."""
     named = _named(record)
-    return named.tenant if _stands_where_it_belongs(named, record) else None
+    stands_where_it_belongs = named is not None and named.conversation.encode("utf-8", "replace") == record.key
+    return record.offset if stands_where_it_belongs else record.key
 
 
 async def _fault_of(doing: Callable[[], Awaitable[None]]) -> DeadLetter | None:
@@ -247,12 +239,10 @@ class GenerationOwner:
         doing = Doing(
             stage.name,
             self._handle,
-            max_in_flight=stage.max_in_flight,
             order_by=_line_of,
-            share_by=_tenant_of,
             before_commit=self._before_commit,
         )
-        self._lines = Lines()
+        self._lines = Lines(stage.max_in_flight)
         self._doer = KeyedOwner(doing, stage.log, stage.namespace, ends.committed)
 
     async def take(self, records: Sequence[Record]) -> None:
@@ -305,18 +295,26 @@ class GenerationOwner:
             await self._stage.log.append([self._addresses.move(record, key)])
             return
         match event:
-            case ChatAdmitted():
-                await self._bring_to_its_end(event, record)
+            case ChatAdmitted(request=request):
+                tracked = self._means.table.take(request.tenant, request.request)
+                # Met in the order of admission: nothing is awaited before.
+                place = self._lines.join(tracked, request.conversation, record.offset)
+                if not place.is_up and place.when_met(request.if_busy) == "wait":
+                    waiting = Interruptions(tracked, request.deadline_ms, lambda: False)
+                    # Thousands may wait. What they ask is read again when it is needed.
+                    del event, request
+                    await waiting.until(lambda: place.is_up, alone=True)
+                    if self._lines.closed:
+                        raise GivenBack
+                    event = codec.decode_as(ChatAdmitted, record.value)
+                await self._bring_to_its_end(event, record, place)
             case ChatRefused():
                 self._means.table.forget(event.tenant, event.request)
             case _:
                 raise DeadLetter("wrong-topic", "only admissions and refusals belong into chat.admitted")
 
-    async def _bring_to_its_end(self, admitted: ChatAdmitted, record: Record) -> None:
-        request = admitted.request
-        tracked = self._means.table.take(request.tenant, request.request)
-        # Met in the order of admission: nothing is awaited before.
-        place = self._lines.join(tracked, request.conversation, record.offset)
+    async def _bring_to_its_end(self, admitted: ChatAdmitted, record: Record, place: Place) -> None:
+        request, tracked = admitted.request, place.tracked
         if was_redriven(record):
             # It may have been redriven more than once: what the one before it says has to stand.
             await place.turn()

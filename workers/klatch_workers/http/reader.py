@@ -2,7 +2,7 @@
 
 Records are neither skipped nor repeated. What the hub brings waits in a buffer of bounded size; a reader that does
 not keep up leaves the hub, and continues from where it left on a `Tail` of its own until it has caught up again. If
-the log has lost what comes next by then, it says so (`LogMoved`).
+the log has lost what comes next by then, it says so (`LogMoved`); and also if it has lost the stream's beginning.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from klatch_schemas.events import EmbeddingAdmitted, StreamAttempt, StreamCancel
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, OffsetGone, Tail
+from klatch_workers.http.beginning import Beginning
 
 Spoken = Delta | StreamAttempt | StreamEnd | StreamCancel | StreamRetract | EmbeddingAdmitted
 """What doors read of `chat.stream`."""
@@ -76,6 +77,9 @@ class Reader:
         self._peeked: list[Heard] = []
         self._next = 0
         self._joined = 0
+        self._start: int | None = None
+        """Where it began to read what stood in the log; None: it has heard all from the stream's first record on."""
+        self._beginning = Beginning()
         self._left_at: int | None = None
         self._past: Tail | None = None
         self._error: KlatchError | None = None
@@ -90,6 +94,10 @@ class Reader:
 
     async def join(self, start: int | None) -> None:
         """Begin at `start`, or at what comes next."""
+        self._start = start
+        await self._register(start)
+
+    async def _register(self, start: int | None) -> None:
         self._joined = await self._registry.register(self)
         self._next = self._joined if start is None else start
 
@@ -141,10 +149,26 @@ class Reader:
 
         Raises LogMoved, LogError, and what `fail` was given.
         """
-        if self._peeked:
-            heard, self._peeked = self._peeked, []
-            return heard
-        return await self._read()
+        while True:
+            heard, self._peeked = self._peeked or await self._read(), []
+            if self._start is None:
+                return heard
+            kept = self._beginning.sift(heard)
+            if not (self._beginning.missing and self.caught_up):
+                return kept
+            await self._begin_again(heard)
+
+    async def _begin_again(self, heard: Sequence[Heard]) -> None:
+        # Who sent it here may have been mistaken: it looks at all that the log holds. Whoever folds has made nothing of
+        # what came without an opening, and hears it again.
+        if heard:
+            self._joined = max(self._joined, heard[-1][0] + 1)
+        first, _ = await self._registry.log.bounds(self.partition)
+        if self._start is None or self._start <= first:
+            raise LogMoved("the log no longer holds the beginning of this stream")
+        await self._close_past()
+        self._start = self._next = first
+        self._beginning = Beginning()
 
     async def find(self) -> Conversation | None:
         """The stream's conversation, or None if the stream has no record before the place where it joined.
@@ -179,7 +203,7 @@ class Reader:
             elif self._left_at is not None:
                 # Registering comes first: whatever is written while the past is read is in the buffer then.
                 start, self._left_at = self._left_at, None
-                await self.join(start)
+                await self._register(start)
             else:
                 self._waiting = asyncio.get_running_loop().create_future()
                 await self._waiting
