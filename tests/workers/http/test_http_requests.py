@@ -53,6 +53,7 @@ async def test_nobody_enters_without_a_key(kit: "Kit", path: str) -> None:
         ({"klatch": {"memory": {"recent": 9999}}}, "klatch.memory.recent"),
         ({"klatch": {"priority": 10}}, "klatch.priority"),
         ({"klatch": {"deadline_ms": 1, "timeout_ms": 1}}, "klatch"),
+        ({"klatch": {"deadline_ms": 10**400}}, "klatch.deadline_ms"),
         ({"klatch": {"on_disconnect": "panic"}}, "klatch.on_disconnect"),
         ({"klatch": []}, "klatch"),
     ],
