@@ -56,6 +56,10 @@ class Budget(NamedTuple):
             return counter.month_micros if self.monthly else counter.day_micros
         return counter.month_tokens if self.monthly else counter.day_tokens
 
+    def reserved(self, counter: Counter) -> int:
+        """How much at most of what is used may come back when requests that run are settled."""
+        return counter.reserved_micros if self.money else counter.reserved_tokens
+
 
 class Scope(NamedTuple):
     """What some of a tenant's requests have in common, and may use together."""
