@@ -1,6 +1,7 @@
 """Fixtures that every test folder may use."""
 
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -47,8 +48,16 @@ _VLLM_LANE = Path(__file__).with_name("vllm")
 @pytest.fixture(autouse=True)
 def _plain_logs() -> Iterator[None]:
     """A command that a test runs in this process sets up its logs: the next test must not inherit them."""
+    _log_to_stderr()
     yield
+    _log_to_stderr()
+
+
+def _log_to_stderr() -> None:
     structlog.reset_defaults()
+    # stdout is what commands print, and may be read by the next test when an earlier one's line comes late. Not
+    # `sys.stderr`: of a test that captures it, it is closed by then.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from klatch_schemas.codec import Delta
-from klatch_schemas.errors import KlatchError, StreamBroken, Superseded
+from klatch_schemas.errors import InvalidRequest, KlatchError, StreamBroken, Superseded
 from klatch_schemas.events import (
     Event,
     Status,
@@ -252,6 +252,20 @@ class ReplyReader:
 
     def _takes_back(self, said: Standing, from_seq: int) -> bool:
         return said.attempt == self.state.attempt and said.seq >= from_seq
+
+
+def check_place(after: int, end: int, *, param: str) -> None:
+    """Raise InvalidRequest for a place that a partition up to `end` does not hold: a reader that resumed there would
+    be shown nothing of what comes before it, and be told of a whole reply."""
+    if after >= end:
+        raise no_place(param)
+
+
+def no_place(param: str) -> KlatchError:
+    """Why nobody resumes at a place where the stream has no event; `param` is what named it."""
+    return InvalidRequest(
+        f"{param} is the place of no event of this stream: leave it out to read from the beginning", param=param
+    )
 
 
 def _superseded() -> KlatchError:

@@ -1,9 +1,10 @@
 """From the chunks of a streamed reply to the whole reply, as the Chat Completions API would have sent it.
 
 State is kept per choice and per tool call *index* (OpenAI's streaming reference); unknown fields of a delta survive:
-strings are concatenated, lists extended, anything else is taken from the last chunk that had it; only klatch's own
-member is put together from what several chunks say in it. What says nothing (null, an empty text, list or object)
-never takes the place of what was said. It is total: any JSON a server sends is kept or left out, and raises nothing.
+strings are concatenated, lists extended, a string beside a list (of content parts) becomes a text part, and anything
+else is taken from the last chunk that had it; only klatch's own member is put together from what several chunks say in
+it. What says nothing (null, an empty text, list or object) never takes the place of what was said. It is total: any
+JSON a server sends is kept or left out, and raises nothing.
 """
 
 from collections.abc import Mapping
@@ -157,16 +158,34 @@ def _merge(into: Json, said: Mapping[str, JsonValue], depth: int = 0) -> None:
             _merge_calls(into, objects_in(value))
         elif value in _NOTHING and old is not None:
             continue
-        elif old is None or name in _REPEATED:
+        elif old in _NOTHING or name in _REPEATED:
             into[name] = _own(value)
-        elif isinstance(old, str) and isinstance(value, str):
-            into[name] = old + value
-        elif isinstance(old, list) and isinstance(value, list):
-            old.extend(value)
+        elif isinstance(old, str | list) and isinstance(value, str | list):
+            into[name] = _joined(old, value)
         elif isinstance(old, dict) and isinstance(value, dict) and depth < _DEEPEST:
             _merge(old, value, depth + 1)
         else:
             into[name] = _own(value)
+
+
+def _joined(old: str | list[JsonValue], value: str | list[JsonValue]) -> JsonValue:
+    """Both, in order; `old` is extended in place where it is a list."""
+    if isinstance(old, str):
+        return old + value if isinstance(value, str) else [_text_part(old), *value]
+    if isinstance(value, list):
+        old.extend(value)
+        return old
+    last = old[-1]
+    # Deltas of one text are one part; a part that says more than its text is the server's own.
+    if isinstance(last, dict) and last.keys() == {"type", "text"} and isinstance(text := last["text"], str):
+        old[-1] = {**last, "text": text + value}
+    else:
+        old.append(_text_part(value))
+    return old
+
+
+def _text_part(text: str) -> JsonValue:
+    return {"type": "text", "text": text}
 
 
 def _own(value: JsonValue, depth: int = 0) -> JsonValue:

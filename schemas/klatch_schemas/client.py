@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import OffsetOutOfRangeError
 
 from klatch_schemas import codec
-from klatch_schemas.assembly import Ended, ReplyReader, Standing
+from klatch_schemas.assembly import Ended, ReplyReader, Standing, check_place
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import LogMoved, error_of
 from klatch_schemas.events import (
@@ -150,8 +150,9 @@ class Client:
     async def read(self, stream: Stream, *, after: int | None = None) -> AsyncIterator[Shown]:
         """The chunks that stand, in order, until the reply is complete.
 
-        Raises the KlatchError that the stream ended with, Superseded, StreamBroken or LogMoved; and aiokafka's
-        KafkaError where Kafka cannot be asked: read on after the last chunk's offset.
+        Raises the KlatchError that the stream ended with, Superseded, StreamBroken or LogMoved; InvalidRequest for an
+        `after` that the log does not hold yet; and aiokafka's KafkaError where Kafka cannot be asked: read on after the
+        last chunk's offset.
         """
         place = TopicPartition(self._namespace.of(CHAT_STREAM), stream.partition)
         consumer = AIOKafkaConsumer(
@@ -218,6 +219,8 @@ async def _stopped(consumer: AIOKafkaConsumer) -> None:
 async def _read(
     consumer: AIOKafkaConsumer, place: TopicPartition, stream: Stream, live_from: int, after: int | None
 ) -> AsyncIterator[Shown]:
+    if after is not None:
+        check_place(after, live_from, param="after")
     reader, live = ReplyReader(after), False
     while True:
         if not live and await consumer.position(place) >= live_from:

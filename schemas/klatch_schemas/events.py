@@ -24,6 +24,8 @@ from klatch_schemas.ids import (
 
 Count = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[int, Field(ge=0)]
+Deadline = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""Milliseconds since the epoch, in 64 bits: clocks are floats, and there are integers that no float can hold."""
 ChatBody = dict[str, JsonValue]
 """A Chat Completions request body, as the producer wrote it; unknown fields survive to the model."""
 
@@ -97,7 +99,7 @@ class ChatRequested(Event):
     skills: tuple[NameField, ...] = ()
     priority: Annotated[int, Field(ge=0, le=9)] = 5
     """0 is served first."""
-    deadline_ms: Milliseconds | None = None
+    deadline_ms: Deadline | None = None
     if_busy: IfBusy = "enqueue"
     """What to do if earlier requests of the conversation are not finished: wait for them; end `rejected`
     (`conversation_busy`); cancel them, what they said stands; or cancel them and remember nothing of their turns."""
@@ -127,7 +129,7 @@ class EmbeddingRequested(Event):
     model: str = ""
     tokens: Count = 0
     """How many the texts are estimated to be."""
-    deadline_ms: Milliseconds | None = None
+    deadline_ms: Deadline | None = None
 
 
 class Usage(Part):

@@ -344,16 +344,16 @@ def _settle(state: Ledger, settled: UsageSettled) -> Ledger:
 
 def _release(state: Ledger, request: str, held: Held, more: Need) -> Ledger:
     state = msgspec.structs.replace(state, held=state.held.discard(request))
-    return _corrected(state, held, held.corrected(more, moment(state.clock_ms))[1], running=-1)
+    return _corrected(state, held, held.released(more, moment(state.clock_ms)))
 
 
-def _corrected(state: Ledger, held: Held, by: Correction, *, running: int = 0) -> Ledger:
+def _corrected(state: Ledger, held: Held, by: Correction) -> Ledger:
     now, used, counters = moment(state.clock_ms), state.used, state.counters
     for key in held.scopes:
         if key:
-            counters = counters.put(key, counters.get(key, now).correct(by, running))
+            counters = counters.put(key, counters.get(key, now).correct(by))
         else:
-            used = used.at(now).correct(by, running)
+            used = used.at(now).correct(by)
     return msgspec.structs.replace(state, used=used, counters=counters)
 
 
@@ -372,9 +372,10 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
         more = wanted if room is None else min(wanted, room.tokens)
         limit = room.limit if room and more < wanted else None
         granted += more
-        kept, added = held.corrected(Need(more, micros(price, 0, more)), now)
+        grant = Need(more, micros(price, 0, more))
+        kept, added = held.corrected(grant, now)
         kept = msgspec.structs.replace(kept, granted=granted, expires_ms=_expiry_of_running(state, held))
-        state = _corrected(_held(state, said.request, kept), held, added)
+        state = _corrected(_held(state, said.request, kept), held, added._replace(reserved=grant))
     told = StreamBudget(
         request=said.request,
         tenant=said.tenant,
@@ -392,7 +393,7 @@ def _revived(state: Ledger, request: str) -> Ledger:
         return state
     again = msgspec.structs.replace(late, expires_ms=_expiry_of_running(state, late))
     state = msgspec.structs.replace(_held(state, request, again), overdue=state.overdue.discard(request))
-    return _corrected(state, again, again.corrected(Need(0), moment(state.clock_ms))[1], running=1)
+    return _corrected(state, again, again.revived(moment(state.clock_ms)))
 
 
 def _expiry_of_running(state: Ledger, held: Held) -> int:

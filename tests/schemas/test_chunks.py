@@ -102,6 +102,17 @@ def test_a_message_beside_the_deltas_adds_only_what_they_have_not_said() -> None
     assert reply.messages() == [{"role": "assistant", "content": "ab", "x": 1}]
 
 
+THOUGHT: Any = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+
+
+def test_parts_and_texts_in_turn_are_all_kept_in_order() -> None:
+    """As Mistral's reasoning models say them: a list of parts for a thought, plain strings for the answer."""
+    said = put_together({"content": ""}, *({"content": one} for one in ([THOUGHT], "Hel", "lo", [THOUGHT], "!")))
+    hello, shout = ({"type": "text", "text": text} for text in ("Hello", "!"))
+    assert said["content"] == [THOUGHT, hello, THOUGHT, shout]
+    assert put_together({"content": "Hel"}, {"content": "lo"}, {"content": [THOUGHT]})["content"] == [hello, THOUGHT]
+
+
 NAMES = [
     "role",
     "content",

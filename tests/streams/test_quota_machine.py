@@ -365,18 +365,21 @@ class Quotas(RuleBasedStateMachine):
         assert used.day_micros == model["cost_micros_per_day"]
         assert used.month_micros == model["cost_micros_per_month"]
         assert used.running == model["concurrent_requests"] == len(state.held)
+        assert (used.reserved_tokens, used.reserved_micros) == _reserved(state, "")
 
     @invariant()
     def every_scope_holds_what_the_facts_in_it_come_to(self) -> None:
         state, now = advanced(self.state, self.now), moment(self.now)
         for scope in {scope for fact in self.model.facts.values() for scope in fact.scopes} - {EVERYTHING}:
-            used, model = state.counters.get(codec.dumps(scope).decode(), now), self.model.used(scope, self.now)
+            key = codec.dumps(scope).decode()
+            used, model = state.counters.get(key, now), self.model.used(scope, self.now)
             assert used.requests.total >= model["requests_per_minute"]
             assert used.day_tokens == model["tokens_per_day"]
             assert used.month_tokens == model["tokens_per_month"]
             assert used.day_micros == model["cost_micros_per_day"]
             assert used.month_micros == model["cost_micros_per_month"]
             assert used.running == model["concurrent_requests"]
+            assert (used.reserved_tokens, used.reserved_micros) == _reserved(state, key)
 
     # --- small change
 
@@ -449,6 +452,11 @@ class Quotas(RuleBasedStateMachine):
             if said.granted == event.granted - more or fact.until_ms <= self.now:
                 memory = (fact.entered_ms + MEMORY_MS) // MINUTE * MINUTE
                 fact.until_ms = max(fact.until_ms, min(-(-(self.now + HOLD_MS) // MINUTE) * MINUTE, memory))
+
+
+def _reserved(state: Ledger, scope: str) -> tuple[int, int]:
+    held = [one for one in state.held.values() if scope in one.scopes]
+    return sum(one.tokens for one in held), sum(one.micros for one in held)
 
 
 def _plain(state: Ledger) -> Any:

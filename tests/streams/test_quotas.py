@@ -197,6 +197,7 @@ def test_no_minute_holds_more_than_the_burst_and_no_hour_more_than_the_limit(ask
 def test_a_month_ends_with_its_last_day() -> None:
     acme = Tenants(Limits(tokens_per_month=150))
     assert acme.refuses() is None
+    acme.settles(100)
     refused = acme.asks()
     assert isinstance(refused, ChatRefused)
     assert refused.refusal.retry_after_ms == 16 * DAY + 12 * HOUR
@@ -204,6 +205,44 @@ def test_a_month_ends_with_its_last_day() -> None:
     assert acme.refuses() == "tokens_per_month"
     acme.now += 1
     assert acme.refuses() is None
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(tokens_per_day=250), Limits(tokens_per_month=250), Limits(cost_micros_per_day=250)]
+)
+def test_a_budget_that_running_requests_fill_is_worth_another_try_soon_and_one_that_is_spent_is_not(
+    limits: Limits,
+) -> None:
+    price = TokenPrice(prompt=1_000_000, completion=1_000_000)
+    acme = Tenants(limits, LimitRule(person="*", limits=limits), prices={"small": price})
+    assert [acme.refuses(person="ann"), acme.refuses(person="ann")] == [None, None]
+    full = acme.asks(person="ann")
+    assert isinstance(full, ChatRefused)
+    assert (full.refusal.retry_after_ms, full.refusal.message[-18:]) == (SECOND, ": try again in 1 s")
+    acme.settles(100, 100, "r1")
+    acme.settles(100, 100, "r2")
+    spent = acme.asks(person="ann")
+    assert isinstance(spent, ChatRefused)
+    assert spent.refusal.retry_after_ms is not None
+    assert spent.refusal.retry_after_ms >= 12 * HOUR
+
+
+def test_what_a_running_reply_was_granted_may_come_back_too_until_its_reservation_expires() -> None:
+    acme = Tenants(Limits(tokens_per_day=200))
+    assert acme.refuses(tokens=None) is None
+    assert acme.runs(100)
+    refused = acme.asks()
+    assert isinstance(refused, ChatRefused)
+    assert refused.refusal.retry_after_ms == SECOND
+    acme.now += HOLD_MS + MINUTE
+    refused = acme.asks()
+    assert isinstance(refused, ChatRefused)
+    assert refused.refusal.retry_after_ms == 12 * HOUR - HOLD_MS - MINUTE
+    # Who asks for more lives, and is settled some time.
+    acme.runs(184, "r1")
+    refused = acme.asks()
+    assert isinstance(refused, ChatRefused)
+    assert refused.refusal.retry_after_ms == SECOND
 
 
 @given(st.integers(0, 2_932_896 * DAY - 40 * DAY))

@@ -70,6 +70,7 @@ def test_lines_of_a_named_batch_have_the_same_ids_again_and_different_ones_among
         ({"messages": MESSAGES, "conversation": ""}, "conversation"),
         ({"messages": MESSAGES, "request": "no spaces"}, "request"),
         ({"messages": MESSAGES, "priority": 11}, "priority"),
+        ({"messages": MESSAGES, "deadline_ms": 10**400}, "deadline_ms"),
         ({"messages": MESSAGES, "klatch": {"convresation": "c1"}}, "klatch.convresation"),
         ({"kind": "chat.requested.v1", "messages": MESSAGES}, "tenant"),
         ({"kind": "stream.end.v1"}, "kind"),

@@ -11,6 +11,7 @@ from aiohttp import web
 from tests.agents.conftest import answering
 
 from klatch_agents.testing.upstream import Upstream
+from klatch_agents.testing.upstream.http import Connection, Request
 from klatch_schemas.events import Deployment, ModelRouted, RouteTimeouts
 from klatch_schemas.topics import Namespace
 from klatch_workers.doctor.findings import Endpoint, Finding, Setup
@@ -124,6 +125,40 @@ async def test_a_trial_waits_as_long_as_its_route_says(upstream: Upstream, embed
     async with asyncio.timeout(20):
         [said] = [one async for one in trials(Settings(), [routed], embed=embed)]
     assert said.code == "model_stalled"
+
+
+async def test_a_reasoning_model_that_refuses_max_tokens_is_asked_by_the_newer_name() -> None:
+    asked = list[dict[str, object]]()
+
+    def reasoning(at: Connection, request: Request) -> None:
+        asked.append(json.loads(request.body))
+        if "max_tokens" in asked[-1]:
+            message = "Unsupported parameter: 'max_tokens' is not supported with this model."
+            at.respond(400, json.dumps({"error": {"message": message, "param": "max_tokens"}}).encode())
+            return
+        at.begin_events({})
+        at.write(b'data: {"choices":[{"index":0,"delta":{"content":"hello"},"finish_reason":"stop"}]}\n\n')
+        at.write(b"data: [DONE]\n\n")
+        at.end()
+
+    async with answering(reasoning) as url:
+        routed = ModelRouted(alias="m", deployments=(Deployment(name="o", kind="azure", url=url),))
+        [said] = [one async for one in trials(Settings(), [routed])]
+    assert (said.error, said.text) == (None, "hello")
+    assert [body.get("max_tokens", body.get("max_completion_tokens")) for body in asked] == [16, 16]
+
+
+async def test_what_is_refused_for_another_reason_is_asked_once() -> None:
+    asked = list[str]()
+
+    def refuse(at: Connection, request: Request) -> None:
+        asked.append(request.path)
+        at.respond(400, b'{"error": {"message": "no such model"}}')
+
+    async with answering(refuse) as url:
+        routed = ModelRouted(alias="m", deployments=(Deployment(name="o", url=url),))
+        [said] = [one async for one in trials(Settings(), [routed])]
+    assert (said.error, len(asked)) == ("no such model", 1)
 
 
 async def test_without_routes_it_says_where_models_go() -> None:

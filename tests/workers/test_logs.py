@@ -5,6 +5,7 @@ import sys
 from typing import Final
 
 import pytest
+import structlog
 from pydantic import BaseModel, ValidationError
 
 from klatch_workers.logs import trace_of
@@ -75,3 +76,9 @@ def test_a_process_logs_failures_without_their_words(human: bool) -> None:
     assert "supervisor.failed" in done.stderr
     assert done.stderr.count("ValueError") == 2
     assert WORDS not in done.stderr
+
+
+def test_what_is_logged_while_a_test_runs_is_not_what_a_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log line may come late, of something that an earlier test has left to end by itself."""
+    structlog.get_logger("klatch.test").warning("late")
+    assert capsys.readouterr().out == ""

@@ -64,6 +64,12 @@ def test_a_deployment_is_written_once_and_used_by_any_route(tmp_path: Path) -> N
         (('to = ["own"]', "to = []"), "to"),
         (("http://10.0.0.7:8000/v1", "10.0.0.7:8000"), "deployment own: a model server's URL looks like"),
         (("http://10.0.0.7", "http://user:secret@10.0.0.7"), "deployment own: give the model server's key as"),
+        (("http://10.0.0.7:8000/v1", "http://10.0.0.7:8000/v1?key=secret"), "deployment own: .*URL .* leave out"),
+        (("http://10.0.0.7:8000/v1", "http://10.0.0.7:8000/v1#secret"), "deployment own: .*URL .* leave out"),
+        (("http://10.0.0.7:8000/v1", "http://10.0.0.7:8000/v1?"), "deployment own: .*URL .* leave out"),
+        (("first_token_s = 60", "first_token_s = 0"), r"routes.gpt-4o.timeouts: .*first_token_s = 0 .*above 0"),
+        (("first_token_s = 60", "connect_s = 0.0"), r"routes.gpt-4o.timeouts: .*connect_s = 0 .*above 0"),
+        (("first_token_s = 60", "idle_s = 0"), r"routes.gpt-4o.timeouts: .*idle_s = 0 .*above 0"),
         (
             ("east.openai.azure.com", "east.openai.azure.com/openai"),
             "deployment east: of Azure give the resource alone",

@@ -47,6 +47,8 @@ class Yard:
     def __init__(self, largest: int = 1_000_000) -> None:
         self.appends_left = -1
         """After so many appends, the next one fails and stands all the same."""
+        self.closes_after = -1
+        """After so many, the log is closed."""
         self.now_ms = 1_000_000
         sizes = {HERE.of(topic): 1 if topic.partitioning == "ledger" else 2 for topic in TOPICS}
         self.log = MemoryLog(sizes, now_ms=lambda: self.now_ms, max_record_bytes=largest, appending=self._appending)
@@ -55,7 +57,10 @@ class Yard:
     async def _appending(self, _: Sequence[Draft]) -> None:
         if self.appends_left == 0:
             self.log.fail_next_append(stands=True)
+        if self.closes_after == 0:
+            await self.log.close()
         self.appends_left -= 1
+        self.closes_after -= 1
 
     async def write(self, topic: Topic, key: bytes | None, value: bytes | None, headers: Any = ()) -> Record:
         """A record of a topic, as a stage reads it."""
@@ -149,6 +154,22 @@ async def test_a_record_that_dies_again_is_one_letter_and_left_when_it_came_back
     assert counts == {"letters": 1, "guarded": 1, "dry_run": False}
     assert len(yard.back()) == 3
     assert states(await yard.redrive(capsys, max_redrives=4)) == ["redriven"]
+
+
+async def test_a_record_that_two_stages_gave_up_is_found_by_either_and_put_back_once(yard: Yard, capsys: Said) -> None:
+    record = await yard.dead()
+    await yard.die(record, "screening")
+    for stage in ("admission", "screening"):
+        said = await yard.redrive(capsys, Wanted(stages=[stage]), yes=False)
+        assert [one["stage"] for one in said[:-1]] == [stage]
+    assert states(await yard.redrive(capsys, yes=False)) == ["ready"]
+    assert states(await yard.redrive(capsys, Wanted(stages=["admission"]))) == ["redriven"]
+    assert states(await yard.redrive(capsys, Wanted(stages=["screening"]))) == ["redriven"]
+    assert len(yard.back()) == 1
+    # What died again, died again in one stage: the other has taken it.
+    await yard.die(yard.back()[0], "screening")
+    assert states(await yard.redrive(capsys, Wanted(stages=["admission"]), yes=False)) == []
+    assert states(await yard.redrive(capsys, Wanted(stages=["screening"]), yes=False)) == ["ready"]
 
 
 async def test_a_letter_that_was_written_twice_after_a_crash_is_redriven_once(yard: Yard, capsys: Said) -> None:
@@ -303,6 +324,15 @@ async def test_a_log_that_fails_is_told_and_the_rest_is_redriven_next_time(yard:
     assert said[-1] == {"letters": 150, "redriven": 150, "dry_run": False}
     assert [one.value for one in yard.back()[:150]] == [b"%d" % number for number in range(150)]
     assert len(yard.back()) == 200
+
+
+async def test_whatever_fails_in_the_log_what_was_done_by_then_is_told(yard: Yard, capsys: Said) -> None:
+    for number in range(150):
+        await yard.dead(value=b"%d" % number)
+    yard.closes_after = 2
+    with pytest.raises(CommandFailed, match="closed; 100 of 150 letters were redriven") as caught:
+        await yard.redrive(capsys)
+    assert caught.value.exit_code == 3
 
 
 async def test_a_table_for_people_says_what_would_be_done_and_quotes_no_value(yard: Yard, capsys: Said) -> None:

@@ -1,4 +1,8 @@
-"""Tries deployments with a real, small call, each by itself: no fallback, no retry, so that each failure is seen."""
+"""Tries deployments with a real, small call, each by itself: no fallback, no retry, so that each failure is seen.
+
+But for one: reasoning models refuse `max_tokens`, and other servers do not know the newer name. Who refuses it is asked
+once more, with `max_completion_tokens`.
+"""
 
 import asyncio
 import time
@@ -8,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from klatch_agents.gateway.errors import MalformedError, ModelError
+from klatch_agents.gateway.errors import MalformedError, ModelError, RefusedError
 from klatch_agents.gateway.openai_compatible import OpenAICompatible
 from klatch_agents.gateway.port import ModelCall
 from klatch_agents.gateway.router import timeouts_of
@@ -18,7 +22,8 @@ from klatch_schemas.events import Deployment, ModelRouted
 from klatch_workers.model_servers import ModelServers
 from klatch_workers.settings import Settings
 
-_BODY: Final = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
+_MESSAGES: Final = [{"role": "user", "content": "Say hello."}]
+_TOKENS: Final = 16
 _AT_ONCE: Final = 8
 
 
@@ -79,8 +84,18 @@ async def _trial(
 
 
 async def _words(server: OpenAICompatible, route: ModelRouted, one: Deployment) -> Trial:
+    try:
+        return await _said(server, route, one, "max_tokens")
+    except RefusedError as refused:
+        if refused.status != 400 or b"max_tokens" not in refused.said:
+            raise
+    return await _said(server, route, one, "max_completion_tokens")
+
+
+async def _said(server: OpenAICompatible, route: ModelRouted, one: Deployment, limit: str) -> Trial:
     began, first, said = time.monotonic(), 0.0, Reply()
-    call = ModelCall(_BODY, model=one.model or route.alias, timeouts=timeouts_of(route.timeouts))
+    body = {"messages": _MESSAGES, limit: _TOKENS}
+    call = ModelCall(body, model=one.model or route.alias, timeouts=timeouts_of(route.timeouts))
     async with server.stream(call) as reply:
         async for chunks in reply:
             for chunk in chunks:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from klatch_schemas.codec import explain
 from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted, RouteTimeouts
@@ -58,12 +58,19 @@ def _spelt_out(to: object) -> object:
     return {"deployment": to} if isinstance(to, str) else to
 
 
+def _above_zero(timeouts: RouteTimeouts) -> RouteTimeouts:
+    for name, seconds in timeouts:
+        if not seconds:
+            raise ValueError(f"with {name} = 0 every call fails at once: give seconds above 0, or leave it out")
+    return timeouts
+
+
 class _Route(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     to: Annotated[list[Annotated[_To, BeforeValidator(_spelt_out)]], Field(min_length=1)]
     tries: Annotated[int, Field(ge=1, le=20)] = 3
-    timeouts: RouteTimeouts = RouteTimeouts()
+    timeouts: Annotated[RouteTimeouts, AfterValidator(_above_zero)] = RouteTimeouts()
     breaker: CircuitBreaker = CircuitBreaker()
 
 

@@ -4,10 +4,8 @@ Where a tenant stands is admission's own ledger, made again: its snapshot, and w
 folded by the decider. So it is as true as a decision made now would be.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from klatch_schemas import codec
 from klatch_schemas.codec import Delta, Unreadable
@@ -21,11 +19,10 @@ from klatch_streams.kernel import Input
 from klatch_streams.ledger import Ledger as LedgerTopic
 from klatch_streams.log import Log
 from klatch_streams.quota.ledger import Ledger
-from klatch_streams.quota.rules import EACH
+from klatch_streams.quota.rules import DIMENSIONS, names_of, patterns
 from klatch_streams.snapshots import look
+from klatch_workers.nearest import did_you_mean
 from klatch_workers.tenants import write_tenants
-
-_DIMENSIONS: Final = ("use_case", "person", "model")
 
 
 class UnknownTenant(LookupError):
@@ -33,10 +30,10 @@ class UnknownTenant(LookupError):
 
     def __init__(self, tenant: str, known: Sequence[str]) -> None:
         named = ", ".join(known[:20]) or "none"
-        near = difflib.get_close_matches(tenant, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(tenant, known)
         super().__init__(
-            f"no tenant {tenant!r} in the ledger{hint}: it holds {named}. `klatch tenants apply FILE` adds tenants"
+            f"no tenant {tenant!r} in the ledger{hint and f' ({hint})'}: it holds {named}. "
+            "`klatch tenants apply FILE` adds tenants"
         )
 
 
@@ -65,11 +62,12 @@ class Change:
         return TenantConfigured.model_validate({**tenant.model_dump(), **more})
 
     def _rules(self, rules: tuple[LimitRule, ...]) -> tuple[LimitRule, ...]:
-        names = tuple(self.scope.get(dimension) for dimension in _DIMENSIONS)
-        others = [rule for rule in rules if _names(rule) != names]
-        before = next((rule.limits for rule in rules if _names(rule) == names), Limits())
+        names = tuple(self.scope.get(dimension) for dimension in DIMENSIONS)
+        others = [rule for rule in rules if names_of(rule) != names]
+        before = next((rule.limits for rule in rules if names_of(rule) == names), Limits())
         limits = _changed(before, self.limits)
-        if limits == Limits() and not any(_covers(_names(rule), names) for rule in others):
+        broader = patterns(names)
+        if limits == Limits() and not any(names_of(rule) in broader for rule in others):
             return tuple(others)
         # An empty rule stands where a broader one would apply again without it: it excepts from that.
         return (*others, LimitRule.model_validate({**self.scope, "limits": limits}))
@@ -166,16 +164,6 @@ def _decided(admission: Admission, state: Ledger, value: bytes | None, timestamp
     except Unreadable:
         return state
     return state if isinstance(event, Delta) else admission.decide(state, Input(event, timestamp_ms))[0]
-
-
-def _names(rule: LimitRule) -> tuple[str | None, ...]:
-    return (rule.use_case, rule.person, rule.model)
-
-
-def _covers(broad: tuple[str | None, ...], names: tuple[str | None, ...]) -> bool:
-    """Whether a rule of `broad` applies where one of `names` would, of the same dimensions."""
-    pairs = zip(broad, names, strict=True)
-    return all(one == other or (one == EACH and other is not None) for one, other in pairs)
 
 
 def _changed(limits: Limits, changes: Mapping[str, int | None]) -> Limits:

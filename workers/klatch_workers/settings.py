@@ -4,7 +4,6 @@ Every name begins with `KLATCH_`; one that is not a setting is an error that nam
 setting is found when the process starts and not when it matters. Command line options go over the environment.
 """
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 
 from klatch_agents.gateway.continuing import Continues
 from klatch_schemas.codec import explain
+from klatch_workers.nearest import did_you_mean
 
 PREFIX = "KLATCH_"
 
@@ -124,9 +124,8 @@ def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -
     for variable in sorted(environment):
         if variable.startswith(PREFIX):
             if variable not in known:
-                near = difflib.get_close_matches(variable, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UnknownSetting(f"{variable} is not a setting of klatch{hint}")
+                hint = did_you_mean(variable, known)
+                raise UnknownSetting(f"{variable} is not a setting of klatch{hint and f'; {hint}'}")
             told[known[variable]] = environment[variable]
     return Settings(**told | {name: value for name, value in options.items() if value is not None})
 

@@ -4,6 +4,7 @@ Only the chunks in question are read and written again, with every member they h
 """
 
 import json
+import re
 from collections.abc import Collection
 from typing import cast
 
@@ -12,6 +13,16 @@ import msgspec
 _ABOUT_THE_REPLY = ("id", "created", "model", "system_fingerprint", "service_tier")
 _STOPPED = frozenset({"stop", "STOP", "end_turn"})
 """What vendors say of a finished reply although it calls tools; a reply that was cut off stays cut off."""
+
+
+class _Top(msgspec.Struct):
+    usage: object = None
+
+
+_read = msgspec.json.Decoder(_Top).decode
+# A string, with its colon if it is a name, or a bracket.
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:\s*)?|[][{}]', re.DOTALL)
+_OPENING, _CLOSING, _NAME = (b"{", b"["), (b"}", b"]"), re.compile(rb'"usage"\s*:')
 
 
 def finish_of_calls(reason: str) -> str:
@@ -31,12 +42,39 @@ def with_finishes(raw: bytes, indexes: Collection[int]) -> bytes:
 def without_usage(raw: bytes, usage: bytes) -> bytes:
     """A chunk whose running total is null: clients add up the totals that they see.
 
-    `usage` is the total as it stands there.
+    `usage` is the total, in the bytes that stand there unless the chunk was written again.
     """
-    head, _, tail = raw.rpartition(usage)
-    if head.rstrip().endswith(b":") and head.rstrip()[:-1].rstrip().endswith(b'"usage"'):
-        return head + b"null" + tail
-    return _written({**_members(raw), "usage": None})
+    # Mostly the last that says so is the chunk's own: to look whether it is costs a tenth of looking for it.
+    at = raw.rfind(usage)
+    if at < 0 or not _is_without(amended := _null(raw, at, usage)):
+        at = _own_usage(raw, usage)
+        amended = _null(raw, at, usage) if at >= 0 else _written({**_members(raw), "usage": None})
+    return amended
+
+
+def _null(raw: bytes, at: int, usage: bytes) -> bytes:
+    return raw[:at] + b"null" + raw[at + len(usage) :]
+
+
+def _is_without(raw: bytes) -> bool:
+    try:
+        return _read(raw).usage is None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def _own_usage(raw: bytes, usage: bytes) -> int:
+    """Where the chunk's own `usage` begins, the last if there are several; -1 if it is not written so."""
+    at, depth = -1, 0
+    for token in _TOKEN.finditer(raw):
+        said = token[0]
+        if said in _OPENING:
+            depth += 1
+        elif said in _CLOSING:
+            depth -= 1
+        elif depth == 1 and _NAME.match(said) and raw.startswith(usage, token.end()):
+            at = token.end()
+    return at
 
 
 def usage_chunk(carrier: bytes, usage: bytes) -> bytes:

@@ -48,6 +48,9 @@ class Endpoint:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("a model server's URL looks like http://host:port/v1")
+        if "?" in self.base_url or "#" in self.base_url:
+            # Paths are put behind it; of Azure the version is a field of its own.
+            raise ValueError("a model server's URL ends with its path, such as /v1: leave out ? and # and what follows")
         if parts.username or parts.password:
             raise ValueError("give the model server's key as `key`, not inside its URL")
 

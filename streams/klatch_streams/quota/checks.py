@@ -20,8 +20,8 @@ from klatch_streams.quota.counters import Counter, Need
 from klatch_streams.quota.rules import Budget, Scope, tokens_for
 from klatch_streams.windows import SLOTS, Window
 
-_SLOT_RETRY_MS: Final = 1_000
-"""When a concurrent slot frees is unknown: a hint to try again soon."""
+_SOON_MS: Final = 1_000
+"""When requests that run will end, and free what they hold, is unknown: a hint to try again soon."""
 _NEVER: Final = 1 << 62
 
 
@@ -70,10 +70,9 @@ def _refusals(scope: Scope, counter: Counter, need: Need, now: Moment) -> Iterat
         needed = need.micros if budget.money else tokens
         # What costs nothing is never refused for money.
         if budget.used(counter) + needed > budget.most and (needed or not budget.money):
-            wait = _ends(budget, now) if needed <= budget.most else None
-            yield _refused(scope, budget.name, budget.most, needed, wait)
+            yield _refused(scope, budget.name, budget.most, needed, _until_room(budget, counter, needed, now))
     if (most := limits.concurrent_requests) is not None and counter.running + 1 > most:
-        yield _refused(scope, "concurrent_requests", most, 1, _SLOT_RETRY_MS if most else None)
+        yield _refused(scope, "concurrent_requests", most, 1, _SOON_MS if most else None)
 
 
 class _Rate(NamedTuple):
@@ -110,6 +109,15 @@ def _refused(scope: Scope, name: str, most: int, needed: int, wait_ms: int | Non
 
 def _ends(budget: Budget, now: Moment) -> int:
     return until_next_month(now.ms) if budget.monthly else until_tomorrow(now.ms)
+
+
+def _until_room(budget: Budget, counter: Counter, needed: int, now: Moment) -> int | None:
+    """Milliseconds until there may be room; None: never."""
+    if needed > budget.most:
+        return None
+    settled = budget.used(counter) - budget.reserved(counter)
+    # Where only running requests fill a budget, they may use less than is reserved for them.
+    return _ends(budget, now) if settled + needed > budget.most else min(_SOON_MS, _ends(budget, now))
 
 
 def room(counted: Sequence[Counted], prompt: Need, price: TokenPrice) -> Room | None:
@@ -192,7 +200,7 @@ def _reset(one: _Standing, counter: Counter, now: Moment) -> int:
         case "tokens_per_minute":
             return _empty(counter.hour_tokens if one.hourly else counter.tokens, now)
         case "concurrent_requests":
-            return _SLOT_RETRY_MS
+            return _SOON_MS
         case "tokens_per_month":
             return until_next_month(now.ms)
         case _:

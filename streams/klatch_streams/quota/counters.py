@@ -41,6 +41,10 @@ class Correction(NamedTuple):
     """On the present day."""
     month: Need
     """In the present month."""
+    running: int = 0
+    """By how many more requests run."""
+    reserved: Need = Need(0)
+    """By how much more is reserved for those that do."""
 
 
 class Counter(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +63,9 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
     hour_requests: Window | None = None
     """Kept while a burst is allowed, as is the next."""
     hour_tokens: Window | None = None
+    reserved_tokens: int = 0
+    """What is counted for requests that run, and may turn out to be less."""
+    reserved_micros: int = 0
 
     def at(self, now: Moment) -> Counter:
         """The counter without what no longer counts."""
@@ -78,6 +85,8 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.running,
             self.hour_requests and self.hour_requests.at(now.ms),
             self.hour_tokens and self.hour_tokens.at(now.ms),
+            self.reserved_tokens,
+            self.reserved_micros,
         )
 
     def bursting(self, now: Moment, requests: bool, tokens: bool) -> Counter:
@@ -106,11 +115,12 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.running + 1,
             self.hour_requests and self.hour_requests.add(now.ms, 1),
             self.hour_tokens and self.hour_tokens.add(now.ms, tokens),
+            self.reserved_tokens + tokens,
+            self.reserved_micros + micros,
         )
 
-    def correct(self, by: Correction, running: int) -> Counter:
-        """Change what a request was counted with, and by how much it is one of those that run; the counter is one of
-        `at`."""
+    def correct(self, by: Correction) -> Counter:
+        """Change what a request was counted with; the counter is one of `at`."""
         return Counter(
             self.requests,
             self.tokens.correct(by.entered_ms, by.tokens),
@@ -120,9 +130,12 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.month,
             self.month_tokens + by.month.tokens,
             self.month_micros + by.month.micros,
-            self.running + running,
+            self.running + by.running,
             self.hour_requests,
             self.hour_tokens and self.hour_tokens.correct(by.entered_ms, by.tokens),
+            # What an older klatch reserved was not counted here.
+            max(0, self.reserved_tokens + by.reserved.tokens),
+            max(0, self.reserved_micros + by.reserved.micros),
         )
 
     @property

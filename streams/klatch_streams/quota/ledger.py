@@ -59,6 +59,15 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
         day, month = Need(tokens.day, money.day), Need(tokens.month, money.month)
         return held, Correction(self.entered_ms, more.tokens, day, month)
 
+    def released(self, more: Need, now: Moment) -> Correction:
+        """How counters change when it ends, with `more` to its cost."""
+        freed = Need(-self.tokens, -self.micros)
+        return self.corrected(more, now)[1]._replace(running=-1, reserved=freed)
+
+    def revived(self, now: Moment) -> Correction:
+        """How counters change when it is in force again."""
+        return self.corrected(Need(0), now)[1]._replace(running=1, reserved=Need(self.tokens, self.micros))
+
     def _spread(self, by: int, later: int, now: Moment) -> _Spread:
         entered, following = moment(self.entered_ms), moment(self.entered_ms + DAY_MS)
         if by > 0:

@@ -20,7 +20,7 @@ NOBODY: Final = ""
 """Stands for a value that a request does not name: all such requests count together."""
 _LONGEST: Final = 200
 _MOST_KNOWN: Final = 4_096
-_DIMENSIONS: Final = ("use_case", "person", "model")
+DIMENSIONS: Final = ("use_case", "person", "model")
 _MICRO: Final = 1_000_000
 _FREE: Final = TokenPrice()
 
@@ -29,6 +29,11 @@ Asked = ChatRequested | EmbeddingRequested
 
 Names = tuple[str | None, str | None, str | None]
 """Use case, person, model; None: whatever it is."""
+
+
+def names_of(rule: LimitRule) -> Names:
+    """What a rule names."""
+    return rule.use_case, rule.person, rule.model
 
 
 def names_in(key: str) -> Names:
@@ -50,6 +55,10 @@ class Budget(NamedTuple):
         if self.money:
             return counter.month_micros if self.monthly else counter.day_micros
         return counter.month_tokens if self.monthly else counter.day_tokens
+
+    def reserved(self, counter: Counter) -> int:
+        """How much at most of what is used may come back when requests that run are settled."""
+        return counter.reserved_micros if self.money else counter.reserved_tokens
 
 
 class Scope(NamedTuple):
@@ -79,7 +88,7 @@ class Scope(NamedTuple):
         if not self.key:
             return None
         names = names_in(self.key)
-        return "+".join(dimension for dimension, name in zip(_DIMENSIONS, names, strict=True) if name is not None)
+        return "+".join(dimension for dimension, name in zip(DIMENSIONS, names, strict=True) if name is not None)
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -184,7 +193,7 @@ def tokens_for(price: TokenPrice, most_micros: int) -> int | None:
 def _by_dimensions(rules: Sequence[LimitRule]) -> dict[tuple[bool, ...], dict[tuple[str | None, ...], Limits]]:
     found = dict[tuple[bool, ...], dict[tuple[str | None, ...], Limits]]()
     for rule in rules:
-        names = (rule.use_case, rule.person, rule.model)
+        names = names_of(rule)
         dimensions = tuple(name is not None for name in names)
         if any(dimensions):
             found.setdefault(dimensions, {})[names] = rule.limits
@@ -193,12 +202,13 @@ def _by_dimensions(rules: Sequence[LimitRule]) -> dict[tuple[bool, ...], dict[tu
 
 def _matches(rules: Mapping[tuple[str | None, ...], Limits], values: tuple[str | None, ...]) -> Iterator[Limits]:
     """The limits of the rules that match, the one that names most first."""
-    for pattern in _patterns(values):
+    for pattern in patterns(values):
         if (limits := rules.get(pattern)) is not None:
             yield limits
 
 
-def _patterns(values: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
+def patterns(values: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
+    """The names of all rules that would match, over the same dimensions, the one that names most first."""
     patterns: list[tuple[str | None, ...]] = [()]
     for value in values:
         choices: tuple[str | None, ...] = (None,) if value is None else (value, EACH)

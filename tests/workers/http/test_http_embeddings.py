@@ -199,3 +199,13 @@ async def test_a_deadline_that_passes_before_admission_answers_is_one(kits: "Kit
         assert (answer.status, (await answer.json())["error"]["code"]) == (504, "deadline_exceeded")
     assert (settled.request, settled.status, settled.usage.total_tokens) == (requested.request, "expired", 0)
     assert not server.calls
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_their_id_names_no_stream_and_a_door_says_so_at_once(kits: "Kits", method: str) -> None:
+    async with kits.serving(embeddings=Server()) as kit, asyncio.timeout(5):
+        made = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
+        answer = await kit.call(method, f"/v1/streams/{made.headers['x-request-id']}")
+        error = (await answer.json())["error"]
+    assert (answer.status, error["code"]) == (404, "not_found")
+    assert "embeddings" in error["message"]

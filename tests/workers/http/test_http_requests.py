@@ -53,6 +53,7 @@ async def test_nobody_enters_without_a_key(kit: "Kit", path: str) -> None:
         ({"klatch": {"memory": {"recent": 9999}}}, "klatch.memory.recent"),
         ({"klatch": {"priority": 10}}, "klatch.priority"),
         ({"klatch": {"deadline_ms": 1, "timeout_ms": 1}}, "klatch"),
+        ({"klatch": {"deadline_ms": 10**400}}, "klatch.deadline_ms"),
         ({"klatch": {"on_disconnect": "panic"}}, "klatch.on_disconnect"),
         ({"klatch": []}, "klatch"),
     ],
@@ -167,6 +168,27 @@ async def test_the_openai_client_embeds_texts(kits: "Kits") -> None:
         assert struct.unpack("<2f", base64.b64decode(packed)) == (2.0, 0.5)
         status, error = await _error(kit, "/v1/embeddings", {"model": "mini", "input": [1]})
         assert (status, error["param"]) == (400, "input")
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [({"dimensions": 3}, "ask for 2"), ({"dimensions": "2"}, "ask for 2"), ({"encoding_format": "int8"}, "'base64'")],
+)
+async def test_what_klatchs_own_embedder_cannot_give_is_refused_by_name(
+    kits: "Kits", said: dict[str, Any], fix: str
+) -> None:
+    async with kits.serving(embeddings=TextEmbeddings("mini", _letters)) as kit:
+        status, error = await _error(kit, "/v1/embeddings", {"model": "mini", "input": "ab", **said})
+        [param] = said
+        assert (status, error["code"], error["param"]) == (400, "invalid_request", param)
+        assert fix in error["message"]
+
+
+async def test_klatchs_own_embedder_takes_what_it_gives_anyway(kits: "Kits") -> None:
+    async with kits.serving(embeddings=TextEmbeddings("mini", _letters)) as kit:
+        for said in ({"dimensions": 2}, {"dimensions": None}, {"encoding_format": "float"}, {"encoding_format": None}):
+            answer = await kit.call("POST", "/v1/embeddings", {"model": "mini", "input": "ab", **said})
+            assert [item["embedding"] for item in (await answer.json())["data"]] == [[2.0, 0.5]]
 
 
 class _Models:

@@ -262,3 +262,17 @@ async def test_a_reader_whose_place_retention_took_is_told_so_everywhere(kits: A
         request = writing.names["plain"]
         assert await by_client(kit.log, request, 3, dice, end) == Seen([], "log_moved")
         assert await by_events(kit, request, 3) == Seen([], "log_moved")
+
+
+async def test_a_reader_whose_place_the_log_has_not_come_to_is_refused_everywhere(kits: Any) -> None:
+    dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
+    async with kits.serving(partitions=1) as kit:
+        writing = Writing(kit.log, dice)
+        await published(kit, writing.names)
+        await writing.write()
+        _, end = await kit.log.bounds(PLACE)
+        request = writing.names["plain"]
+        for beyond in (end, end + 1_000_000):
+            assert await by_client(kit.log, request, beyond, dice, end) == Seen([], "invalid_request")
+            assert await by_events(kit, request, beyond) == Seen([], "invalid_request")
+        assert (await by_client(kit.log, request, end - 1, dice, end)).outcome == "completed"

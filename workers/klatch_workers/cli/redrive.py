@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from klatch_schemas.topics import Namespace
-from klatch_streams.log import AppendFailed, Log
+from klatch_streams.log import Log, LogError
 from klatch_workers.cli.context import (
     FAILED,
     UNREACHABLE,
@@ -122,7 +122,7 @@ async def run(log: Log, namespace: Namespace, wanted: Wanted, policy: Policy, vo
             async for judged in write_back(log, todo):
                 done.append(judged)
                 update(Progress(len(done) - len(plan) + len(todo), len(todo)))
-        except AppendFailed as error:
+        except LogError as error:
             told = sum(judged.state == "redriven" for judged in done)
             raise CommandFailed(
                 f"{error}; {told} of {len(todo)} letters were redriven. Run it again: what was written already "

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import structlog
 
+from klatch_streams.log import LogError
 from klatch_streams.supervise import supervise
 from klatch_workers import event_loop
 from klatch_workers.logs import configure_logs
@@ -102,9 +103,30 @@ async def _work(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await run_until(stop, names, begin, ready, drain_s, once=once)
+
+
+async def run_until(
+    stop: asyncio.Event,
+    names: list[str],
+    begin: Begin,
+    ready: Callable[[str, dict[str, Any]], None],
+    drain_s: float,
+    *,
+    once: bool,
+) -> None:
+    """Run stages until `stop` is set. Raises a group of what they failed with for good."""
 
     async def run(name: str) -> None:
-        await run_stage(name, begin, stop, lambda facts: ready(name, facts))
+        if stop.is_set():
+            return
+        try:
+            await run_stage(name, begin, stop, lambda facts: ready(name, facts))
+        except LogError as error:
+            if not stop.is_set():
+                raise
+            # A log that is away takes nothing over from a stage that ends: its successors find what stands there.
+            log.warning("stage.stopped_without_log", stage=name, error=type(error).__name__)
 
     async def keep_running(name: str) -> None:
         await supervise(lambda: run(name), name=name, gives_up=gives_up)

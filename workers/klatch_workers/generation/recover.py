@@ -18,14 +18,12 @@ from klatch_schemas.records import Cause, Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, HOUR_MS, TRUST_VERDICTS, Namespace
 from klatch_streams import dead_headers as dead
 from klatch_streams.catch_up import catch_up
-from klatch_streams.log import Log, LogError, OffsetGone
+from klatch_streams.log import Log, OffsetGone
 from klatch_workers.generation.conclude import has_turn
 from klatch_workers.generation.table import Table, Tracked
 
 _MARGIN_MS: Final = HOUR_MS
 """Clocks differ, and a cancel or a verdict may come before the admission."""
-_SILENT: Final = 30
-"""How many reads of a second may bring nothing."""
 
 
 def was_redriven(record: Record) -> bool:
@@ -103,21 +101,18 @@ class Archive:
                 continue
 
     async def _fold(self, tracked: Tracked, partition: Partition, position: int) -> Assembly:
-        table, assembly, silent = self._table, Assembly(), 0
+        table, assembly = self._table, Assembly()
         tail = await self._log.tail()
         try:
-            tail.follow(partition, position)
-            while position < table.stream_position:
-                records = await tail.read(1000)
-                silent = 0 if records else silent + 1
-                if silent >= _SILENT:
-                    raise LogError(f"{partition.topic}/{partition.number} fell silent at {position}")
-                for record in records:
-                    if record.offset >= table.stream_position:
-                        break
-                    if (said := _said(record, tracked.request)) and _is_of(said, tracked):
-                        assembly.hear(record.offset, said)
-                position = tail.position(partition) or position
+            # The table reads on meanwhile.
+            while position < (end := table.stream_position):
+                async for records in catch_up(tail, partition, position, end):
+                    for record in records:
+                        if record.offset >= table.stream_position:
+                            break
+                        if (said := _said(record, tracked.request)) and _is_of(said, tracked):
+                            assembly.hear(record.offset, said)
+                position = tail.position(partition) or end
             # Nothing is awaited in between: what the table hears from here on is what comes next.
             table.replace(tracked, assembly)
             return assembly

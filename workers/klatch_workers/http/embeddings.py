@@ -276,12 +276,15 @@ class TextEmbeddings:
     async def embed(self, call: ModelCall) -> Embedded:
         """See `Embeddings.embed`. Raises InvalidRequest."""
         body = call.body
-        texts = _texts(body.get("input"))
-        # OpenAI's own client asks for base64 of little-endian floats unless told otherwise.
-        encoded = body.get("encoding_format") == "base64"
+        texts, encoded = _texts(body.get("input")), _encoded(body.get("encoding_format"))
         if call.before_send:
             await call.before_send(call.deployment)
         vectors = await self._embed(texts)
+        if body.get("dimensions") not in (None, size := len(vectors[0])):
+            raise InvalidRequest(
+                f"dimensions: vectors of this model have {size} numbers, always; ask for {size}, or leave it out",
+                param="dimensions",
+            )
         data = [
             {"object": "embedding", "index": index, "embedding": _base64(vector) if encoded else vector}
             for index, vector in enumerate(vectors)
@@ -323,6 +326,13 @@ def _texts(said: object) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):  # pyright: ignore[reportUnknownVariableType]
         raise InvalidRequest("input: a text, or a list of texts, none of them empty", param="input")
     return [str(text) for text in texts]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def _encoded(said: object) -> bool:
+    """Whether vectors are asked for as base64 of little-endian floats, as OpenAI's own client does by default."""
+    if said not in (None, "float", "base64"):
+        raise InvalidRequest("encoding_format: 'float' (the default) or 'base64'", param="encoding_format")
+    return said == "base64"
 
 
 def _base64(vector: list[float]) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from klatch_schemas import codec
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import InvalidRequest
-from klatch_schemas.events import ChatRequested, MemoryPolicy, PromptReference, RequestContext
+from klatch_schemas.events import ChatRequested, Deadline, MemoryPolicy, PromptReference, RequestContext
 from klatch_schemas.ids import Conversation, ConversationField, NameField, PersonField, RequestId, Tenant
 
 M = TypeVar("M", bound=BaseModel)
@@ -30,7 +30,7 @@ class DeadlineFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    deadline_ms: Annotated[int, Field(ge=0)] | None = None
+    deadline_ms: Deadline | None = None
     """Milliseconds since the epoch."""
     timeout_ms: Annotated[int, Field(gt=0, le=_DAY_MS)] | None = None
     """The same, from now on."""

@@ -22,6 +22,7 @@ from klatch_workers.http.recent import Place
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of
 from klatch_workers.http.runtime import Runtime
 
+LAST_EVENT_ID = "Last-Event-ID"
 _EVENT_ID = re.compile(r"(\d{1,6})-(\d{1,18})")
 _READ_MS = 200
 
@@ -38,7 +39,7 @@ class EventId:
         """Read `partition-offset`. Raises InvalidRequest."""
         match = _EVENT_ID.fullmatch(text)
         if not match:
-            raise InvalidRequest("Last-Event-ID is not the id of an event of this API", param="Last-Event-ID")
+            raise InvalidRequest(f"{LAST_EVENT_ID} is not the id of an event of this API", param=LAST_EVENT_ID)
         return cls(int(match[1]), int(match[2]))
 
 

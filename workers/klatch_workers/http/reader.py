@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from klatch_schemas import codec
 from klatch_schemas.codec import Delta, Unreadable
-from klatch_schemas.errors import KlatchError, LogMoved
+from klatch_schemas.errors import KlatchError, LogMoved, NotFound
 from klatch_schemas.events import EmbeddingAdmitted, StreamAttempt, StreamCancel, StreamEnd, StreamRetract
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition, Record
@@ -174,12 +174,14 @@ class Reader:
         """The stream's conversation, or None if the stream has no record before the place where it joined.
 
         Only a record that names the tenant proves that the stream is there: deltas name none. What was read on the
-        way comes out of the next `read`.
+        way comes out of the next `read`. Raises NotFound for embeddings: after their admission nothing more is said.
         """
         while self._next < self._joined and not self._abandoned:
             heard = await self._read()
             self._peeked += heard
             for _, said in heard:
+                if isinstance(said, EmbeddingAdmitted):
+                    raise NotFound(f"{said.request} asked for embeddings, which have no stream to read or to cancel")
                 if not isinstance(said, Delta):
                     return said.conversation
         return None

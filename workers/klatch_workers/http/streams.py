@@ -7,11 +7,12 @@ among others.
 import re
 
 from klatch_schemas import codec
-from klatch_schemas.errors import InvalidRequest, LogMoved, NotFound
+from klatch_schemas.assembly import check_place, no_place
+from klatch_schemas.errors import LogMoved, NotFound
 from klatch_schemas.ids import RequestId
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import Call
-from klatch_workers.http.finding import EventId, Found, Hints, find
+from klatch_workers.http.finding import LAST_EVENT_ID, EventId, Found, Hints, find
 from klatch_workers.http.reader import Stream
 from klatch_workers.http.replies import EventStream
 from klatch_workers.http.runtime import Runtime
@@ -51,11 +52,9 @@ async def _check_place(runtime: Runtime, found: Found, after: EventId | None) ->
     if after is None:
         return
     first, end = await runtime.door.log.bounds(found.reader.partition)
-    if after.number != found.reader.partition.number or after.offset >= end:
-        raise InvalidRequest(
-            "Last-Event-ID is the id of no event of this stream: leave it out to read from the beginning",
-            param="Last-Event-ID",
-        )
+    if after.number != found.reader.partition.number:
+        raise no_place(LAST_EVENT_ID)
+    check_place(after.offset, end, param=LAST_EVENT_ID)
     if after.offset + 1 < first:
         raise LogMoved(f"the log has moved on: it begins at offset {first}, and {after.offset + 1} was next")
 

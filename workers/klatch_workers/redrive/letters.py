@@ -1,7 +1,7 @@
 """Reads `dead.letters`: what each letter says of itself, which were redriven, and which died again since.
 
-Values are not kept: a million letters are a few hundred megabytes as it is. A letter whose record died again is
-history: only the last letter of a record counts, wherever its earlier ones stand.
+Values are not kept: a million letters are a few hundred megabytes as it is. A letter whose record was put back and died
+again is history, wherever it stands.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -101,39 +101,32 @@ class Shelf:
     namespace: Namespace
     wanted: Wanted
     letters: list[Letter] = field(default_factory=list[Letter])
-    receipts: dict[tuple[Partition, int], int] = field(default_factory=dict[tuple[Partition, int], int])
-    """When the letter at a place was last redriven, in milliseconds since the epoch."""
-    _latest: dict[str, tuple[int, int, int]] = field(default_factory=dict[str, tuple[int, int, int]])
+    _redriven_ms: dict[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+    """When the record of an origin was put back for the n-th time, in milliseconds since the epoch."""
+    _times: dict[str, int] = field(default_factory=dict[str, int])
+    """How often the record of an origin had been put back when it last died."""
 
     def put(self, record: Record) -> None:
         """A record of `dead.letters`."""
-        if (of := record.header(dead.RECEIPT)) is not None:
-            if of.isdigit():
-                self.receipts[record.partition, int(of)] = record.timestamp_ms
+        if record.header(dead.RECEIPT) is not None:
+            self._redriven_ms[origin_of_letter(record), dead.times_redriven(record)] = record.timestamp_ms
             return
         letter = letter_in(record, self.namespace)
-        rank = _rank(letter)
-        if rank >= self._latest.get(letter.origin, rank):
-            self._latest[letter.origin] = rank
+        self._times[letter.origin] = max(letter.redriven, self._times.get(letter.origin, 0))
         if self.wanted.matches(letter):
             self.letters.append(letter)
 
     def latest(self) -> Iterator[Letter]:
-        """Of each record the last letter, oldest first."""
-        seen = set[str]()
-        for letter in sorted(self.letters, key=_order):
-            # One that is written twice after a crash is the same letter.
-            if _rank(letter) == self._latest[letter.origin] and letter.origin not in seen:
-                seen.add(letter.origin)
-                yield letter
+        """Of each record one letter, the last that is wanted, oldest first; none of what died again after all these.
+
+        Several stages may have given it up before it was put back, or one of them twice, around a crash.
+        """
+        current = (one for one in sorted(self.letters, key=_order) if one.redriven == self._times[one.origin])
+        yield from sorted({letter.origin: letter for letter in current}.values(), key=_order)
 
     def redriven_ms(self, letter: Letter) -> int | None:
-        """When `letter` was redriven, if it was."""
-        return self.receipts.get((letter.place, letter.offset))
-
-
-def _rank(letter: Letter) -> tuple[int, int, int]:
-    return letter.redriven, letter.died_ms, letter.offset
+        """When the record of `letter` was put back, if it was since."""
+        return self._redriven_ms.get((letter.origin, letter.redriven + 1))
 
 
 def _order(letter: Letter) -> tuple[int, Partition, int]:
