@@ -24,12 +24,22 @@ class Book:
     """Routes, as a ledger would hold them."""
 
     routes: dict[str, ModelRouted] = field(default_factory=dict[str, ModelRouted])
+    _change: asyncio.Event = field(default_factory=asyncio.Event)
 
     def find(self, alias: str) -> ModelRouted | None:
         return self.routes.get(alias)
 
     def aliases(self) -> list[str]:
         return list(self.routes)
+
+    async def changed(self) -> None:
+        await self._change.wait()
+
+    def put(self, routed: ModelRouted | None) -> None:
+        """Route the model `m`, or have no route of it any more."""
+        self.routes = {**self.routes, "m": routed} if routed else {}
+        self._change.set()
+        self._change = asyncio.Event()
 
 
 @dataclass
@@ -60,7 +70,7 @@ class World:
 
     def route(self, *deployments: Deployment, **fields: Any) -> None:
         """Route the model `m`."""
-        self.book.routes["m"] = ModelRouted(alias="m", deployments=deployments, **fields)
+        self.book.put(ModelRouted(alias="m", deployments=deployments, **fields))
 
     def on_a(self, script: str = "", **fields: Any) -> Deployment:
         return Deployment.model_validate({"name": "a", "url": self.a.url, "model": f"fake?{script}", **fields})

@@ -10,13 +10,18 @@ from klatch_agents.gateway.fair import Claim
 from klatch_agents.gateway.places import Places
 
 
+async def never() -> None:
+    """Nothing changes."""
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_whenever_callers_are_cancelled_no_place_is_lost_and_none_is_made(seed: int) -> None:
     chance, places, held, most = random.Random(seed), Places(3), 0, 0  # noqa: S311 - no secret
 
     async def hold() -> None:
         nonlocal held, most
-        async with places.hold(Claim(chance.choice("abc"))):
+        async with places.hold(Claim(chance.choice("abc")), never):
             held += 1
             most = max(most, held)
             try:
@@ -39,7 +44,7 @@ async def test_a_place_that_was_granted_to_somebody_who_is_cancelled_in_that_mom
     leave = asyncio.Event()
 
     async def hold() -> None:
-        async with places.hold(Claim()):
+        async with places.hold(Claim(), never):
             await leave.wait()
 
     first, second, third = (asyncio.create_task(hold()) for _ in range(3))
@@ -57,13 +62,13 @@ async def test_a_place_that_was_granted_to_somebody_who_is_cancelled_in_that_mom
 async def test_who_waits_past_the_deadline_is_told_and_holds_nothing() -> None:
     now = 100.0
     places = Places(1, lambda: now)
-    async with places.hold(Claim()):
+    async with places.hold(Claim(), never):
         with pytest.raises(ExpiredError, match="deadline"):
-            async with places.hold(Claim(expires=100.02)):
+            async with places.hold(Claim(expires=100.02), never):
                 pytest.fail("there is no place")
         assert places.queue.waiting == 0
     now = 200.0
-    async with places.hold(Claim()):
+    async with places.hold(Claim(), never):
         pass
 
 
@@ -72,10 +77,10 @@ async def test_more_places_let_in_who_waits() -> None:
     entered = asyncio.Event()
 
     async def hold() -> None:
-        async with places.hold(Claim()):
+        async with places.hold(Claim(), never):
             entered.set()
 
-    async with places.hold(Claim()):
+    async with places.hold(Claim(), never):
         waiting = asyncio.create_task(hold())
         await asyncio.sleep(0)
         assert not entered.is_set()

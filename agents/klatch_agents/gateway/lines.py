@@ -33,6 +33,7 @@ PAUSE_S = 1.0
 class Line:
     """One deployment, ready to be called."""
 
+    routed: ModelRouted
     deployment: Deployment
     server: Server
     breaker: Breaker
@@ -103,7 +104,14 @@ class Lines:
 
     def line(self, routed: ModelRouted, deployment: Deployment) -> Line:
         """A deployment as its route has it now. Raises MisconfiguredError."""
-        return Line(deployment, self._server(deployment), self._breaker(routed, deployment), self._room(deployment))
+        server, breaker = self._server(deployment), self._breaker(routed, deployment)
+        return Line(routed, deployment, server, breaker, self._room(deployment))
+
+    def resize(self, routed: ModelRouted) -> None:
+        """Have as many places at a route's deployments as it gives them now, where anybody ever wanted one."""
+        for one in routed.deployments:
+            if one.name in self._places:
+                self._room(one)
 
     def view(self, routed: ModelRouted) -> View:
         """How a route's deployments are, as of now."""

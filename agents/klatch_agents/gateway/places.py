@@ -5,7 +5,7 @@ They are this process's own: a limit of 8 in four generation processes lets 32 c
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -30,23 +30,26 @@ class Places:
         self._waiting: dict[Claim, asyncio.Future[None]] = {}
 
     @asynccontextmanager
-    async def hold(self, claim: Claim) -> AsyncGenerator[Place]:
+    async def hold(self, claim: Claim, moved: Callable[[], Awaitable[None]]) -> AsyncGenerator[Place | None]:
         """Have a place for as long as the block lasts, once it is one's turn. Raises ExpiredError.
 
-        Whoever is cancelled while waiting leaves no trace; whoever was granted a place in that very moment gives it
-        back.
+        None: `moved`, which is begun where there is a wait, returned first. Whoever is cancelled while waiting leaves
+        no trace; whoever was granted a place in that very moment gives it back.
         """
         place = Place()
         waiting = self._waiting[claim] = asyncio.get_running_loop().create_future()
         self._tell(self.queue.ask(claim, self._now()))
         try:
             if not waiting.done():
-                await self._turn_of(claim, waiting)
-            waiting.result()
-            yield place
+                await self._turn_of(claim, waiting, moved)
+            if waiting.done():
+                waiting.result()
+                yield place
+            else:
+                yield None
         finally:
             del self._waiting[claim]
-            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+            if waiting.done() and waiting.exception() is None:
                 self._tell(self.queue.give_back(claim, self._now(), used=place.used))
             else:
                 self.queue.withdraw(claim)
@@ -56,15 +59,19 @@ class Places:
         if limit != self.queue.limit:
             self._tell(self.queue.resize(limit, self._now()))
 
-    async def _turn_of(self, claim: Claim, waiting: "asyncio.Future[None]") -> None:
+    async def _turn_of(
+        self, claim: Claim, waiting: "asyncio.Future[None]", moved: Callable[[], Awaitable[None]]
+    ) -> None:
         left_s = None if claim.expires is None else max(0.0, claim.expires - self._now())
+        moving = asyncio.ensure_future(moved())
         try:
-            async with asyncio.timeout(left_s):
-                # Shielded: a wait that is cancelled must still tell a place that was granted from one that was not.
-                await asyncio.shield(waiting)
-        except TimeoutError:
-            if not waiting.done():
-                raise _too_late() from None
+            await asyncio.wait({waiting, moving}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if moving.done():
+                moving.result()
+            elif not waiting.done():
+                raise _too_late()
+        finally:
+            moving.cancel()
 
     def _tell(self, turn: Turn) -> None:
         for claim in turn.granted:

@@ -14,6 +14,7 @@ Where nothing may be called, a request waits, within limits of its own (`_Patien
 20 seconds, up to a fifth of a second of jitter with each wait, and the pauses between tries. What it waits for a place
 is not counted and not known here: the caller's deadline ends that, or the caller, who leaves. A place that was had in
 vain is no reason to give up; `MOST_UNMADE` of them are, so that it ends whatever breakers and places do to each other.
+A route that changes meanwhile costs nothing: what it says by now is followed, and what failed before stays failed.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -63,10 +64,12 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile."""
+    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile, or the
+    route changed. `routed` is the route in force by now."""
 
     error: ModelError | None
     view: View
+    routed: ModelRouted
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +106,10 @@ def choose_until_served(
 ) -> Policy:
     """Try deployments of a route until one serves; `continuing`: only those that can continue a partial message;
     `avoid`: rather not these."""
-    able = [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
-    failed, waits = dict[str, int](), dict[str, float]()
+    failed, waits, barred = dict[str, int](), dict[str, float](), set[str]()
     patience, tries = _Patience(), 0
     while tries < routed.tries:
+        able = [one for one in able_in(routed, continuing=continuing) if one.name not in barred]
         # A server that said when to come back is taken at its word, whether or not it is known to others.
         cooling = {one.name: max(view.cooling.get(one.name, 0.0), waits.get(one.name, 0.0)) for one in able}
         liked = {one.name: (failed.get(one.name, 0) + (one.name in avoid), one.tier) for one in able}
@@ -119,20 +122,25 @@ def choose_until_served(
         pause = BACK_OFF_S * 2 ** (failed[chosen.name] - 1) if chosen.name in failed else 0.0
         waits.pop(chosen.name, None)
         outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)))
-        view = outcome.view
+        view, before, routed = outcome.view, routed, outcome.routed
         if outcome.error is None:
-            patience.unmade -= 1
+            patience.unmade -= routed == before
             continue
         tries += 1
         verdict = judge(outcome.error)
         if verdict == "stop":
             break
         if verdict == "elsewhere":
-            able = [one for one in able if one.name != chosen.name]
+            barred.add(chosen.name)
         failed[chosen.name] = failed.get(chosen.name, 0) + 1
         if outcome.error.retry_after is not None:
             waits[chosen.name] = outcome.error.retry_after
     return NothingLeft()
+
+
+def able_in(routed: ModelRouted, *, continuing: bool) -> list[Deployment]:
+    """The deployments of a route that a call may go to at all; `continuing`: as for `choose_until_served`."""
+    return [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
 
 
 def how_it_continues(deployment: Deployment) -> Continues:
