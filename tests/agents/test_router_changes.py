@@ -28,7 +28,7 @@ async def full(world: World, **fields: Any) -> AsyncGenerator[None]:
         yield
 
 
-async def waiting_for(asked: "asyncio.Task[T]") -> T:
+async def waiting_for(asked: "asyncio.Future[T]") -> T:
     async with asyncio.timeout(5):
         return await asked
 
@@ -39,7 +39,7 @@ async def test_more_places_let_in_who_waits_without_another_call(world: World, a
         waiting = [asyncio.create_task(asking(world.router)) for _ in range(2)]
         await asyncio.sleep(0)
         world.route(world.on_a("text=hello", concurrency=3))
-        assert [await waiting_for(one) for one in waiting] == ["a", "a"]
+        assert await waiting_for(asyncio.gather(*waiting)) == ["a", "a"]
 
 
 CHANGES: dict[str, tuple[Callable[[World], None], str]] = {
@@ -117,7 +117,7 @@ async def test_who_waits_grows_no_younger_when_the_route_changes(world: World) -
             world.route(world.on_a(LONG, concurrency=1), tries=2)
             for _ in range(5):
                 await asyncio.sleep(0)
-        await asyncio.gather(waiting_for(old), waiting_for(young))
+        await waiting_for(asyncio.gather(old, young))
     assert served == ["class 9", "class 5"]
 
 
@@ -133,6 +133,5 @@ async def test_places_that_a_change_brings_go_to_whose_turn_it_is(world: World, 
         waiting = [asyncio.create_task(wait(priority)) for priority in order]
         await asyncio.sleep(0)
         world.route(world.on_a(LONG, concurrency=2))
-        for one in waiting:
-            await waiting_for(one)
+        await waiting_for(asyncio.gather(*waiting))
     assert served == [5, 9]

@@ -37,7 +37,6 @@ class Line:
     deployment: Deployment
     server: Server
     breaker: Breaker
-    places: Places
 
     def begin(self) -> "Run | None":
         """A call is about to be made; None: it must not be, the deployment cools down by now, or another probes it."""
@@ -104,28 +103,35 @@ class Lines:
 
     def line(self, routed: ModelRouted, deployment: Deployment) -> Line:
         """A deployment as its route has it now. Raises MisconfiguredError."""
-        server, breaker = self._server(deployment), self._breaker(routed, deployment)
-        return Line(routed, deployment, server, breaker, self._room(deployment))
+        return Line(routed, deployment, self._server(deployment), self._breaker(routed, deployment))
+
+    def cooling(self, deployment: Deployment) -> float:
+        """Seconds until a deployment may be called; 0: now."""
+        known = self._breakers.get(deployment.name)
+        return known.cooling() if known else 0.0
+
+    def places(self, deployment: Deployment) -> Places:
+        """Those at a deployment, as many as its route gives it now."""
+        places = self._places.setdefault(deployment.name, Places(deployment.concurrency, self._wall))
+        places.resize(deployment.concurrency)
+        return places
 
     def resize(self, routed: ModelRouted) -> None:
         """Have as many places at a route's deployments as it gives them now, where anybody ever wanted one."""
         for one in routed.deployments:
             if one.name in self._places:
-                self._room(one)
+                self.places(one)
 
     def view(self, routed: ModelRouted) -> View:
         """How a route's deployments are, as of now."""
         names = [one.name for one in routed.deployments]
-        cooling = {name: left for name in names if (left := self._cooling(name)) > 0}
+        cooling = {one.name: left for one in routed.deployments if (left := self.cooling(one)) > 0}
         full = frozenset(name for name in names if name in self._places and self._places[name].queue.full)
         return View(cooling, full, frozenset(name for name in cooling if self._breakers[name].probed))
 
     def servers(self) -> Iterable[Server]:
         """Every server that was opened."""
         return self._servers.values()
-
-    def _cooling(self, name: str) -> float:
-        return self._breakers[name].cooling() if name in self._breakers else 0.0
 
     def _server(self, one: Deployment) -> Server:
         identity = (one.kind, one.url, one.key, one.auth, one.api_version, one.priority, one.continues)
@@ -140,8 +146,3 @@ class Lines:
         breaker = self._breakers.setdefault(one.name, Breaker(routed.breaker, self._now))
         breaker.terms = routed.breaker
         return breaker
-
-    def _room(self, one: Deployment) -> Places:
-        places = self._places.setdefault(one.name, Places(one.concurrency, self._wall))
-        places.resize(one.concurrency)
-        return places

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,7 +21,7 @@ import structlog
 from klatch_agents.gateway.errors import ModelError, UnroutableError
 from klatch_agents.gateway.fair import Claim
 from klatch_agents.gateway.lines import Line, Lines, OpenServer, Run
-from klatch_agents.gateway.places import Place
+from klatch_agents.gateway.places import Place, hold
 from klatch_agents.gateway.port import Chunk, Embedded, Finished, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.routing import NothingLeft, Outcome, Try, able_in, choose_until_served, judge
 from klatch_schemas.events import ModelRouted, RouteTimeouts
@@ -172,7 +172,8 @@ class Router:
         route = self._route(asked.alias)
         view = self._lines.view(route)
         policy = choose_until_served(route, asked.seed, view, continuing=asked.continuing, avoid=asked.avoid)
-        outcome, failure = None, None
+        outcome: Outcome | None = None
+        failure: ModelError | None = None
         while True:
             try:
                 step = next(policy) if outcome is None else policy.send(outcome)
@@ -180,32 +181,40 @@ class Router:
                 raise failure or _unroutable(asked.alias, route, over.value) from None
             if step.after:
                 await self._sleep(step.after + self._jitter() * step.spread)
-            error: ModelError | None = None
-            try:
-                async with AsyncExitStack() as opened:
-                    if seat := await self._seat(asked, step, opened):
-                        served = await make(seat, opened)
-                        held.push_async_exit(opened.pop_all())
-                        return served
-            except ModelError as failed:
-                failure = error = failed
-                self._tell(asked, step.deployment.name, failed)
-            route = self._route(asked.alias)
-            outcome = Outcome(error, self._lines.view(route), route)
+            tried = await self._tried(asked, step, make, held)
+            if not isinstance(tried, Outcome):
+                return tried
+            outcome, route, failure = tried, tried.routed, tried.error or failure
 
-    async def _seat(self, asked: _Asked, step: Try, opened: AsyncExitStack) -> _Seat | None:
-        """Wait for a place; it is left with `opened`. None: no call may be made, since the deployment cools down, or
-        the route changed. Raises ExpiredError, MisconfiguredError."""
-        name = step.deployment.name
-        if not (line := self._line(asked, name)) or line.breaker.cooling():
-            return None
-        moved = partial(self._moved, asked.alias, line.routed)
-        place = await opened.enter_async_context(line.places.hold(asked.claim, moved))
-        # Looked up anew: a change may have given it more places and another server in one moment.
-        if place and (line := self._line(asked, name)) and (run := line.begin()):
-            opened.callback(run.left)
-            return _Seat(line, run, place)
-        return None
+    async def _tried(
+        self, asked: _Asked, step: Try, make: Callable[[_Seat, AsyncExitStack], Awaitable[T]], held: AsyncExitStack
+    ) -> T | Outcome:
+        """What a deployment of the step gives; an Outcome where it gives nothing."""
+        called = step.deployment.name
+        error: ModelError | None = None
+        try:
+            async with AsyncExitStack() as opened:
+                if place := await opened.enter_async_context(self._place(asked, step)):
+                    called = place.at
+                # A change may have given it more places and another server in one moment: it is called as it is now.
+                if place and (line := self._line(asked, called)) and (run := line.begin()):
+                    opened.callback(run.left)
+                    served = await make(_Seat(line, run, place), opened)
+                    held.push_async_exit(opened.pop_all())
+                    return served
+        except ModelError as failed:
+            error = failed
+            self._tell(asked, called, failed)
+        route = self._route(asked.alias)
+        return Outcome(error, self._lines.view(route), route, called)
+
+    def _place(self, asked: _Asked, step: Try) -> AbstractAsyncContextManager[Place | None]:
+        """A place at one of the step's deployments; None: all of them cool down, or the route changed."""
+        route = self._route(asked.alias)
+        able = {one.name: one for one in able_in(route, continuing=asked.continuing)}
+        named = [able[one.name] for one in (step.deployment, *step.twins) if one.name in able]
+        choice = {one.name: self._lines.places(one) for one in named if not self._lines.cooling(one)}
+        return hold(asked.claim, choice, partial(self._moved, asked.alias, route))
 
     def _line(self, asked: _Asked, name: str) -> Line | None:
         """A deployment as the route has it by now; None: the call may not go there. Raises MisconfiguredError."""

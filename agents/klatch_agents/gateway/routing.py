@@ -5,9 +5,9 @@ returns when there is nothing left to try. It touches no clock, no network and n
 deployments is taken is a hash of the request and the try, and jitter is added by whoever carries it out
 (`router.py`).
 
-The order of preference: not cooling down; not failed for this request yet; the lower tier; one with a free place;
-then by weight. What a server's own words allow decides what follows a failure (`judge`): the same deployment again,
-after a pause; only another one; or none.
+The order of preference: not cooling down; not failed for this request yet; the lower tier; one with a free place, else
+the one that has one first; then by weight. What a server's own words allow decides what follows a failure (`judge`):
+the same deployment again, after a pause; only another one; or none.
 
 Where nothing may be called, a request waits, within limits of its own (`_Patience`) beside the route's `tries`:
 `PATIENCE_S` in all for cool-downs, and `MOST_LOOKS` looks, a second each, whether a probe is over. Together that is
@@ -60,16 +60,19 @@ class Try:
     deployment: Deployment
     after: float = 0.0
     spread: float = 0.0
+    twins: tuple[Deployment, ...] = ()
+    """As good as it is: where its places are taken, the first that is free at any of them will do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile, or the
-    route changed. `routed` is the route in force by now."""
+    route changed. `routed` is the route in force by now, `called` the one that was called of a `Try` with twins."""
 
     error: ModelError | None
     view: View
     routed: ModelRouted
+    called: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +116,17 @@ def choose_until_served(
         # A server that said when to come back is taken at its word, whether or not it is known to others.
         cooling = {one.name: max(view.cooling.get(one.name, 0.0), waits.get(one.name, 0.0)) for one in able}
         liked = {one.name: (failed.get(one.name, 0) + (one.name in avoid), one.tier) for one in able}
-        chosen = _choose(able, cooling, liked, view.full, f"{seed}/{tries}")
-        if chosen is None:
+        if not (equal := _best(able, cooling, liked)):
             return NothingLeft()
+        chosen = _weighted([one for one in equal if one.name not in view.full] or equal, f"{seed}/{tries}")
         cools = cooling[chosen.name]
         if not patience.lasts(cools, probed=chosen.name in view.probed and chosen.name not in waits):
             return NothingLeft(cools or None)
         pause = BACK_OFF_S * 2 ** (failed[chosen.name] - 1) if chosen.name in failed else 0.0
-        waits.pop(chosen.name, None)
-        outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)))
+        for one in equal:
+            waits.pop(one.name, None)
+        twins = tuple(one for one in equal if one is not chosen)
+        outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)), twins)
         view, before, routed = outcome.view, routed, outcome.routed
         if outcome.error is None:
             patience.unmade -= routed == before
@@ -131,10 +136,10 @@ def choose_until_served(
         if verdict == "stop":
             break
         if verdict == "elsewhere":
-            barred.add(chosen.name)
-        failed[chosen.name] = failed.get(chosen.name, 0) + 1
+            barred.add(outcome.called)
+        failed[outcome.called] = failed.get(outcome.called, 0) + 1
         if outcome.error.retry_after is not None:
-            waits[chosen.name] = outcome.error.retry_after
+            waits[outcome.called] = outcome.error.retry_after
     return NothingLeft()
 
 
@@ -167,20 +172,12 @@ class _Patience:
         return self.seconds >= 0 and self.looks >= 0 and self.unmade > 0
 
 
-def _choose(
-    able: Sequence[Deployment],
-    cooling: Mapping[str, float],
-    liked: Mapping[str, tuple[int, int]],
-    full: frozenset[str],
-    seed: str,
-) -> Deployment | None:
-    def rank(one: Deployment) -> tuple[float, tuple[int, int], bool]:
-        return cooling[one.name], liked[one.name], one.name in full
-
-    if not able:
-        return None
-    best = min(map(rank, able))
-    return _weighted([one for one in able if rank(one) == best], seed)
+def _best(
+    able: Sequence[Deployment], cooling: Mapping[str, float], liked: Mapping[str, tuple[int, int]]
+) -> list[Deployment]:
+    ranks = {one.name: (cooling[one.name], liked[one.name]) for one in able}
+    best = min(ranks.values(), default=None)
+    return [one for one in able if ranks[one.name] == best]
 
 
 def _weighted(equal: Sequence[Deployment], seed: str) -> Deployment:
