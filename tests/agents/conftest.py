@@ -73,12 +73,16 @@ class World:
         self.book.put(ModelRouted(alias="m", deployments=deployments, **fields))
 
     def on_a(self, script: str = "", **fields: Any) -> Deployment:
-        return Deployment.model_validate({"name": "a", "url": self.a.url, "model": f"fake?{script}", **fields})
+        """A deployment whose server does as told from now on; it stays the same one, whatever it does."""
+        return _scripted(self.a, script, {"name": "a", **fields})
 
     def on_b(self, script: str = "text=from b", **fields: Any) -> Deployment:
-        return Deployment.model_validate(
-            {"name": "b", "url": self.b.url, "model": f"fake?{script}", "tier": 1, **fields}
-        )
+        return _scripted(self.b, script, {"name": "b", "tier": 1, **fields})
+
+
+def _scripted(server: Upstream, script: str, fields: dict[str, Any]) -> Deployment:
+    server.instead = lambda _: f"fake?{script}" if script else None
+    return Deployment.model_validate({"url": server.url, "model": "fake", **fields})
 
 
 def open_server(one: Deployment) -> OpenAICompatible:

@@ -1,6 +1,7 @@
 """Routes that change while calls wait: nobody stays where the route no longer says, and nobody loses its turn."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -10,9 +11,11 @@ from tests.agents.conftest import World, ask, call, open_server
 from tests.agents.test_router_waiting import BOTH
 
 from klatch_agents.gateway.errors import RefusedError, UnroutableError
+from klatch_agents.gateway.health import Breaker
+from klatch_agents.gateway.lines import MOST_KNOWN, Lines
 from klatch_agents.gateway.router import Router
 from klatch_agents.gateway.routing import MOST_UNMADE
-from klatch_schemas.events import CircuitBreaker
+from klatch_schemas.events import CircuitBreaker, Deployment, ModelRouted
 
 T = TypeVar("T")
 
@@ -135,3 +138,49 @@ async def test_places_that_a_change_brings_go_to_whose_turn_it_is(world: World, 
         world.route(world.on_a(LONG, concurrency=2))
         await waiting_for(asyncio.gather(*waiting))
     assert served == [5, 9]
+
+
+TERMS: dict[str, Any] = {"breaker": CircuitBreaker(failures=1, cool_down_s=3600), "tries": 1}
+
+
+@pytest.mark.parametrize("field", ["url", "key", "model"])
+async def test_a_deployment_that_is_pointed_elsewhere_is_called_whatever_the_old_one_did(
+    world: World, field: str
+) -> None:
+    old = world.on_a("status=500")
+    new = {"url": world.b.url, "key": "mended", "model": "fake?text=hello"}[field]
+    world.route(old, **TERMS)
+    with pytest.raises(RefusedError):
+        await ask(world.router)
+    with pytest.raises(UnroutableError):
+        await ask(world.router)
+    called = len(world.a.calls) + len(world.b.calls)
+    changed = old.model_copy(update={field: new})
+    world.route(changed, **TERMS)
+    await asyncio.gather(ask(world.router), return_exceptions=True)
+    assert len(world.a.calls) + len(world.b.calls) == called + 1
+
+
+async def test_what_is_not_of_the_server_changes_no_health(world: World) -> None:
+    """Also of a deployment that two routes give other weights."""
+    world.route(world.on_a("status=500"), **TERMS)
+    with pytest.raises(RefusedError):
+        await ask(world.router)
+    world.route(world.on_a("status=500", weight=2, tier=1, concurrency=5), **TERMS)
+    with pytest.raises(UnroutableError):
+        await ask(world.router)
+    assert len(world.a.calls) == 1
+
+
+def test_deployments_that_were_not_called_for_long_are_forgotten() -> None:
+    lines = Lines(open_server)
+
+    def breaker_of(model: str) -> Breaker:
+        one = Deployment(name="a", url="http://a/v1", model=model)
+        return lines.line(ModelRouted(alias="m", deployments=(one,)), one).breaker
+
+    used, unused = breaker_of("used"), weakref.ref(breaker_of("unused"))
+    for number in range(MOST_KNOWN):
+        breaker_of(str(number))
+        assert breaker_of("used") is used
+    assert unused() is None

@@ -1,7 +1,8 @@
 """What this process knows of each deployment: how to call it, how it has fared, and who holds its places.
 
-Servers are kept by what they are, so that deployments on one server share its connections; health and places are kept
-by the deployment's name. Nothing is forgotten before the end: a server that no route names any more holds no
+Servers are kept by what they are, so that deployments on one server share its connections; health by name, server and
+model, since what one did says nothing about another; places by the name alone, so that nobody loses its turn where a
+deployment is pointed elsewhere. No server is forgotten before the end: one that no route names any more holds no
 connection after a few idle seconds.
 """
 
@@ -25,8 +26,13 @@ class Server(Gateway, Catalogue, Protocol):
 OpenServer = Callable[[Deployment], Server]
 """Makes a gateway to a deployment's server. Raises ValueError for one that cannot be."""
 
+MOST_KNOWN = 10_000
+"""Deployments whose health is kept: those that were called last."""
 PAUSE_S = 1.0
 """How long a deployment is left alone that refused for its rate and did not say for how long."""
+
+
+_Identity = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +103,9 @@ class Lines:
         self._open_server = open_server
         self._now = now
         self._wall = wall
-        self._servers: dict[tuple[Any, ...], Server] = {}
-        self._breakers: dict[str, Breaker] = {}
+        self._servers: dict[_Identity, Server] = {}
+        self._breakers: dict[_Identity, Breaker] = {}
+        """Those that were called last come last."""
         self._places: dict[str, Places] = {}
 
     def line(self, routed: ModelRouted, deployment: Deployment) -> Line:
@@ -107,7 +114,7 @@ class Lines:
 
     def cooling(self, deployment: Deployment) -> float:
         """Seconds until a deployment may be called; 0: now."""
-        known = self._breakers.get(deployment.name)
+        known = self._breakers.get(_known_as(deployment))
         return known.cooling() if known else 0.0
 
     def places(self, deployment: Deployment) -> Places:
@@ -125,16 +132,17 @@ class Lines:
     def view(self, routed: ModelRouted) -> View:
         """How a route's deployments are, as of now."""
         names = [one.name for one in routed.deployments]
-        cooling = {one.name: left for one in routed.deployments if (left := self.cooling(one)) > 0}
+        known = {one.name: breaker for one in routed.deployments if (breaker := self._breakers.get(_known_as(one)))}
+        cooling = {name: left for name, breaker in known.items() if (left := breaker.cooling()) > 0}
         full = frozenset(name for name in names if name in self._places and self._places[name].queue.full)
-        return View(cooling, full, frozenset(name for name in cooling if self._breakers[name].probed))
+        return View(cooling, full, frozenset(name for name in cooling if known[name].probed))
 
     def servers(self) -> Iterable[Server]:
         """Every server that was opened."""
         return self._servers.values()
 
     def _server(self, one: Deployment) -> Server:
-        identity = (one.kind, one.url, one.key, one.auth, one.api_version, one.priority, one.continues)
+        identity = _identity(one)
         if identity not in self._servers:
             try:
                 self._servers[identity] = self._open_server(one)
@@ -143,6 +151,20 @@ class Lines:
         return self._servers[identity]
 
     def _breaker(self, routed: ModelRouted, one: Deployment) -> Breaker:
-        breaker = self._breakers.setdefault(one.name, Breaker(routed.breaker, self._now))
+        known_as = _known_as(one)
+        breaker = self._breakers.get(known_as) or Breaker(routed.breaker, self._now)
+        self._breakers.pop(known_as, None)
+        self._breakers[known_as] = breaker
         breaker.terms = routed.breaker
+        if len(self._breakers) > MOST_KNOWN:
+            del self._breakers[next(iter(self._breakers))]
         return breaker
+
+
+def _identity(one: Deployment) -> _Identity:
+    return one.kind, one.url, one.key, one.auth, one.api_version, one.priority, one.continues
+
+
+def _known_as(one: Deployment) -> _Identity:
+    """Whose health it is."""
+    return one.name, one.model, *_identity(one)
