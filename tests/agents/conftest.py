@@ -24,12 +24,22 @@ class Book:
     """Routes, as a ledger would hold them."""
 
     routes: dict[str, ModelRouted] = field(default_factory=dict[str, ModelRouted])
+    _change: asyncio.Event = field(default_factory=asyncio.Event)
 
     def find(self, alias: str) -> ModelRouted | None:
         return self.routes.get(alias)
 
     def aliases(self) -> list[str]:
         return list(self.routes)
+
+    async def changed(self) -> None:
+        await self._change.wait()
+
+    def put(self, routed: ModelRouted | None) -> None:
+        """Route the model `m`, or have no route of it any more."""
+        self.routes = {**self.routes, "m": routed} if routed else {}
+        self._change.set()
+        self._change = asyncio.Event()
 
 
 @dataclass
@@ -60,15 +70,19 @@ class World:
 
     def route(self, *deployments: Deployment, **fields: Any) -> None:
         """Route the model `m`."""
-        self.book.routes["m"] = ModelRouted(alias="m", deployments=deployments, **fields)
+        self.book.put(ModelRouted(alias="m", deployments=deployments, **fields))
 
     def on_a(self, script: str = "", **fields: Any) -> Deployment:
-        return Deployment.model_validate({"name": "a", "url": self.a.url, "model": f"fake?{script}", **fields})
+        """A deployment whose server does as told from now on; it stays the same one, whatever it does."""
+        return _scripted(self.a, script, {"name": "a", **fields})
 
     def on_b(self, script: str = "text=from b", **fields: Any) -> Deployment:
-        return Deployment.model_validate(
-            {"name": "b", "url": self.b.url, "model": f"fake?{script}", "tier": 1, **fields}
-        )
+        return _scripted(self.b, script, {"name": "b", "tier": 1, **fields})
+
+
+def _scripted(server: Upstream, script: str, fields: dict[str, Any]) -> Deployment:
+    server.instead = lambda _: f"fake?{script}" if script else None
+    return Deployment.model_validate({"url": server.url, "model": "fake", **fields})
 
 
 def open_server(one: Deployment) -> OpenAICompatible:

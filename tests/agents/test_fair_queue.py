@@ -105,7 +105,7 @@ def test_no_place_is_free_while_somebody_waits_and_no_place_is_given_twice(data:
 
     for _ in range(data.draw(st.integers(1, 60))):
         now += data.draw(st.sampled_from([0.0, 0.1, 3.0]))
-        match data.draw(st.sampled_from(["ask", "ask", "leave", "give back", "resize"])):
+        match data.draw(st.sampled_from(["ask", "ask", "leave", "come again", "give back", "resize"])):
             case "ask":
                 expires = data.draw(st.sampled_from([None, None, now + 1]))
                 claim = Claim(data.draw(st.sampled_from("abc")), 1.0, data.draw(st.integers(0, 9)), expires)
@@ -113,6 +113,10 @@ def test_no_place_is_free_while_somebody_waits_and_no_place_is_given_twice(data:
                 take(queue.ask(claim, now))
             case "leave" if waiting:
                 queue.withdraw(waiting.pop(data.draw(st.integers(0, len(waiting) - 1))))
+            case "come again" if waiting:
+                claim = waiting[data.draw(st.integers(0, len(waiting) - 1))]
+                queue.withdraw(claim)
+                take(queue.ask(claim, now))
             case "give back" if holding:
                 take(queue.give_back(holding.pop(data.draw(st.integers(0, len(holding) - 1))), now))
             case "resize":
@@ -153,6 +157,14 @@ def test_in_a_tenant_the_lower_class_comes_first_and_age_raises() -> None:
     assert queue.give_back(young, 5.0).granted == (old,), (
         "two classes behind, it waited longer than two classes are worth"
     )
+
+
+def test_who_waited_elsewhere_is_as_old_as_that() -> None:
+    queue = FairQueue(1, FairTerms(age_s=2.0))
+    held, young, old = Claim("a"), Claim("a", 1.0, 5), Claim("a", 1.0, 7, since=0.0)
+    for claim in (held, young, old):
+        queue.ask(claim, 5.0)
+    assert queue.give_back(held, 5.0).granted == (old,)
 
 
 def test_between_tenants_a_class_is_a_head_start() -> None:

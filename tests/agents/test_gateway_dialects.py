@@ -136,9 +136,10 @@ async def test_a_limit_on_tokens_goes_by_the_name_that_its_server_takes(
 
 
 async def test_a_key_is_asked_for_before_every_call_so_that_it_may_change(upstream: Upstream) -> None:
-    keys = iter([KEY, "sk-stale-secret", KEY])
+    keys, told = iter([KEY, "sk-stale-secret", KEY]), list[str]()
 
-    async def next_key() -> str:
+    async def next_key(refused: str = "") -> str:
+        told.append(refused)
         return next(keys)
 
     async with opened(upstream, Dialect(), key="", key_of=next_key) as gateway:
@@ -146,11 +147,12 @@ async def test_a_key_is_asked_for_before_every_call_so_that_it_may_change(upstre
         with pytest.raises(RefusedError) as refused:
             await said(gateway)
         await said(gateway)
+    assert told == ["", "", "sk-stale-secret"]
     assert "sk-stale-secret" not in f"{refused.value!r} {refused.value.body} {gateway!r}"
 
 
 async def test_a_key_that_cannot_be_had_fails_the_call_before_it_is_made(upstream: Upstream) -> None:
-    async def no_key() -> str:
+    async def no_key(refused: str = "") -> str:  # noqa: ARG001 - there is none
         raise MisconfiguredError("mend the keys file")
 
     async with opened(upstream, Dialect(), key_of=no_key) as gateway:

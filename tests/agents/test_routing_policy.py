@@ -76,7 +76,7 @@ def play(routed: ModelRouted, *errors: ModelError | None, view: View = CALM, see
             told.tried.append(step.deployment.name)
             told.steps.append(step)
             error = next(outcomes, error)
-            step = policy.send(Outcome(error, view))
+            step = policy.send(Outcome(error, view, routed, step.deployment.name))
     except StopIteration as over:
         told.left = over.value
     return told
@@ -84,6 +84,7 @@ def play(routed: ModelRouted, *errors: ModelError | None, view: View = CALM, see
 
 DOWN, HALF = ConnectError("down"), StalledError("silent")
 A_B = route(one("a"), one("b", tier=1))
+ALONE = route(one("a"))
 
 
 @pytest.mark.parametrize(
@@ -194,15 +195,15 @@ def test_a_deployment_that_cools_down_again_and_again_is_not_waited_for_for_ever
 
 
 def test_a_try_that_was_not_made_costs_no_patience() -> None:
-    policy = choose_until_served(route(one("a")), "r1", CALM)
+    policy = choose_until_served(ALONE, "r1", CALM)
     assert next(policy).after == 0
-    assert policy.send(Outcome(None, View(cooling={"a": PATIENCE_S}))).after == PATIENCE_S
+    assert policy.send(Outcome(None, View(cooling={"a": PATIENCE_S}), ALONE, "a")).after == PATIENCE_S
 
 
 def test_a_probe_is_looked_at_a_few_times_once_the_patience_is_spent() -> None:
-    policy = choose_until_served(route(one("a")), "r1", View(cooling={"a": PATIENCE_S}))
+    policy = choose_until_served(ALONE, "r1", View(cooling={"a": PATIENCE_S}))
     assert next(policy).after == PATIENCE_S
-    probed = Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})))
+    probed = Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})), ALONE, "a")
     assert [policy.send(probed).after for _ in range(MOST_LOOKS)] == [1.0] * MOST_LOOKS
     with pytest.raises(StopIteration) as over:
         policy.send(probed)
@@ -210,12 +211,39 @@ def test_a_probe_is_looked_at_a_few_times_once_the_patience_is_spent() -> None:
 
 
 def test_a_probe_that_failed_is_waited_for_with_the_patience_that_is_left() -> None:
-    policy = choose_until_served(route(one("a")), "r1", View(cooling={"a": PATIENCE_S}))
+    policy = choose_until_served(ALONE, "r1", View(cooling={"a": PATIENCE_S}))
     next(policy)
-    policy.send(Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"}))))
+    policy.send(Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})), ALONE, "a"))
     with pytest.raises(StopIteration) as over:
-        policy.send(Outcome(None, View(cooling={"a": 2 * PATIENCE_S})))
+        policy.send(Outcome(None, View(cooling={"a": 2 * PATIENCE_S}), ALONE, "a"))
     assert over.value.value == NothingLeft(2 * PATIENCE_S)
+
+
+def test_a_route_that_changes_is_followed_and_costs_nothing() -> None:
+    policy = choose_until_served(ALONE, "r1", CALM)
+    assert next(policy).deployment.name == "a"
+    for _ in range(MOST_UNMADE):
+        for changed in (route(one("b")), A_B):
+            step = policy.send(Outcome(None, CALM, changed, "a"))
+            assert step.deployment == changed.deployments[0]
+
+
+def test_what_refused_is_not_asked_again_because_the_route_changes() -> None:
+    policy = choose_until_served(ALONE, "r1", CALM)
+    next(policy)
+    assert policy.send(Outcome(refused(401), CALM, A_B, "a")).deployment.name == "b"
+    with pytest.raises(StopIteration):
+        policy.send(Outcome(None, CALM, route(one("a"), tries=2), "a"))
+
+
+def test_those_that_are_as_good_are_told_of_and_the_one_that_was_called_counts() -> None:
+    routed = route(one("a"), one("b"), one("c", tier=1), one("d", weight=0))
+    policy = choose_until_served(routed, "r1", CALM)
+    step = next(policy)
+    (twin,) = step.twins
+    assert {step.deployment.name, twin.name} == {"a", "b"}
+    step = policy.send(Outcome(refused(500), CALM, routed, twin.name))
+    assert twin not in (step.deployment, *step.twins)
 
 
 def test_tries_that_are_never_made_come_to_an_end() -> None:

@@ -67,6 +67,9 @@ class NoRoutes:
     def aliases(self) -> list[str]:
         return []
 
+    async def changed(self) -> None:
+        await asyncio.Event().wait()
+
 
 @pytest.fixture(scope="session", params=[*SCRIPTED, "routed", "local model"])
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:

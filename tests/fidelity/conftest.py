@@ -63,6 +63,10 @@ class Routes:
         """The model names that have routes."""
         return list(self._routes)
 
+    async def changed(self) -> None:
+        """Tests make their routes before they call."""
+        await asyncio.Event().wait()
+
     def add(self, alias: str, deployment: Deployment, patience: RouteTimeouts | None = None) -> None:
         """Route a model to one deployment more, with other time-outs if some are given."""
         known = self._routes.get(alias)

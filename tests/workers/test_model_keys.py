@@ -11,7 +11,9 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from klatch_agents.gateway.errors import MisconfiguredError
+from klatch_agents.gateway.errors import MisconfiguredError, RefusedError
+from klatch_agents.gateway.openai_compatible import Endpoint, OpenAICompatible
+from klatch_agents.testing.upstream import Upstream
 from klatch_workers.model_keys import ModelKeys
 
 SECRET = "sk-very-secret-value"  # noqa: S105 - of this test alone
@@ -163,6 +165,44 @@ async def test_a_command_in_time_gives_its_new_token_to_the_call_that_began_it(t
     clock.now += 100
     said += await asyncio.gather(*(keys.named("kept")() for _ in range(2)))
     assert said == ["1", "2", "2"]
+
+
+async def test_a_token_that_its_server_refuses_is_made_anew_for_the_next_call(tmp_path: Path) -> None:
+    clock = Clock()
+    keys = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, f'wc -l < {tmp_path}/runs')}"), clock)
+    async with Upstream(key="2") as server:
+        endpoint = Endpoint(server.url, key_of=keys.named("kept"))
+        async with OpenAICompatible(endpoint) as gateway, OpenAICompatible(endpoint) as other:
+            clock.now += 10
+            for one in (gateway, other):
+                with pytest.raises(RefusedError):
+                    await one.models()
+            clock.now += 10
+            await asyncio.gather(*(one.models() for one in (gateway, other) * 4))
+    assert runs_in(tmp_path) == 2
+
+
+async def test_a_token_that_is_refused_again_and_again_is_made_once_in_a_while(tmp_path: Path) -> None:
+    clock = Clock()
+    path = keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, 'echo the same')}")
+    key = ModelKeys(path, clock).named("kept")
+    await key()
+    for _ in range(20):
+        clock.now += 1
+        assert tuple(await asyncio.gather(key("the same"), key("an older one"), key())) == ("the same",) * 3
+    assert runs_in(tmp_path) == 3, "one in ten seconds"
+
+
+async def test_where_a_refused_token_cannot_be_made_anew_the_others_use_it_on(tmp_path: Path) -> None:
+    """Another server may take it."""
+    clock = Clock()
+    then = f"test $(wc -l < {tmp_path}/runs) = 1 && echo {SECRET}"
+    key = ModelKeys(keys_file(tmp_path, f"[keys]\nkept = {command_of(tmp_path, then)}"), clock).named("kept")
+    await key()
+    clock.now += 10
+    for _ in range(3):
+        assert tuple(await asyncio.gather(key(SECRET), key())) == (SECRET, SECRET)
+    assert runs_in(tmp_path) == 2
 
 
 LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])

@@ -58,6 +58,10 @@ class RouteBook:
         """The model names that have routes."""
         return [route.alias for route in self._ledger.values()]
 
+    async def changed(self) -> None:
+        """Wait for the next change after this call."""
+        await self._ledger.changed()
+
     def prices(self, alias: str, deployment: str) -> Prices | None:
         """What a deployment of a route costs; of one that is gone from it, the most that it may have cost.
 

@@ -7,9 +7,9 @@
     entra = { command = ["az", "account", "get-access-token", "--query", "accessToken", "-o", "tsv",
               "--resource", "https://cognitiveservices.azure.com"], every_s = 120 }
 
-The file is read again when it changes, and so is one that it names; a command is run again after `every_s`, once for
-all who wait for it. So a key or a token that is renewed needs no restart. While its command fails or hangs, a token is
-used for another `every_s`. Reading happens in the event loop: these are small local files.
+The file is read again when it changes, and so is one that it names; a command is run again after `every_s`, or when its
+token is refused, once for all who wait for it. So a key or a token that is renewed needs no restart. While its command
+fails or hangs, a token is used for another `every_s`. Reading happens in the event loop: these are small local files.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import time
 import tomllib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from klatch_agents.gateway.errors import MisconfiguredError
+from klatch_agents.gateway.port import KeyOf
 from klatch_schemas.codec import explain
 from klatch_schemas.ids import NameField
 from klatch_workers.settings import environment_variable
@@ -35,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 _COMMAND_PATIENCE_S = 30.0
 _REST_S = 10.0
-"""How long a command that failed is left alone: each call would wait for it again."""
+"""How long a command is left alone that failed, or whose new token is refused: each call would wait for it again."""
 _RENEWAL_S = 1.0
 """How long a command may run before calls go on with the token that they have."""
 
@@ -81,10 +82,11 @@ class _Token:
         self._running: asyncio.Task[str] | None = None
         self._begun = 0.0
 
-    async def current(self) -> str:
-        """The token. Raises MisconfiguredError."""
+    async def current(self, refused: str) -> str:
+        """The token, if it can be had not the one that was refused. Raises MisconfiguredError."""
         now = self._clock()
-        if self._made and now - self._made[0] < self._source.every_s:
+        stale = self._made is not None and refused == self._made[1] and now - self._made[0] >= _REST_S
+        if self._made and now - self._made[0] < self._source.every_s and not stale:
             return self._made[1]
         if self._failed and now - self._failed[0] < _REST_S:
             return self._instead(now, self._failed[1])
@@ -93,7 +95,7 @@ class _Token:
             # Everybody may have left by the time it fails.
             self._running.add_done_callback(lambda run: run.cancelled() or run.exception())
         running, held = self._running, self._held(now)
-        if held is not None:
+        if held is not None and not stale:
             await asyncio.wait({running}, timeout=max(0.0, self._begun + self._renewal_s - now))
             if not running.done():
                 return held
@@ -140,11 +142,11 @@ class ModelKeys:
         self._read: tuple[float, _Keys] | None = None
         self._tokens: dict[_Command, _Token] = {}
 
-    def named(self, name: str) -> Callable[[], Awaitable[str]]:
+    def named(self, name: str) -> KeyOf:
         """What gives the key of that name, whenever it is needed. Raises MisconfiguredError."""
 
-        async def key() -> str:
-            return await self._key(name)
+        async def key(refused: str = "") -> str:
+            return await self._key(name, refused)
 
         return key
 
@@ -158,7 +160,7 @@ class ModelKeys:
         there = self._file(self._path).keys if self._path is not None else {}
         return [name for name in names if name not in there]
 
-    async def _key(self, name: str) -> str:
+    async def _key(self, name: str, refused: str) -> str:
         if self._path is None:
             raise MisconfiguredError(f"the route names the key {name!r}: set KLATCH_KEYS_FILE to a file that has it")
         source = self._file(self._path).keys.get(name)
@@ -173,7 +175,7 @@ class ModelKeys:
                 return _sendable(_variable(source.env, name), name)
             case _Command():
                 token = self._tokens.setdefault(source, _Token(source, name, self._clock, self._renewal_s))
-                return await token.current()
+                return await token.current(refused)
 
     def _file(self, path: Path) -> _Keys:
         try:

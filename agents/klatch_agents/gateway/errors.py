@@ -190,7 +190,7 @@ _SERVERS_FAULTS = frozenset(
 def _is_servers_fault(body: ErrorBody) -> bool:
     """Whether an error event tells of a server in trouble: by a status as code, else by its type. What
     says neither came from a server that could not say more."""
-    code = int(body.code) if isinstance(body.code, str) and body.code.isdigit() else body.code
+    code = int(body.code) if isinstance(body.code, str) and body.code.isdecimal() else body.code
     if isinstance(code, int):
         return code >= 500 or code in _RETRIABLE
     named = [name.lower() for name in (code, body.type) if name]

@@ -36,6 +36,8 @@ class Claim:
     priority: int = 5
     expires: float | None = None
     """After this moment it is worth no place any more."""
+    since: float | None = None
+    """From when on it ages, wherever it waited since; None: from when it asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class FairQueue:
         if not tenant.waiting:
             credit = self._terms.rounds * (self.limit or 1) * self._usual_s / _weight(claim)
             tenant.tag = max(tenant.tag, self._virtual - credit)
-        rank = claim.priority + now / self._terms.age_s
+        rank = claim.priority + (now if claim.since is None else claim.since) / self._terms.age_s
         heapq.heappush(tenant.waiting, (rank, next(self._numbers), claim))
         self._waiting.add(claim)
         self._backlogged.add(claim.tenant)

@@ -25,15 +25,11 @@ from klatch_agents.gateway.errors import (
     TruncatedError,
 )
 from klatch_agents.gateway.facts import read_error
-from klatch_agents.gateway.port import Timeouts
+from klatch_agents.gateway.port import KeyOf, Timeouts
 
 _LONGEST_ERROR_BODY = 2**20
 LONGEST_RETRY_AFTER_S = 366 * 86400.0
 """What a server asks for beyond that is told as this."""
-
-
-KeyOf = Callable[[], Awaitable[str]]
-"""Gives the key of the moment; empty: none. Raises ModelError."""
 
 
 class _Looking(aiohttp.BytesPayload):
@@ -61,6 +57,8 @@ class Client:
         self._key_of = key_of
         self._key_headers = key_headers
         self._key = ""
+        self._refused = ""
+        """The last key that a 401 was the answer to."""
         self._session: aiohttp.ClientSession | None = None
         self._lingering: set[aiohttp.ClientResponse] = set()
         self._closed = False
@@ -81,8 +79,8 @@ class Client:
         data = _Looking(body, before_send) if before_send else body or None
         sent = CIMultiDict(headers)
         sent["Content-Type"] = "application/json"
-        self._key = await self._key_within(timeouts.first_token)
-        sent.update(self._key_headers(self._key))
+        key = self._key = await self._key_within(timeouts.first_token)
+        sent.update(self._key_headers(key))
         try:
             response = await self._answer(method, url, data, sent, timeouts)
         except ModelError:
@@ -91,6 +89,8 @@ class Client:
             raise
         if response.status < 300:
             return response
+        if response.status == 401:
+            self._refused = key
         try:
             raise await self._refusal(response, url, timeouts)
         finally:
@@ -99,7 +99,7 @@ class Client:
     async def _key_within(self, seconds: float) -> str:
         try:
             async with asyncio.timeout(seconds):
-                return await self._key_of()
+                return await self._key_of(self._refused)
         except TimeoutError as error:
             raise MisconfiguredError(f"the key of the model server was not there within {seconds:g} s") from error
 
@@ -216,7 +216,9 @@ class Client:
 
     def _without_key(self, said: bytes) -> bytes:
         """A server may quote the key it refuses."""
-        return said.replace(self._key.encode(), b"***") if self._key else said
+        for key in filter(None, (self._key, self._refused)):
+            said = said.replace(key.encode(), b"***")
+        return said
 
 
 def request_id(response: aiohttp.ClientResponse) -> str | None:

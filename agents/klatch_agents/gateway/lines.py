@@ -1,7 +1,8 @@
 """What this process knows of each deployment: how to call it, how it has fared, and who holds its places.
 
-Servers are kept by what they are, so that deployments on one server share its connections; health and places are kept
-by the deployment's name. Nothing is forgotten before the end: a server that no route names any more holds no
+Servers are kept by what they are, so that deployments on one server share its connections; health by name, server and
+model, since what one did says nothing about another; places by the name alone, so that nobody loses its turn where a
+deployment is pointed elsewhere. No server is forgotten before the end: one that no route names any more holds no
 connection after a few idle seconds.
 """
 
@@ -25,18 +26,23 @@ class Server(Gateway, Catalogue, Protocol):
 OpenServer = Callable[[Deployment], Server]
 """Makes a gateway to a deployment's server. Raises ValueError for one that cannot be."""
 
+MOST_KNOWN = 10_000
+"""Deployments whose health is kept: those that were called last."""
 PAUSE_S = 1.0
 """How long a deployment is left alone that refused for its rate and did not say for how long."""
+
+
+_Identity = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One deployment, ready to be called."""
 
+    routed: ModelRouted
     deployment: Deployment
     server: Server
     breaker: Breaker
-    places: Places
 
     def begin(self) -> "Run | None":
         """A call is about to be made; None: it must not be, the deployment cools down by now, or another probes it."""
@@ -97,30 +103,46 @@ class Lines:
         self._open_server = open_server
         self._now = now
         self._wall = wall
-        self._servers: dict[tuple[Any, ...], Server] = {}
-        self._breakers: dict[str, Breaker] = {}
+        self._servers: dict[_Identity, Server] = {}
+        self._breakers: dict[_Identity, Breaker] = {}
+        """Those that were called last come last."""
         self._places: dict[str, Places] = {}
 
     def line(self, routed: ModelRouted, deployment: Deployment) -> Line:
         """A deployment as its route has it now. Raises MisconfiguredError."""
-        return Line(deployment, self._server(deployment), self._breaker(routed, deployment), self._room(deployment))
+        return Line(routed, deployment, self._server(deployment), self._breaker(routed, deployment))
+
+    def cooling(self, deployment: Deployment) -> float:
+        """Seconds until a deployment may be called; 0: now."""
+        known = self._breakers.get(_known_as(deployment))
+        return known.cooling() if known else 0.0
+
+    def places(self, deployment: Deployment) -> Places:
+        """Those at a deployment, as many as its route gives it now."""
+        places = self._places.setdefault(deployment.name, Places(deployment.concurrency, self._wall))
+        places.resize(deployment.concurrency)
+        return places
+
+    def resize(self, routed: ModelRouted) -> None:
+        """Have as many places at a route's deployments as it gives them now, where anybody ever wanted one."""
+        for one in routed.deployments:
+            if one.name in self._places:
+                self.places(one)
 
     def view(self, routed: ModelRouted) -> View:
         """How a route's deployments are, as of now."""
         names = [one.name for one in routed.deployments]
-        cooling = {name: left for name in names if (left := self._cooling(name)) > 0}
+        known = {one.name: breaker for one in routed.deployments if (breaker := self._breakers.get(_known_as(one)))}
+        cooling = {name: left for name, breaker in known.items() if (left := breaker.cooling()) > 0}
         full = frozenset(name for name in names if name in self._places and self._places[name].queue.full)
-        return View(cooling, full, frozenset(name for name in cooling if self._breakers[name].probed))
+        return View(cooling, full, frozenset(name for name in cooling if known[name].probed))
 
     def servers(self) -> Iterable[Server]:
         """Every server that was opened."""
         return self._servers.values()
 
-    def _cooling(self, name: str) -> float:
-        return self._breakers[name].cooling() if name in self._breakers else 0.0
-
     def _server(self, one: Deployment) -> Server:
-        identity = (one.kind, one.url, one.key, one.auth, one.api_version, one.priority, one.continues)
+        identity = _identity(one)
         if identity not in self._servers:
             try:
                 self._servers[identity] = self._open_server(one)
@@ -129,11 +151,20 @@ class Lines:
         return self._servers[identity]
 
     def _breaker(self, routed: ModelRouted, one: Deployment) -> Breaker:
-        breaker = self._breakers.setdefault(one.name, Breaker(routed.breaker, self._now))
+        known_as = _known_as(one)
+        breaker = self._breakers.get(known_as) or Breaker(routed.breaker, self._now)
+        self._breakers.pop(known_as, None)
+        self._breakers[known_as] = breaker
         breaker.terms = routed.breaker
+        if len(self._breakers) > MOST_KNOWN:
+            del self._breakers[next(iter(self._breakers))]
         return breaker
 
-    def _room(self, one: Deployment) -> Places:
-        places = self._places.setdefault(one.name, Places(one.concurrency, self._wall))
-        places.resize(one.concurrency)
-        return places
+
+def _identity(one: Deployment) -> _Identity:
+    return one.kind, one.url, one.key, one.auth, one.api_version, one.priority, one.continues
+
+
+def _known_as(one: Deployment) -> _Identity:
+    """Whose health it is."""
+    return one.name, one.model, *_identity(one)

@@ -22,8 +22,7 @@ from klatch_agents.gateway.continuing import Continues, continuing_body
 from klatch_agents.gateway.dialect import Dialect
 from klatch_agents.gateway.errors import MalformedError, RefusedError
 from klatch_agents.gateway.facts import are_embeddings
-from klatch_agents.gateway.http import KeyOf
-from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, ModelCall, ModelReply, Timeouts
+from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, KeyOf, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.reply import StreamedReply
 
 
@@ -57,9 +56,9 @@ class Endpoint:
     def url(self, what: Literal["chat/completions", "embeddings", "models"], model: str = "") -> str:
         return self.base_url.rstrip("/") + self.dialect.path(what, model)
 
-    async def current_key(self) -> str:
-        """The key of the moment. Raises ModelError."""
-        return await self.key_of() if self.key_of else self.key
+    async def current_key(self, refused: str = "") -> str:
+        """See `KeyOf`."""
+        return await self.key_of(refused) if self.key_of else self.key
 
 
 class OpenAICompatible:

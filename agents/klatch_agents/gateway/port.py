@@ -193,3 +193,11 @@ class Catalogue(Protocol):
     async def models(self, timeouts: Timeouts | None = None) -> list[str]:
         """The ids that the server lists; time-outs as for `embed`."""
         ...
+
+
+class KeyOf(Protocol):
+    """Gives the key of the moment; empty: none."""
+
+    async def __call__(self, refused: str = "") -> str:
+        """`refused`: a key that the server answered with 401; another one is had if it can be. Raises ModelError."""
+        ...

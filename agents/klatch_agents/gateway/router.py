@@ -3,14 +3,14 @@
 It implements the same port as the adapter of one server. Entering `stream` may take several calls: until a chunk
 speaks, whatever fails is tried again as the policy says, and nothing of it is seen; from then on the reply is its
 deployment's, and so is its failure. Entering therefore waits for the first token, not only for the status line.
-A route that changes is in force for the next call; calls under way end where they began.
+A route that changes is in force for the next call, also of a request that waits; calls under way end where they began.
 """
 
 import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,12 +21,14 @@ import structlog
 from klatch_agents.gateway.errors import ModelError, UnroutableError
 from klatch_agents.gateway.fair import Claim
 from klatch_agents.gateway.lines import Line, Lines, OpenServer, Run
+from klatch_agents.gateway.places import Place, hold
 from klatch_agents.gateway.port import Chunk, Embedded, Finished, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.routing import (
     NothingLeft,
     Outcome,
+    Try,
+    able_in,
     choose_until_served,
-    how_it_continues,
     judge,
     who_did_not_continue,
 )
@@ -39,6 +41,9 @@ T = TypeVar("T")
 MOST_HELD_BACK = 64
 """Batches without a word that are held back, so that a call can still be made anew unseen."""
 
+
+_NOWHERE = ModelRouted(alias="none", deployments=())
+"""The route of a model that has none."""
 
 LISTING_S = 10.0
 """The longest that the default server's list of models is waited for: there is an answer without it."""
@@ -55,6 +60,10 @@ class Routes(Protocol):
         """The model names that have routes."""
         ...
 
+    async def changed(self) -> None:
+        """Wait for the next change after this call."""
+        ...
+
 
 def timeouts_of(route: RouteTimeouts) -> Timeouts:
     """A route's time-outs as a call bears them."""
@@ -69,13 +78,20 @@ def listing_of(route: RouteTimeouts) -> Timeouts:
 class _Asked(NamedTuple):
     """A call as the policy needs to know it."""
 
-    route: ModelRouted
     alias: str
     seed: str
     claim: Claim
     continuing: bool = False
     avoid: frozenset[str] = frozenset()
     failed: Callable[[ModelError], None] | None = None
+
+
+class _Seat(NamedTuple):
+    """A place at a deployment, and the call that may be made there now."""
+
+    line: Line
+    run: Run
+    place: Place
 
 
 class Router:
@@ -98,6 +114,7 @@ class Router:
         self._routes = routes
         self._default = default
         self._lines = Lines(open_server, now, wall)
+        self._wall = wall
         self._sleep = sleep
         self._jitter = jitter
         self._numbers = count()
@@ -113,27 +130,18 @@ class Router:
         """See `Gateway.stream`. Raises ModelError."""
         asked = self._asked(call)
         async with AsyncExitStack() as held:
-
-            async def attempt(line: Line) -> ModelReply | None:
-                return await _stream(line, asked, call, held)
-
-            yield await self._served(asked, attempt)
+            yield await self._served(asked, partial(_stream, asked, call), held)
 
     def continues(self, call: ModelCall) -> bool:
         """See `Gateway.continues`."""
-        route = self._routes.find(_alias(call)) or self._default
-        return route is not None and any(how_it_continues(one) != "none" for one in route.deployments if one.weight)
+        return bool(able_in(self._route(_alias(call)), continuing=True))
 
     async def embed(self, call: ModelCall) -> Embedded:
         """What a deployment answers to `POST /embeddings` with the call's body. Raises ModelError, ExpiredError where
         the call's deadline passes while it waits for a place."""
         asked = self._asked(call)
-
-        async def attempt(line: Line) -> Embedded | None:
-            answer = await _embed(line, asked, call)
-            return None if answer is None else Embedded(answer, line.deployment.name)
-
-        return await self._served(asked, attempt)
+        async with AsyncExitStack() as held:
+            return await self._served(asked, partial(_embed, asked, call), held)
 
     async def models(self) -> list[str]:
         """The aliases, and what the default server lists, if it does so in time. Raises its ModelError where there is
@@ -157,42 +165,83 @@ class Router:
             await server.close()
 
     def _asked(self, call: ModelCall) -> _Asked:
-        alias = _alias(call)
-        route = self._routes.find(alias) or self._default
-        if route is None:
-            raise UnroutableError(
-                f"no route names the model {alias!r}: `klatch models list` shows those there are", status=404
-            )
-        claim = Claim(call.tenant, call.weight, call.priority, call.deadline)
+        claim = Claim(call.tenant, call.weight, call.priority, call.deadline, since=self._wall())
         seed = call.request or str(next(self._numbers))
-        return _Asked(route, alias, seed, claim, bool(call.prefix), call.avoid, call.failed)
+        return _Asked(_alias(call), seed, claim, bool(call.prefix), call.avoid, call.failed)
 
-    async def _served(self, asked: _Asked, attempt: Callable[[Line], Awaitable[T | None]]) -> T:
-        """What the first deployment gives that serves; of an attempt None: no call was made. Raises the last failure
-        when none does."""
-        route = asked.route
+    def _route(self, alias: str) -> ModelRouted:
+        return self._routes.find(alias) or self._default or _NOWHERE
+
+    async def _served(
+        self, asked: _Asked, make: Callable[[_Seat, AsyncExitStack], Awaitable[T]], held: AsyncExitStack
+    ) -> T:
+        """What the first deployment gives that serves; its place is given back when `held` is left. Raises the last
+        failure when none does."""
+        route = self._route(asked.alias)
         view = self._lines.view(route)
         policy = choose_until_served(route, asked.seed, view, continuing=asked.continuing, avoid=asked.avoid)
-        outcome, failure = None, None
+        outcome: Outcome | None = None
+        failure: ModelError | None = None
         while True:
             try:
                 step = next(policy) if outcome is None else policy.send(outcome)
             except StopIteration as over:
-                last: ModelError = failure or _unroutable(asked, over.value)
+                last: ModelError = failure or _unroutable(asked.alias, route, over.value)
                 if asked.continuing:
                     last.anew_but = who_did_not_continue(route, last)
                 raise last from None
             if step.after:
                 await self._sleep(step.after + self._jitter() * step.spread)
-            error: ModelError | None = None
-            try:
-                line = self._lines.line(route, step.deployment)
-                if not line.breaker.cooling() and (served := await attempt(line)) is not None:
+            tried = await self._tried(asked, step, make, held)
+            if not isinstance(tried, Outcome):
+                return tried
+            outcome, route, failure = tried, tried.routed, tried.error or failure
+
+    async def _tried(
+        self, asked: _Asked, step: Try, make: Callable[[_Seat, AsyncExitStack], Awaitable[T]], held: AsyncExitStack
+    ) -> T | Outcome:
+        """What a deployment of the step gives; an Outcome where it gives nothing."""
+        called = step.deployment.name
+        error: ModelError | None = None
+        try:
+            async with AsyncExitStack() as opened:
+                if place := await opened.enter_async_context(self._place(asked, step)):
+                    called = place.at
+                # A change may have given it more places and another server in one moment: it is called as it is now.
+                if place and (line := self._line(asked, called)) and (run := line.begin()):
+                    opened.callback(run.left)
+                    served = await make(_Seat(line, run, place), opened)
+                    held.push_async_exit(opened.pop_all())
                     return served
-            except ModelError as failed:
-                failure = error = failed
-                self._tell(asked, step.deployment.name, failed)
-            outcome = Outcome(error, self._lines.view(route))
+        except ModelError as failed:
+            error = failed
+            self._tell(asked, called, failed)
+        route = self._route(asked.alias)
+        return Outcome(error, self._lines.view(route), route, called)
+
+    def _place(self, asked: _Asked, step: Try) -> AbstractAsyncContextManager[Place | None]:
+        """A place at one of the step's deployments; None: all of them cool down, or the route changed."""
+        route = self._route(asked.alias)
+        able = {one.name: one for one in able_in(route, continuing=asked.continuing)}
+        named = [able[one.name] for one in (step.deployment, *step.twins) if one.name in able]
+        choice = {one.name: self._lines.places(one) for one in named if not self._lines.cooling(one)}
+        return hold(asked.claim, choice, partial(self._moved, asked.alias, route))
+
+    def _line(self, asked: _Asked, name: str) -> Line | None:
+        """A deployment as the route has it by now; None: the call may not go there. Raises MisconfiguredError."""
+        route = self._route(asked.alias)
+        able = able_in(route, continuing=asked.continuing)
+        return next((self._lines.line(route, one) for one in able if one.name == name), None)
+
+    async def _moved(self, alias: str, route: ModelRouted) -> None:
+        """Returns once another route is in force.
+
+        Its deployments have the places that it gives them by then: these go to those who wait in their order, before
+        anybody leaves to choose anew.
+        """
+        while (found := self._route(alias)) == route:
+            await self._routes.changed()
+        self._lines.resize(found)
 
     def _tell(self, asked: _Asked, deployment: str, error: ModelError) -> None:
         if asked.failed:
@@ -242,28 +291,21 @@ class RoutedReply:
             raise
 
 
-async def _stream(line: Line, asked: _Asked, call: ModelCall, held: AsyncExitStack) -> ModelReply | None:
-    """Have a place, call, and wait for a word; all of it is left when `held` is. None: no call was made, for the
-    deployment began to cool down while its place was waited for."""
-    async with AsyncExitStack() as opened:
-        place = await opened.enter_async_context(line.places.hold(asked.claim))
-        run = line.begin()
-        if run is None:
-            return None
-        opened.callback(run.left)
-        if call.before_try:
-            await call.before_try()
-        place.used = True
-        try:
-            reply = await opened.enter_async_context(line.server.stream(_call_of(line, asked, call)))
-            rest = aiter(reply)
-            begun = await _first_words(rest)
-        except ModelError as error:
-            run.failed(error)
-            raise
-        run.spoke()
-        held.push_async_exit(opened.pop_all())
-        return RoutedReply(reply, rest, run, line.deployment.name, begun)
+async def _stream(asked: _Asked, call: ModelCall, seat: _Seat, opened: AsyncExitStack) -> ModelReply:
+    """Call, and wait for a word."""
+    line, run, place = seat
+    if call.before_try:
+        await call.before_try()
+    place.used = True
+    try:
+        reply = await opened.enter_async_context(line.server.stream(_call_of(line, asked, call)))
+        rest = aiter(reply)
+        begun = await _first_words(rest)
+    except ModelError as error:
+        run.failed(error)
+        raise
+    run.spoke()
+    return RoutedReply(reply, rest, run, line.deployment.name, begun)
 
 
 async def _first_words(reply: AsyncIterator[list[Chunk]]) -> list[list[Chunk]]:
@@ -275,25 +317,18 @@ async def _first_words(reply: AsyncIterator[list[Chunk]]) -> list[list[Chunk]]:
     return begun
 
 
-async def _embed(line: Line, asked: _Asked, call: ModelCall) -> bytes | None:
-    """As `_stream`, for an embedding."""
+async def _embed(asked: _Asked, call: ModelCall, seat: _Seat, _: AsyncExitStack) -> Embedded:
+    line, run, place = seat
     look = partial(call.before_send, line.deployment.name) if call.before_send else None
-    async with line.places.hold(asked.claim) as place:
-        run = line.begin()
-        if run is None:
-            return None
-        place.used = True
-        try:
-            named = {**call.body, "model": _model_of(line, asked)}
-            answer = await line.server.embed(named, timeouts_of(asked.route.timeouts), look)
-        except ModelError as error:
-            run.failed(error)
-            raise
-        else:
-            run.finished()
-            return answer
-        finally:
-            run.left()
+    place.used = True
+    try:
+        named = {**call.body, "model": _model_of(line, asked)}
+        answer = await line.server.embed(named, timeouts_of(line.routed.timeouts), look)
+    except ModelError as error:
+        run.failed(error)
+        raise
+    run.finished()
+    return Embedded(answer, line.deployment.name)
 
 
 def _alias(call: ModelCall) -> str:
@@ -301,7 +336,7 @@ def _alias(call: ModelCall) -> str:
 
 
 def _call_of(line: Line, asked: _Asked, call: ModelCall) -> ModelCall:
-    within = timeouts_of(asked.route.timeouts)
+    within = timeouts_of(line.routed.timeouts)
     return replace(call, model=_model_of(line, asked), deployment=line.deployment.name, timeouts=within)
 
 
@@ -309,9 +344,13 @@ def _model_of(line: Line, asked: _Asked) -> str:
     return line.deployment.model or asked.alias
 
 
-def _unroutable(asked: _Asked, nothing: NothingLeft) -> UnroutableError:
+def _unroutable(alias: str, route: ModelRouted, nothing: NothingLeft) -> UnroutableError:
+    if route is _NOWHERE:
+        return UnroutableError(
+            f"no route names the model {alias!r}: `klatch models list` shows those there are", status=404
+        )
     return UnroutableError(
-        f"no deployment of {asked.alias!r} can be called just now: `klatch models test` says why",
+        f"no deployment of {alias!r} can be called just now: `klatch models test` says why",
         status=503,
         retry_after=nothing.retry_after,
     )

@@ -5,15 +5,16 @@ returns when there is nothing left to try. It touches no clock, no network and n
 deployments is taken is a hash of the request and the try, and jitter is added by whoever carries it out
 (`router.py`).
 
-The order of preference: not cooling down; not failed for this request yet; the lower tier; one with a free place;
-then by weight. What a server's own words allow decides what follows a failure (`judge`): the same deployment again,
-after a pause; only another one; or none.
+The order of preference: not cooling down; not failed for this request yet; the lower tier; one with a free place, else
+the one that has one first; then by weight. What a server's own words allow decides what follows a failure (`judge`):
+the same deployment again, after a pause; only another one; or none.
 
 Where nothing may be called, a request waits, within limits of its own (`_Patience`) beside the route's `tries`:
 `PATIENCE_S` in all for cool-downs, and `MOST_LOOKS` looks, a second each, whether a probe is over. Together that is
 20 seconds, up to a fifth of a second of jitter with each wait, and the pauses between tries. What it waits for a place
 is not counted and not known here: the caller's deadline ends that, or the caller, who leaves. A place that was had in
 vain is no reason to give up; `MOST_UNMADE` of them are, so that it ends whatever breakers and places do to each other.
+A route that changes meanwhile costs nothing: what it says by now is followed, and what failed before stays failed.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -59,14 +60,19 @@ class Try:
     deployment: Deployment
     after: float = 0.0
     spread: float = 0.0
+    twins: tuple[Deployment, ...] = ()
+    """As good as it is: where its places are taken, the first that is free at any of them will do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile."""
+    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile, or the
+    route changed. `routed` is the route in force by now, `called` the one that was called of a `Try` with twins."""
 
     error: ModelError | None
     view: View
+    routed: ModelRouted
+    called: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,44 +109,51 @@ def choose_until_served(
 ) -> Policy:
     """Try deployments of a route until one serves; `continuing`: only those that can continue a partial message;
     `avoid`: rather not these."""
-    able = [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
-    failed, waits = dict[str, int](), dict[str, float]()
+    failed, waits, barred = dict[str, int](), dict[str, float](), set[str]()
     patience, tries = _Patience(), 0
     while tries < routed.tries:
+        able = [one for one in able_in(routed, continuing=continuing) if one.name not in barred]
         # A server that said when to come back is taken at its word, whether or not it is known to others.
         cooling = {one.name: max(view.cooling.get(one.name, 0.0), waits.get(one.name, 0.0)) for one in able}
         liked = {one.name: (failed.get(one.name, 0) + (one.name in avoid), one.tier) for one in able}
-        chosen = _choose(able, cooling, liked, view.full, f"{seed}/{tries}")
-        if chosen is None:
+        if not (equal := _best(able, cooling, liked)):
             return NothingLeft()
+        chosen = _weighted([one for one in equal if one.name not in view.full] or equal, f"{seed}/{tries}")
         cools = cooling[chosen.name]
         if not patience.lasts(cools, probed=chosen.name in view.probed and chosen.name not in waits):
             return NothingLeft(cools or None)
         pause = BACK_OFF_S * 2 ** (failed[chosen.name] - 1) if chosen.name in failed else 0.0
-        waits.pop(chosen.name, None)
-        outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)))
-        view = outcome.view
+        for one in equal:
+            waits.pop(one.name, None)
+        twins = tuple(one for one in equal if one is not chosen)
+        outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)), twins)
+        view, before, routed = outcome.view, routed, outcome.routed
         if outcome.error is None:
-            patience.unmade -= 1
+            patience.unmade -= routed == before
             continue
         tries += 1
         verdict = judge(outcome.error)
         if verdict == "stop":
             break
         if verdict == "elsewhere":
-            able = [one for one in able if one.name != chosen.name]
-        failed[chosen.name] = failed.get(chosen.name, 0) + 1
+            barred.add(outcome.called)
+        failed[outcome.called] = failed.get(outcome.called, 0) + 1
         if outcome.error.retry_after is not None:
-            waits[chosen.name] = outcome.error.retry_after
+            waits[outcome.called] = outcome.error.retry_after
     return NothingLeft()
+
+
+def able_in(routed: ModelRouted, *, continuing: bool) -> list[Deployment]:
+    """The deployments of a route that a call may go to at all; `continuing`: as for `choose_until_served`."""
+    return [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
 
 
 def who_did_not_continue(routed: ModelRouted, error: ModelError) -> frozenset[str] | None:
     """Those that can continue an answer, none of which did, for this failure last: but others of the route might begin
     it anew; else None."""
-    in_use = [one for one in routed.deployments if one.weight]
-    able = frozenset(one.name for one in in_use if how_it_continues(one) != "none")
-    return able if len(able) < len(in_use) and judge(error) != "stop" else None
+    able = frozenset(one.name for one in able_in(routed, continuing=True))
+    others = len(able) < len(able_in(routed, continuing=False))
+    return able if others and judge(error) != "stop" else None
 
 
 def how_it_continues(deployment: Deployment) -> Continues:
@@ -167,20 +180,12 @@ class _Patience:
         return self.seconds >= 0 and self.looks >= 0 and self.unmade > 0
 
 
-def _choose(
-    able: Sequence[Deployment],
-    cooling: Mapping[str, float],
-    liked: Mapping[str, tuple[int, int]],
-    full: frozenset[str],
-    seed: str,
-) -> Deployment | None:
-    def rank(one: Deployment) -> tuple[float, tuple[int, int], bool]:
-        return cooling[one.name], liked[one.name], one.name in full
-
-    if not able:
-        return None
-    best = min(map(rank, able))
-    return _weighted([one for one in able if rank(one) == best], seed)
+def _best(
+    able: Sequence[Deployment], cooling: Mapping[str, float], liked: Mapping[str, tuple[int, int]]
+) -> list[Deployment]:
+    ranks = {one.name: (cooling[one.name], liked[one.name]) for one in able}
+    best = min(ranks.values(), default=None)
+    return [one for one in able if ranks[one.name] == best]
 
 
 def _weighted(equal: Sequence[Deployment], seed: str) -> Deployment:
