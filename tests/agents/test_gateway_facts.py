@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klatch_agents.gateway.errors import ErrorBody
+from klatch_agents.gateway.errors import ErrorBody, StreamError
 from klatch_agents.gateway.facts import read_chunk, read_error
 from klatch_agents.gateway.port import Chunk
 
@@ -125,6 +125,12 @@ def test_a_lone_surrogate_does_not_stop_a_reply(half: bytes) -> None:
 def test_an_error_in_the_stream_is_told_from_a_chunk(raw: bytes, event: bytes, expected: ErrorBody) -> None:
     """[34]"""
     assert read_chunk(raw, event) == expected
+
+
+@pytest.mark.parametrize(("code", "transient"), [("503", True), ("400", False), ("²", False), ("9" * 5_000, False)])
+def test_an_error_that_an_event_tells_is_an_error_whatever_its_code(code: str, transient: bool) -> None:
+    """[34] What is no status is a name."""
+    assert StreamError(ErrorBody("m", code=code)).transient is transient
 
 
 def test_a_null_error_is_no_error() -> None:

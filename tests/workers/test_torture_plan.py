@@ -1,5 +1,7 @@
 """What a torture does is a function of its seed: faults in order, every kind of them, and a load with every trouble."""
 
+from collections import Counter
+
 import pytest
 
 from klatch_workers.torture.boundaries import BOUNDARIES
@@ -7,7 +9,17 @@ from klatch_workers.torture.evidence import Struck
 from klatch_workers.torture.load import ONCE_ENDED, ONCE_OPENED, Shape, Trouble, plan
 from klatch_workers.torture.recovery import Recovery, Speaking, recoveries
 from klatch_workers.torture.schedule import AWAITED_S, Fault, faults_of, schedule
-from klatch_workers.torture.tenants import LIMITED, PEOPLE, PERSONS, PRICED, TENANTS, changes, configured
+from klatch_workers.torture.tenants import (
+    FLOODING,
+    LIMITED,
+    PEOPLE,
+    PERSONS,
+    PRICED,
+    TENANTS,
+    TIGHT,
+    changes,
+    configured,
+)
 
 # --- the schedule and the load -----------------------------------------------------------------------------------
 
@@ -78,7 +90,7 @@ def test_some_conversations_are_those_of_tenants_with_limits_that_operators_chan
     assert {turn.model for turn in people} == {PRICED}
     assert {talk.tenant for talk in plan(3, 10, 5, plain=True)}.isdisjoint(LIMITED)
     made = list(changes(2))
-    assert {one.tenant for one in made} == set(LIMITED)
+    assert {one.tenant for one in made} == {TIGHT, PEOPLE}
     assert [one.at_s for one in made] == sorted(one.at_s for one in made)
     assert made[-1].at_s <= 120
     held = {tenant: configured(tenant, "key-of-theirs") for tenant in LIMITED}
@@ -89,13 +101,15 @@ def test_some_conversations_are_those_of_tenants_with_limits_that_operators_chan
 
 
 def test_a_load_can_be_made_of_what_is_rare() -> None:
-    slow = [turn for talk in plan(3, 1, 5, shape=Shape(slow=1.0, waits=0.0, continues=1.0)) for turn in talk.turns]
+    slow = [
+        turn for talk in plan(3, 1, 5, shape=Shape(slow=1.0, waits=0.0, continues=1.0, flood=0)) for turn in talk.turns
+    ]
     assert {turn.rate for turn in slow if not turn.person} == {15.0}
     assert {turn.on_crash for turn in slow} == {"continue"}
     assert not any(turn.waits for turn in slow)
-    assert {talk.at_s for talk in plan(3, 1, 5, shape=Shape(every_s=20.0))} == {0.0, 20.0, 40.0}
-    assert {talk.tenant for talk in plan(3, 1, 5, shape=Shape(limited=1.0))} == set(LIMITED)
-    assert all(turn.alone for talk in plan(3, 1, 5, shape=Shape(alone=1.0)) for turn in talk.turns)
+    assert {talk.at_s for talk in plan(3, 1, 5, shape=Shape(every_s=20.0, flood=0))} == {0.0, 20.0, 40.0}
+    assert {talk.tenant for talk in plan(3, 1, 5, shape=Shape(limited=1.0, flood=0))} == {TIGHT, PEOPLE}
+    assert all(turn.alone for talk in plan(3, 1, 5, shape=Shape(alone=1.0, flood=0)) for turn in talk.turns)
 
 
 def test_some_clients_have_no_conversation_and_none_of_their_requests_meets_another() -> None:
@@ -107,6 +121,18 @@ def test_some_clients_have_no_conversation_and_none_of_their_requests_meets_anot
     others = [talk for talk in plan(3, 10, 5) if talk not in talks]
     assert all(talk.conversation_of(turn) == talk.conversation for talk in others for turn in talk.turns)
     assert len(talks) < len(others)
+
+
+def test_a_tenant_floods_now_and_then_in_a_few_conversations() -> None:
+    floods = [talk for talk in plan(3, 21, 5, shape=Shape(flood=320)) if talk.tenant == FLOODING]
+    assert {talk.at_s for talk in floods} == {10.0, 610.0, 1210.0}
+    of_each = Counter[float]()
+    for talk in floods:
+        of_each[talk.at_s] += len(talk.turns)
+    assert set(of_each.values()) == {320}
+    assert len({talk.conversation for talk in floods}) == len(floods)
+    assert {len(talk.turns) for talk in floods} == set(range(1, 8)), "they end one by one"
+    assert not any(turn.waits or turn.plain for talk in floods for turn in talk.turns)
 
 
 def test_a_load_can_begin_with_two_long_replies_that_hold_every_commit_back() -> None:
@@ -157,7 +183,7 @@ def test_a_load_asks_as_often_as_it_was_told_and_has_every_trouble() -> None:
 
 
 def test_a_plain_load_asks_the_same_at_the_same_times_and_nothing_that_not_everyone_can_answer() -> None:
-    everything, plain = plan(3, 2, 5), plan(3, 2, 5, plain=True)
+    everything, plain = plan(3, 2, 5, shape=Shape(flood=0)), plan(3, 2, 5, plain=True)
     assert [(talk.at_s, talk.conversation) for talk in plain] == [(talk.at_s, talk.conversation) for talk in everything]
     turns = [turn for talk in plain for turn in talk.turns]
     asked = [turn for talk in everything for turn in talk.turns]

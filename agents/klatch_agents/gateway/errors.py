@@ -18,6 +18,7 @@ out: another answer, begun anew or continued, may come to its end), `retry_after
 `upstream_request_id` for a ticket with the vendor. Messages never hold a key.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -180,6 +181,7 @@ class MalformedError(BrokenReplyError):
     retriable = False
 
 
+_STATUS = re.compile("[0-9]{3}")
 _RETRIABLE = frozenset({408, 409, 425, 429})
 _SERVERS_FAULTS = frozenset(
     {"server_error", "api_error", "internal_error", "internal_server_error", "internalservererror"}
@@ -190,7 +192,7 @@ _SERVERS_FAULTS = frozenset(
 def _is_servers_fault(body: ErrorBody) -> bool:
     """Whether an error event tells of a server in trouble: by a status as code, else by its type. What
     says neither came from a server that could not say more."""
-    code = int(body.code) if isinstance(body.code, str) and body.code.isdecimal() else body.code
+    code = int(body.code) if isinstance(body.code, str) and _STATUS.fullmatch(body.code) else body.code
     if isinstance(code, int):
         return code >= 500 or code in _RETRIABLE
     named = [name.lower() for name in (code, body.type) if name]

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 from klatch_schemas.events import IfBusy, OnCrash
 from klatch_schemas.ids import Conversation, Person, RequestId, Tenant, request_id_for_key
 from klatch_workers.torture.tenants import (
+    FLOODING,
     FREE,
     LIMITED,
     PEOPLE,
@@ -21,7 +22,7 @@ from klatch_workers.torture.tenants import (
     PRICED,
     PRICED_RATE,
     PRICED_TOKENS,
-    TENANTS,
+    TALKING,
     shares,
 )
 
@@ -61,6 +62,10 @@ _TRIES: Final = 3
 
 ONCE_OPENED: Final = -1
 ONCE_ENDED: Final = -2
+_FLOODS: Final = (10.0, 600.0)
+"""Seconds after the load began, and from one to the next."""
+_FLOODED: Final = 7
+"""The most that a conversation of a flood asks; they end one by one."""
 _THINKS_S: Final = 6.0
 """Before its first token, where it is to be cancelled meanwhile."""
 
@@ -84,6 +89,9 @@ class Shape:
     holds_s: float = 0.0
     """How long each of two replies takes that are asked one behind the other before all others, by a conversation of
     their own: until the first has ended, their partition commits nothing that came after it. 0: nobody asks them."""
+    flood: int = 400
+    """How many requests a tenant of its own asks at once, ten seconds after the load began and again every ten minutes;
+    limits refuse nearly all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,9 @@ def plan(
     alone = random.Random(f"alone {seed}")  # noqa: S311 - no secret
     talks = [_parted(talk) if alone.random() < shape.alone else talk for talk in talks]
     talks = [_holding(seed, shape.holds_s), *talks] if shape.holds_s else talks
-    return [_plain(talk) for talk in talks] if plain else talks
+    if plain:
+        return [_plain(talk) for talk in talks]
+    return sorted([*talks, *_floods(seed, minutes, shape.flood)], key=lambda talk: talk.at_s)
 
 
 def _parted(talk: Talk) -> Talk:
@@ -230,8 +240,26 @@ def _holding(seed: int, lasts_s: float) -> Talk:
     return Talk(0.0, FREE[0], conversation, "kafka", tuple(turns))
 
 
+def _floods(seed: int, minutes: float, requests: int) -> Iterator[Talk]:
+    chance = random.Random(f"flood {seed}")  # noqa: S311 - no secret
+    at, every = _FLOODS
+    while requests and at < minutes * 60:
+        left = requests
+        while left:
+            conversation = Conversation(f"flood-{seed}-{at:.0f}-{left}")
+            turns = min(left, chance.randint(1, _FLOODED))
+            left -= turns
+            yield Talk(at, FLOODING, conversation, "kafka", tuple(_flooding(conversation, turns)))
+        at += every
+
+
+def _flooding(conversation: Conversation, turns: int) -> Iterator[Turn]:
+    for number in range(turns):
+        yield Turn(number, RequestId(f"{conversation}.{number}"), 20, 40.0, waits=False, limited=True)
+
+
 def _talk(chance: random.Random, seed: int, number: int, at: float, shape: Shape) -> Talk:
-    [tenant] = chance.choices(TENANTS, shares(shape.limited))
+    [tenant] = chance.choices(TALKING, shares(shape.limited))
     conversation = Conversation(f"talk-{seed}-{number}")
     edge = chance.choice(_EDGES)
     turns = [_turn(chance, tenant, conversation, edge, number, shape) for number in range(chance.choice(_TURNS))]

@@ -8,7 +8,7 @@ A worker is `python -m MODULE ARGUMENTS` that says `{"event": "ready"}` on stdou
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Said
@@ -16,6 +16,8 @@ from klatch_schemas.codec import Unreadable
 from klatch_schemas.records import Record
 from klatch_workers.settings import PREFIX
 
+_AT_ONCE: Final = 8
+"""Requests of a partition that have their turn at once: so few that tenants wait for their shares after an outage."""
 Read = Callable[[Record], Sequence[Said]]
 """A reader of the stream topic: what a record says, in the words of the contract. Given every record once, in order."""
 
@@ -104,6 +106,7 @@ class Klatch:
             "DRAIN_S": str(place.drain_s),
             "MODEL_CONTINUES": "prefill",
             "IDEMPOTENCY_S": str(place.remembers_s),
+            "MAX_IN_FLIGHT": str(_AT_ONCE),
             **({"INSTANCE": place.name} if place.static else {}),
         }
         environment = {PREFIX + setting: value for setting, value in settings.items()}

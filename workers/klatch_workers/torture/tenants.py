@@ -1,4 +1,5 @@
-"""The tenants of the load: two without limits to speak of, one that everything limits, one with people and money.
+"""The tenants of the load: two without limits to speak of, one that everything limits, one with people and money; and
+one that floods.
 
 What the limited ones may use is far less than what they ask for, so that every limit refuses something, and it is
 changed while they ask: limits are checked against what was in force at each place of the log.
@@ -15,7 +16,10 @@ from klatch_workers.tenants import tenant_configured
 FREE: Final = (Tenant("torture-a"), Tenant("torture-b"))
 TIGHT: Final = Tenant("torture-tight")
 PEOPLE: Final = Tenant("torture-people")
-LIMITED: Final = (TIGHT, PEOPLE)
+FLOODING: Final = Tenant("torture-flood")
+"""Asks much at once, of which nearly all is refused."""
+TALKING: Final = (*FREE, TIGHT, PEOPLE)
+LIMITED: Final = (TIGHT, PEOPLE, FLOODING)
 """Being refused by a limit is what they are here for."""
 TENANTS: Final = (*FREE, *LIMITED)
 
@@ -32,11 +36,12 @@ _FREELY: Final = Limits(requests_per_minute=10**6, tokens_per_day=10**12, concur
 """Out of the load's reach, but counted: replies have credit, and the judge adds it all up."""
 _TIGHTLY: Final = Limits(requests_per_minute=20, tokens_per_minute=2_500, tokens_per_day=6_000, concurrent_requests=3)
 _A_PERSON: Final = Limits(requests_per_minute=6, burst_requests=3, concurrent_requests=2, tokens_per_month=3_000)
+_OF_A_FLOOD: Final = Limits(requests_per_minute=10)
 _MONEY: Final = Limits(cost_micros_per_day=30_000, cost_micros_per_month=90_000)
 
 
 def shares(limited: float) -> tuple[float, ...]:
-    """Of the conversations, by tenant, if so many are those of tenants with limits."""
+    """Of the conversations, by tenant of `TALKING`, if so many are those of tenants with limits."""
     free = (1 - limited) / len(FREE)
     return (free, free, limited * 10 / 18, limited * 8 / 18)
 
@@ -45,6 +50,8 @@ def configured(tenant: Tenant, key: str) -> TenantConfigured:
     """A tenant as it stands in the ledger when the load begins."""
     if tenant == TIGHT:
         return tenant_configured(tenant, [key], _TIGHTLY)
+    if tenant == FLOODING:
+        return tenant_configured(tenant, [key], _OF_A_FLOOD)
     if tenant == PEOPLE:
         each = LimitRule(person="*", limits=_A_PERSON)
         return tenant_configured(tenant, [key], _MONEY).model_copy(update={"rules": (each,)})
