@@ -77,16 +77,22 @@ async def test_who_waits_where_there_is_no_route_any_more_is_told_so(world: Worl
         assert refused.value.status == 404
 
 
-async def test_who_waits_for_a_cool_down_goes_where_the_route_says_by_then(world: World) -> None:
+async def test_who_waits_for_a_cool_down_goes_where_the_route_says_by_now(world: World) -> None:
+    napping = asyncio.Event()
+
+    async def for_ever(_: float) -> None:
+        napping.set()
+        await asyncio.Event().wait()
+
     terms = {"breaker": CircuitBreaker(failures=1, cool_down_s=5)}
     world.route(world.on_a("status=500"), tries=1, **terms)
-    with pytest.raises(RefusedError):
-        await ask(world.router)
-    waiting = asyncio.create_task(ask(world.router))
-    await asyncio.sleep(0)
-    assert world.clock.naps, "it waits"
-    world.route(world.on_b(), tries=1, **terms)
-    assert await waiting_for(waiting) == ("b", "from b")
+    async with Router(world.book, open_server, sleep=for_ever) as router:
+        with pytest.raises(RefusedError):
+            await ask(router)
+        waiting = asyncio.create_task(ask(router))
+        await waiting_for(asyncio.ensure_future(napping.wait()))
+        world.route(world.on_b(), tries=1, **terms)
+        assert await waiting_for(waiting) == ("b", "from b")
     assert len(world.a.calls) == 1
 
 

@@ -190,8 +190,6 @@ class Router:
                 if asked.continuing:
                     last.anew_but = who_did_not_continue(route, last)
                 raise last from None
-            if step.after:
-                await self._sleep(step.after + self._jitter() * step.spread)
             tried = await self._tried(asked, step, make, held)
             if not isinstance(tried, Outcome):
                 return tried
@@ -202,6 +200,8 @@ class Router:
     ) -> T | Outcome:
         """What a deployment of the step gives; an Outcome where it gives nothing."""
         called = step.deployment.name
+        if step.after and await self._moved_within(asked.alias, step.after + self._jitter() * step.spread):
+            return self._outcome(asked, called)
         error: ModelError | None = None
         try:
             async with AsyncExitStack() as opened:
@@ -216,6 +216,9 @@ class Router:
         except ModelError as failed:
             error = failed
             self._tell(asked, called, failed)
+        return self._outcome(asked, called, error)
+
+    def _outcome(self, asked: _Asked, called: str, error: ModelError | None = None) -> Outcome:
         route = self._route(asked.alias)
         return Outcome(error, self._lines.view(route), route, called)
 
@@ -232,6 +235,17 @@ class Router:
         route = self._route(asked.alias)
         able = able_in(route, continuing=asked.continuing)
         return next((self._lines.line(route, one) for one in able if one.name == name), None)
+
+    async def _moved_within(self, alias: str, seconds: float) -> bool:
+        """Wait so long, or until another route is in force; whether there is one."""
+        resting = asyncio.ensure_future(self._sleep(seconds))
+        moving = asyncio.ensure_future(self._moved(alias, self._route(alias)))
+        try:
+            await asyncio.wait({resting, moving}, return_when=asyncio.FIRST_COMPLETED)
+            return moving.done()
+        finally:
+            resting.cancel()
+            moving.cancel()
 
     async def _moved(self, alias: str, route: ModelRouted) -> None:
         """Returns once another route is in force.
