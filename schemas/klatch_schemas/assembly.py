@@ -235,17 +235,19 @@ class ReplyReader:
             return None
         self._assembly.state, heard = fold(self._assembly.state, said)
         match heard:
-            case Spoke(seq, chunk, deployment) if offset > self._has:
-                self._has = offset
+            case Spoke(seq, chunk, deployment):
                 self._last = Standing(offset, self.state.attempt, seq, chunk, deployment)
-                return self._last
-            case Opened(mode="restart") if self._last:
+                # Who reads again from further back is shown nothing twice.
+                shown = self._last if offset > self._has else None
+                self._has = max(self._has, offset)
+                return shown
+            case Opened(mode="restart") if self._last and offset > self._has:
                 raise _superseded()
-            case Retracted(from_seq) if self._last and self._takes_back(self._last, from_seq):
+            case Retracted(from_seq) if self._last and offset > self._has and self._takes_back(self._last, from_seq):
                 raise _superseded()
             case Ended():
                 return heard
-            case Gap():
+            case Gap() if offset > self._has:
                 raise _broken(heard)
             case _:
                 return None

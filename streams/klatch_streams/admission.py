@@ -373,9 +373,9 @@ def _grant(state: Ledger, said: UsageRunning, step: int) -> tuple[Ledger, Sequen
         limit = room.limit if room and more < wanted else None
         granted += more
         grant = Need(more, micros(price, 0, more))
-        kept, added = held.corrected(grant, now)
+        kept, added = held.grown(grant, now)
         kept = msgspec.structs.replace(kept, granted=granted, expires_ms=_expiry_of_running(state, held))
-        state = _corrected(_held(state, said.request, kept), held, added._replace(reserved=grant))
+        state = _corrected(_held(state, said.request, kept), held, added)
     told = StreamBudget(
         request=said.request,
         tenant=said.tenant,

@@ -76,7 +76,7 @@ def play(routed: ModelRouted, *errors: ModelError | None, view: View = CALM, see
             told.tried.append(step.deployment.name)
             told.steps.append(step)
             error = next(outcomes, error)
-            step = policy.send(Outcome(error, view, routed, step.deployment.name))
+            step = policy.send(Outcome(error, view, routed, step.deployment.name, step.after))
     except StopIteration as over:
         told.left = over.value
     return told
@@ -197,13 +197,13 @@ def test_a_deployment_that_cools_down_again_and_again_is_not_waited_for_for_ever
 def test_a_try_that_was_not_made_costs_no_patience() -> None:
     policy = choose_until_served(ALONE, "r1", CALM)
     assert next(policy).after == 0
-    assert policy.send(Outcome(None, View(cooling={"a": PATIENCE_S}), ALONE, "a")).after == PATIENCE_S
+    assert policy.send(Outcome(None, View(cooling={"a": PATIENCE_S}), ALONE, "a", 0.0)).after == PATIENCE_S
 
 
 def test_a_probe_is_looked_at_a_few_times_once_the_patience_is_spent() -> None:
     policy = choose_until_served(ALONE, "r1", View(cooling={"a": PATIENCE_S}))
     assert next(policy).after == PATIENCE_S
-    probed = Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})), ALONE, "a")
+    probed = Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})), ALONE, "a", 1.0)
     assert [policy.send(probed).after for _ in range(MOST_LOOKS)] == [1.0] * MOST_LOOKS
     with pytest.raises(StopIteration) as over:
         policy.send(probed)
@@ -213,9 +213,9 @@ def test_a_probe_is_looked_at_a_few_times_once_the_patience_is_spent() -> None:
 def test_a_probe_that_failed_is_waited_for_with_the_patience_that_is_left() -> None:
     policy = choose_until_served(ALONE, "r1", View(cooling={"a": PATIENCE_S}))
     next(policy)
-    policy.send(Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})), ALONE, "a"))
+    policy.send(Outcome(None, View(cooling={"a": 1.0}, probed=frozenset({"a"})), ALONE, "a", 1.0))
     with pytest.raises(StopIteration) as over:
-        policy.send(Outcome(None, View(cooling={"a": 2 * PATIENCE_S}), ALONE, "a"))
+        policy.send(Outcome(None, View(cooling={"a": 2 * PATIENCE_S}), ALONE, "a", 1.0))
     assert over.value.value == NothingLeft(2 * PATIENCE_S)
 
 
@@ -224,16 +224,59 @@ def test_a_route_that_changes_is_followed_and_costs_nothing() -> None:
     assert next(policy).deployment.name == "a"
     for _ in range(MOST_UNMADE):
         for changed in (route(one("b")), A_B):
-            step = policy.send(Outcome(None, CALM, changed, "a"))
+            step = policy.send(Outcome(None, CALM, changed, "a", 0.0))
             assert step.deployment == changed.deployments[0]
+
+
+HEAVIER = route(one("a", weight=2))
+"""`ALONE`, changed."""
+
+
+def test_a_change_gives_back_what_is_left_of_a_wait_and_takes_no_more() -> None:
+    policy = choose_until_served(ALONE, "r1", View(cooling={"a": 8.0}))
+    assert next(policy).after == 8.0
+    assert policy.send(Outcome(None, View(cooling={"a": 7.0}), HEAVIER, "a", 1.0, moved=True)).after == 7.0
+    with pytest.raises(StopIteration) as over:
+        policy.send(Outcome(None, View(cooling={"a": 3.0}), HEAVIER, "a", 7.0))
+    assert over.value.value == NothingLeft(3.0), "eight of ten seconds are spent"
+
+
+def test_a_change_gives_a_look_at_a_probe_back() -> None:
+    view = View(cooling={"a": 1.0}, probed=frozenset({"a"}))
+    policy = choose_until_served(ALONE, "r1", view)
+    next(policy)
+    for routed in (HEAVIER, ALONE) * MOST_LOOKS:
+        assert policy.send(Outcome(None, view, routed, "a", 0.1, moved=True)).after == 1.0
+
+
+def test_a_change_takes_nothing_from_what_a_server_asked_for() -> None:
+    policy = choose_until_served(ALONE, "r1", CALM)
+    next(policy)
+    step = policy.send(Outcome(refused(503, retry_after=5.0), CALM, ALONE, "a", 0.0))
+    assert step.after > 5.0
+    again = policy.send(Outcome(None, CALM, HEAVIER, "a", 1.0, moved=True))
+    assert step.after - again.after == pytest.approx(1.0)
+    assert policy.send(Outcome(None, CALM, HEAVIER, "a", 4.0)).after < 1.0
+
+
+def test_who_waits_for_a_place_looks_when_something_as_good_may_have_recovered() -> None:
+    routed = route(one("a"), one("b"), one("worse", tier=1))
+    cooling = View(cooling={"a": 3.0, "worse": 1.0})
+    policy = choose_until_served(routed, "r1", cooling)
+    step = next(policy)
+    assert (step.deployment.name, step.look_after) == ("b", 3.0)
+    probed = View(cooling={"a": 1.0}, probed=frozenset({"a"}))
+    looks = [policy.send(Outcome(None, probed, routed, "b", 3.0, moved=True)).look_after for _ in range(6)]
+    assert looks == [1.0, 2.0, 4.0, 5.0, 5.0, 5.0], "less and less often, while it is probed"
+    assert policy.send(Outcome(None, CALM, routed, "b", 5.0, moved=True)).look_after is None
 
 
 def test_what_refused_is_not_asked_again_because_the_route_changes() -> None:
     policy = choose_until_served(ALONE, "r1", CALM)
     next(policy)
-    assert policy.send(Outcome(refused(401), CALM, A_B, "a")).deployment.name == "b"
+    assert policy.send(Outcome(refused(401), CALM, A_B, "a", 0.0)).deployment.name == "b"
     with pytest.raises(StopIteration):
-        policy.send(Outcome(None, CALM, route(one("a"), tries=2), "a"))
+        policy.send(Outcome(None, CALM, route(one("a"), tries=2), "a", 0.0))
 
 
 def test_those_that_are_as_good_are_told_of_and_the_one_that_was_called_counts() -> None:
@@ -242,7 +285,7 @@ def test_those_that_are_as_good_are_told_of_and_the_one_that_was_called_counts()
     step = next(policy)
     (twin,) = step.twins
     assert {step.deployment.name, twin.name} == {"a", "b"}
-    step = policy.send(Outcome(refused(500), CALM, routed, twin.name))
+    step = policy.send(Outcome(refused(500), CALM, routed, twin.name, 0.0))
     assert twin not in (step.deployment, *step.twins)
 
 
@@ -283,16 +326,18 @@ CONTINUING = (one("b", kind="vllm"), one("c", continues="prefill"))
     "error", [ConnectError("no"), refused(401), refused(503), MalformedError("no"), UnroutableError("no", status=503)]
 )
 def test_what_none_of_those_continued_who_can_may_be_begun_anew_by_others_if_there_are_any(error: ModelError) -> None:
-    assert who_did_not_continue(route(one("a"), *CONTINUING), error) == frozenset({"b", "c"})
-    assert who_did_not_continue(route(*CONTINUING), error) is None
-    assert who_did_not_continue(route(one("a", weight=0), *CONTINUING), error) is None
+    assert who_did_not_continue(route(one("a"), *CONTINUING), error, CALM) == frozenset({"b", "c"})
+    assert who_did_not_continue(route(*CONTINUING), error, CALM) is None
+    assert who_did_not_continue(route(one("a", weight=0), *CONTINUING), error, CALM) is None
+    for cools, anew in ((PATIENCE_S, frozenset({"b", "c"})), (PATIENCE_S + 1, None)):
+        assert who_did_not_continue(route(one("a"), *CONTINUING), error, View(cooling={"a": cools})) == anew
 
 
 @pytest.mark.parametrize(
     "error", [refused(400), refused(400, "content_filter"), event("content_filter"), ExpiredError("late")]
 )
 def test_what_is_refused_for_its_own_doing_is_not_begun_anew(error: ModelError) -> None:
-    assert who_did_not_continue(route(one("a"), *CONTINUING), error) is None
+    assert who_did_not_continue(route(one("a"), *CONTINUING), error, CALM) is None
 
 
 def test_one_that_broke_off_before_is_taken_only_where_there_is_no_other() -> None:

@@ -261,6 +261,19 @@ def test_resuming_after_whatever_was_shown_gives_exactly_the_rest(
 
 
 @settings(max_examples=200)
+@given(_logs, st.integers(0, 26))
+def test_who_is_live_and_reads_again_from_the_start_is_shown_what_follows_what_it_has(
+    log: list[Said], joined: int
+) -> None:
+    """A door sends a reader further back that began behind the beginning of its stream."""
+    first = Reader(log, min(joined, len(log))).read()
+    for after, seen_at in zip(first.shown, first.shown_at, strict=True):
+        again, resumed = Reader(log, 0, after).read(), Reader(log, seen_at, after).read()
+        assert (again.shown, again.ended) == (resumed.shown, resumed.ended)
+        assert type(again.error) is type(resumed.error)
+
+
+@settings(max_examples=200)
 @given(_logs)
 def test_a_stream_ends_once_for_everybody(log: list[Said]) -> None:
     state, ends = StreamState(), 0

@@ -365,7 +365,7 @@ class Quotas(RuleBasedStateMachine):
         assert used.day_micros == model["cost_micros_per_day"]
         assert used.month_micros == model["cost_micros_per_month"]
         assert used.running == model["concurrent_requests"] == len(state.held)
-        assert (used.reserved_tokens, used.reserved_micros) == _reserved(state, "")
+        assert _reserved(used) == _held_now(state, "", self.now)
 
     @invariant()
     def every_scope_holds_what_the_facts_in_it_come_to(self) -> None:
@@ -379,7 +379,7 @@ class Quotas(RuleBasedStateMachine):
             assert used.day_micros == model["cost_micros_per_day"]
             assert used.month_micros == model["cost_micros_per_month"]
             assert used.running == model["concurrent_requests"]
-            assert (used.reserved_tokens, used.reserved_micros) == _reserved(state, key)
+            assert _reserved(used) == _held_now(state, key, self.now)
 
     # --- small change
 
@@ -454,9 +454,25 @@ class Quotas(RuleBasedStateMachine):
                 fact.until_ms = max(fact.until_ms, min(-(-(self.now + HOLD_MS) // MINUTE) * MINUTE, memory))
 
 
-def _reserved(state: Ledger, scope: str) -> tuple[int, int]:
-    held = [one for one in state.held.values() if scope in one.scopes]
-    return sum(one.tokens for one in held), sum(one.micros for one in held)
+def _reserved(used: Counter) -> tuple[int, ...]:
+    day = used.day_reserved_tokens, used.day_reserved_micros
+    return (*day, used.month_reserved_tokens, used.month_reserved_micros)
+
+
+def _held_now(state: Ledger, scope: str, now: int) -> tuple[int, ...]:
+    """What reservations in force have on the day of `now`, and in its month: tokens and money of each."""
+    found = list[int]()
+    for period in ("day", "month"):
+        tokens = micros = 0
+        for one in state.held.values():
+            if scope not in one.scopes:
+                continue
+            if _number(period, one.entered_ms) == _number(period, now):
+                tokens, micros = tokens + one.tokens - one.later_tokens, micros + one.micros - one.later_micros
+            if _number(period, one.entered_ms + DAY_MS) == _number(period, now):
+                tokens, micros = tokens + one.later_tokens, micros + one.later_micros
+        found += [tokens, micros]
+    return tuple(found)
 
 
 def _plain(state: Ledger) -> Any:

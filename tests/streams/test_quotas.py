@@ -245,6 +245,18 @@ def test_what_a_running_reply_was_granted_may_come_back_too_until_its_reservatio
     assert refused.refusal.retry_after_ms == SECOND
 
 
+def test_what_was_reserved_yesterday_is_no_part_of_a_budget_of_today() -> None:
+    acme = Tenants(Limits(tokens_per_day=200))
+    acme.now += 12 * HOUR - MINUTE
+    assert acme.refuses() is None, "it runs over midnight"
+    acme.now += 2 * MINUTE
+    assert acme.refuses() is None
+    acme.settles(200, 0, "r2")
+    refused = acme.asks()
+    assert isinstance(refused, ChatRefused)
+    assert refused.refusal.retry_after_ms == 24 * HOUR - MINUTE
+
+
 @given(st.integers(0, 2_932_896 * DAY - 40 * DAY))
 def test_months_are_those_of_the_calendar(ms: int) -> None:
     day = date(1970, 1, 1) + timedelta(days=ms // DAY)

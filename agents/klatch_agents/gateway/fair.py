@@ -61,6 +61,8 @@ class _Tenant:
     tag: float = -math.inf
     waiting: list[tuple[float, int, Claim]] = field(default_factory=list[tuple[float, int, Claim]])
     """By class and time of arrival in one number: rank grows by one a class, and by one every `age_s`."""
+    left: int = 0
+    """At least so many of these do not wait any more."""
 
 
 class FairQueue:
@@ -72,7 +74,8 @@ class FairQueue:
         self._tenants: dict[str, _Tenant] = {}
         self._holding: dict[Claim, tuple[float, float]] = {}
         """Since when a place is held, and what was charged for it beforehand."""
-        self._waiting: set[Claim] = set()
+        self._waiting: dict[Claim, int] = {}
+        """By their numbers in their lines."""
         self._backlogged: set[str] = set()
         self._virtual = 0.0
         self._usual_s = 1.0
@@ -103,8 +106,8 @@ class FairQueue:
             credit = self._terms.rounds * (self.limit or 1) * self._usual_s / _weight(claim)
             tenant.tag = max(tenant.tag, self._virtual - credit)
         rank = claim.priority + (now if claim.since is None else claim.since) / self._terms.age_s
-        heapq.heappush(tenant.waiting, (rank, next(self._numbers), claim))
-        self._waiting.add(claim)
+        number = self._waiting[claim] = next(self._numbers)
+        heapq.heappush(tenant.waiting, (rank, number, claim))
         self._backlogged.add(claim.tenant)
         return self._next(now)
 
@@ -121,9 +124,15 @@ class FairQueue:
 
     def withdraw(self, claim: Claim) -> None:
         """A claim that waits does so no longer."""
-        if claim in self._waiting:
-            self._waiting.discard(claim)
-            self._tidy(claim.tenant)
+        if self._waiting.pop(claim, None) is None:
+            return
+        tenant = self._tenants[claim.tenant]
+        tenant.left += 1
+        if tenant.left > len(tenant.waiting) / 2:
+            tenant.waiting = [entry for entry in tenant.waiting if self._waits(entry)]
+            heapq.heapify(tenant.waiting)
+            tenant.left = 0
+        self._tidy(claim.tenant)
 
     def resize(self, limit: int | None, now: float) -> Turn:
         """There are more places now, or fewer; those that are held are held on."""
@@ -152,7 +161,7 @@ class FairQueue:
             name = min(self._backlogged, key=self._score)
             tenant = self._tenants[name]
             _, _, claim = heapq.heappop(tenant.waiting)
-            self._waiting.discard(claim)
+            del self._waiting[claim]
             self._tidy(name)
             if claim.expires is not None and claim.expires <= now:
                 shed.append(claim)
@@ -176,10 +185,15 @@ class FairQueue:
     def _tidy(self, name: str) -> None:
         """Have a tenant's line begin with somebody who waits: those who withdrew are dropped when they get there."""
         waiting = self._tenants[name].waiting
-        while waiting and waiting[0][2] not in self._waiting:
+        while waiting and not self._waits(waiting[0]):
             heapq.heappop(waiting)
         if not waiting:
             self._backlogged.discard(name)
+
+    def _waits(self, entry: tuple[float, int, Claim]) -> bool:
+        """Whether an entry of a line is that of somebody who waits: who comes back has a new one."""
+        _, number, claim = entry
+        return self._waiting.get(claim) == number
 
 
 def _weight(claim: Claim) -> float:

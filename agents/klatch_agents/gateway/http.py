@@ -88,11 +88,13 @@ class Client:
                 raise data.objection from None
             raise
         if response.status < 300:
+            # It was refused by mistake.
+            self._refused = "" if key == self._refused else self._refused
             return response
         if response.status == 401:
             self._refused = key
         try:
-            raise await self._refusal(response, url, timeouts)
+            raise await self._refusal(response, url, timeouts, key)
         finally:
             response.close()
 
@@ -198,14 +200,14 @@ class Client:
             )
         return self._session
 
-    async def _refusal(self, response: aiohttp.ClientResponse, url: str, timeouts: Timeouts) -> ModelError:
+    async def _refusal(self, response: aiohttp.ClientResponse, url: str, timeouts: Timeouts, key: str) -> ModelError:
         upstream = request_id(response)
         if response.status < 400:
             return MalformedError(
                 f"{url} answered with a redirect ({response.status}); give its final URL instead",
                 upstream_request_id=upstream,
             )
-        said = self._without_key(await self.read(response, min(10.0, timeouts.idle)))
+        said = self._without_key(await self.read(response, min(10.0, timeouts.idle)), key)
         return RefusedError(
             response.status,
             read_error(said),
@@ -214,9 +216,9 @@ class Client:
             said=said,
         )
 
-    def _without_key(self, said: bytes) -> bytes:
+    def _without_key(self, said: bytes, sent: str = "") -> bytes:
         """A server may quote the key it refuses."""
-        for key in filter(None, (self._key, self._refused)):
+        for key in filter(None, (sent, self._key, self._refused)):
             said = said.replace(key.encode(), b"***")
         return said
 

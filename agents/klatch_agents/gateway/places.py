@@ -80,7 +80,7 @@ class _Wait:
         self._leave()
         self.turn.set_exception(_too_late())
 
-    async def over(self, moved: Callable[[], Awaitable[None]]) -> None:
+    async def over(self, moved: Callable[[], Awaitable[object]]) -> None:
         """Wait for the turn, or for `moved` to return. Raises ExpiredError."""
         now = next(iter(self._choice.values())).now()
         left_s = None if self.claim.expires is None else max(0.0, self.claim.expires - now)
@@ -108,7 +108,7 @@ class _Wait:
 
 @asynccontextmanager
 async def hold(
-    claim: Claim, choice: Mapping[str, Places], moved: Callable[[], Awaitable[None]]
+    claim: Claim, choice: Mapping[str, Places], moved: Callable[[], Awaitable[object]]
 ) -> AsyncGenerator[Place | None]:
     """Have a place for as long as the block lasts, at the first of `choice` that has one, once it is one's turn there.
     Raises ExpiredError.

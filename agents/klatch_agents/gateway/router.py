@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,7 +21,7 @@ import structlog
 from klatch_agents.gateway.errors import ModelError, UnroutableError
 from klatch_agents.gateway.fair import Claim
 from klatch_agents.gateway.lines import Line, Lines, OpenServer, Run
-from klatch_agents.gateway.places import Place, hold
+from klatch_agents.gateway.places import Place, Places, hold
 from klatch_agents.gateway.port import Chunk, Embedded, Finished, ModelCall, ModelReply, Timeouts
 from klatch_agents.gateway.routing import (
     NothingLeft,
@@ -114,6 +114,7 @@ class Router:
         self._routes = routes
         self._default = default
         self._lines = Lines(open_server, now, wall)
+        self._now = now
         self._wall = wall
         self._sleep = sleep
         self._jitter = jitter
@@ -188,7 +189,7 @@ class Router:
             except StopIteration as over:
                 last: ModelError = failure or _unroutable(asked.alias, route, over.value)
                 if asked.continuing:
-                    last.anew_but = who_did_not_continue(route, last)
+                    last.anew_but = who_did_not_continue(route, last, self._lines.view(route))
                 raise last from None
             tried = await self._tried(asked, step, make, held)
             if not isinstance(tried, Outcome):
@@ -199,14 +200,18 @@ class Router:
         self, asked: _Asked, step: Try, make: Callable[[_Seat, AsyncExitStack], Awaitable[T]], held: AsyncExitStack
     ) -> T | Outcome:
         """What a deployment of the step gives; an Outcome where it gives nothing."""
-        called = step.deployment.name
-        if step.after and await self._moved_within(asked.alias, step.after + self._jitter() * step.spread):
-            return self._outcome(asked, called)
+        called, began, moved = step.deployment.name, self._now(), False
         error: ModelError | None = None
+        if step.after:
+            pause = step.after + self._jitter() * step.spread
+            moved = await self._moved_within(asked.alias, self._route(asked.alias), pause)
+        choice = {} if moved else self._choice(asked, step)
         try:
             async with AsyncExitStack() as opened:
-                if place := await opened.enter_async_context(self._place(asked, step)):
+                place = await opened.enter_async_context(hold(asked.claim, choice, self._worth_a_look(asked, step)))
+                if place:
                     called = place.at
+                moved = moved or (bool(choice) and not place)
                 # A change may have given it more places and another server in one moment: it is called as it is now.
                 if place and (line := self._line(asked, called)) and (run := line.begin()):
                     opened.callback(run.left)
@@ -216,19 +221,14 @@ class Router:
         except ModelError as failed:
             error = failed
             self._tell(asked, called, failed)
-        return self._outcome(asked, called, error)
-
-    def _outcome(self, asked: _Asked, called: str, error: ModelError | None = None) -> Outcome:
         route = self._route(asked.alias)
-        return Outcome(error, self._lines.view(route), route, called)
+        return Outcome(error, self._lines.view(route), route, called, self._now() - began, moved)
 
-    def _place(self, asked: _Asked, step: Try) -> AbstractAsyncContextManager[Place | None]:
-        """A place at one of the step's deployments; None: all of them cool down, or the route changed."""
-        route = self._route(asked.alias)
-        able = {one.name: one for one in able_in(route, continuing=asked.continuing)}
+    def _choice(self, asked: _Asked, step: Try) -> dict[str, Places]:
+        """The places at those of the step's deployments that may be called."""
+        able = {one.name: one for one in able_in(self._route(asked.alias), continuing=asked.continuing)}
         named = [able[one.name] for one in (step.deployment, *step.twins) if one.name in able]
-        choice = {one.name: self._lines.places(one) for one in named if not self._lines.cooling(one)}
-        return hold(asked.claim, choice, partial(self._moved, asked.alias, route))
+        return {one.name: self._lines.places(one) for one in named if not self._lines.cooling(one)}
 
     def _line(self, asked: _Asked, name: str) -> Line | None:
         """A deployment as the route has it by now; None: the call may not go there. Raises MisconfiguredError."""
@@ -236,10 +236,17 @@ class Router:
         able = able_in(route, continuing=asked.continuing)
         return next((self._lines.line(route, one) for one in able if one.name == name), None)
 
-    async def _moved_within(self, alias: str, seconds: float) -> bool:
+    def _worth_a_look(self, asked: _Asked, step: Try) -> Callable[[], Awaitable[object]]:
+        """Something to wait for: another route is in force, or something better may have recovered."""
+        route = self._route(asked.alias)
+        if step.look_after is None:
+            return partial(self._moved, asked.alias, route)
+        return partial(self._moved_within, asked.alias, route, step.look_after)
+
+    async def _moved_within(self, alias: str, route: ModelRouted, seconds: float) -> bool:
         """Wait so long, or until another route is in force; whether there is one."""
         resting = asyncio.ensure_future(self._sleep(seconds))
-        moving = asyncio.ensure_future(self._moved(alias, self._route(alias)))
+        moving = asyncio.ensure_future(self._moved(alias, route))
         try:
             await asyncio.wait({resting, moving}, return_when=asyncio.FIRST_COMPLETED)
             return moving.done()

@@ -37,6 +37,10 @@ MOST_UNMADE = 100
 that is next to nothing."""
 BACK_OFF_S = 0.4
 """The first pause before a deployment is tried a second time; it doubles."""
+_LOOK_S = 0.5
+"""How soon who waits for a place looks for the first time whether something better has recovered; then it doubles."""
+_CLOSE_S = 0.01
+"""Clocks are not that exact."""
 SPREAD_S = BACK_OFF_S / 2
 """Over how long those who wait for the same cool-down come back, and never over longer than they waited."""
 
@@ -62,17 +66,22 @@ class Try:
     spread: float = 0.0
     twins: tuple[Deployment, ...] = ()
     """As good as it is: where its places are taken, the first that is free at any of them will do."""
+    look_after: float | None = None
+    """Who waits for a place for so many seconds chooses anew: something that is as good cools down only until then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile, or the
-    route changed. `routed` is the route in force by now, `called` the one that was called of a `Try` with twins."""
+    """How a `Try` went; `error` is None when it was not made, since the deployment began to cool down meanwhile, or
+    `moved`: the route changed, or it was time to look. `routed` is the route in force by now, `called` the one that was
+    called of a `Try` with twins, and `waited` the seconds since the `Try`."""
 
     error: ModelError | None
     view: View
     routed: ModelRouted
     called: str
+    waited: float
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +128,23 @@ def choose_until_served(
         if not (equal := _best(able, cooling, liked)):
             return NothingLeft()
         chosen = _weighted([one for one in equal if one.name not in view.full] or equal, f"{seed}/{tries}")
-        cools = cooling[chosen.name]
-        if not patience.lasts(cools, probed=chosen.name in view.probed and chosen.name not in waits):
+        cools, probed = cooling[chosen.name], chosen.name in view.probed and chosen.name not in waits
+        if not patience.lasts(cools, probed=probed):
             return NothingLeft(cools or None)
         pause = BACK_OFF_S * 2 ** (failed[chosen.name] - 1) if chosen.name in failed else 0.0
-        for one in equal:
-            waits.pop(one.name, None)
-        twins = tuple(one for one in equal if one is not chosen)
-        outcome = yield Try(chosen, cools + pause / 2, max(pause / 2, min(cools, SPREAD_S)), twins)
+        outcome = yield Try(
+            chosen,
+            cools + pause / 2,
+            max(pause / 2, min(cools, SPREAD_S)),
+            tuple(one for one in equal if one is not chosen),
+            patience.looks_after([cooling[name] for name in liked if liked[name] <= liked[chosen.name]], cools),
+        )
         view, before, routed = outcome.view, routed, outcome.routed
+        waits = {name: left - outcome.waited for name, left in waits.items() if left > outcome.waited + _CLOSE_S}
         if outcome.error is None:
-            patience.unmade -= routed == before
+            patience.unmade -= 1
+            if outcome.moved or routed != before:
+                patience.give_back(cools - outcome.waited, probed=probed)
             continue
         tries += 1
         verdict = judge(outcome.error)
@@ -148,12 +163,13 @@ def able_in(routed: ModelRouted, *, continuing: bool) -> list[Deployment]:
     return [one for one in routed.deployments if one.weight and (not continuing or how_it_continues(one) != "none")]
 
 
-def who_did_not_continue(routed: ModelRouted, error: ModelError) -> frozenset[str] | None:
+def who_did_not_continue(routed: ModelRouted, error: ModelError, view: View) -> frozenset[str] | None:
     """Those that can continue an answer, none of which did, for this failure last: but others of the route might begin
-    it anew; else None."""
+    it anew, without a longer wait than a request puts up with; else None."""
     able = frozenset(one.name for one in able_in(routed, continuing=True))
-    others = len(able) < len(able_in(routed, continuing=False))
-    return able if others and judge(error) != "stop" else None
+    others = [one.name for one in able_in(routed, continuing=False) if one.name not in able]
+    might = any(view.cooling.get(name, 0.0) <= PATIENCE_S for name in others)
+    return able if might and judge(error) != "stop" else None
 
 
 def how_it_continues(deployment: Deployment) -> Continues:
@@ -170,6 +186,8 @@ class _Patience:
     seconds: float = PATIENCE_S
     looks: int = MOST_LOOKS
     unmade: int = MOST_UNMADE
+    looked: int = 0
+    """How often it has chosen anew."""
 
     def lasts(self, cools: float, *, probed: bool) -> bool:
         """Spend what one more wait costs; returns whether there was as much."""
@@ -178,6 +196,21 @@ class _Patience:
         else:
             self.seconds -= cools
         return self.seconds >= 0 and self.looks >= 0 and self.unmade > 0
+
+    def give_back(self, left: float, *, probed: bool) -> None:
+        """What it had spent on a try that ended for no reason of its own, `left` seconds before its wait was over."""
+        self.looked += 1
+        self.unmade += 1
+        if probed:
+            self.looks += 1
+        else:
+            self.seconds += max(0.0, left)
+
+    def looks_after(self, as_good: Sequence[float], cools: float) -> float | None:
+        """When to choose anew, by the cool-downs of all that are as good as one that has `cools` left."""
+        longer = [left for left in as_good if left > cools]
+        # Thousands may wait while another call's probe, which is looked at every second, is out for a minute.
+        return max(min(longer), _LOOK_S * min(2**self.looked, MOST_LOOKS)) if longer else None
 
 
 def _best(

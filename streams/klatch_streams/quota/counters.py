@@ -43,8 +43,10 @@ class Correction(NamedTuple):
     """In the present month."""
     running: int = 0
     """By how many more requests run."""
-    reserved: Need = Need(0)
-    """By how much more is reserved for those that do."""
+    reserved_day: Need = Need(0)
+    """How much more of the present day is reserved for those that do."""
+    reserved_month: Need = Need(0)
+    """The same of the present month."""
 
 
 class Counter(msgspec.Struct, frozen=True, array_like=True):
@@ -63,9 +65,11 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
     hour_requests: Window | None = None
     """Kept while a burst is allowed, as is the next."""
     hour_tokens: Window | None = None
-    reserved_tokens: int = 0
-    """What is counted for requests that run, and may turn out to be less."""
-    reserved_micros: int = 0
+    day_reserved_tokens: int = 0
+    """What of `day_tokens` is counted for requests that run, and may turn out to be less; so the next three."""
+    day_reserved_micros: int = 0
+    month_reserved_tokens: int = 0
+    month_reserved_micros: int = 0
 
     def at(self, now: Moment) -> Counter:
         """The counter without what no longer counts."""
@@ -85,8 +89,10 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.running,
             self.hour_requests and self.hour_requests.at(now.ms),
             self.hour_tokens and self.hour_tokens.at(now.ms),
-            self.reserved_tokens,
-            self.reserved_micros,
+            self.day_reserved_tokens if same_day else 0,
+            self.day_reserved_micros if same_day else 0,
+            self.month_reserved_tokens if same_month else 0,
+            self.month_reserved_micros if same_month else 0,
         )
 
     def bursting(self, now: Moment, requests: bool, tokens: bool) -> Counter:
@@ -115,8 +121,10 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.running + 1,
             self.hour_requests and self.hour_requests.add(now.ms, 1),
             self.hour_tokens and self.hour_tokens.add(now.ms, tokens),
-            self.reserved_tokens + tokens,
-            self.reserved_micros + micros,
+            self.day_reserved_tokens + tokens,
+            self.day_reserved_micros + micros,
+            self.month_reserved_tokens + tokens,
+            self.month_reserved_micros + micros,
         )
 
     def correct(self, by: Correction) -> Counter:
@@ -134,8 +142,10 @@ class Counter(msgspec.Struct, frozen=True, array_like=True):
             self.hour_requests,
             self.hour_tokens and self.hour_tokens.correct(by.entered_ms, by.tokens),
             # What an older klatch reserved was not counted here.
-            max(0, self.reserved_tokens + by.reserved.tokens),
-            max(0, self.reserved_micros + by.reserved.micros),
+            max(0, self.day_reserved_tokens + by.reserved_day.tokens),
+            max(0, self.day_reserved_micros + by.reserved_day.micros),
+            max(0, self.month_reserved_tokens + by.reserved_month.tokens),
+            max(0, self.month_reserved_micros + by.reserved_month.micros),
         )
 
     @property

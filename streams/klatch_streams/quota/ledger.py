@@ -59,14 +59,26 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
         day, month = Need(tokens.day, money.day), Need(tokens.month, money.month)
         return held, Correction(self.entered_ms, more.tokens, day, month)
 
+    def grown(self, by: Need, now: Moment) -> tuple[Held, Correction]:
+        """It with more reserved, and how counters change."""
+        held, added = self.corrected(by, now)
+        return held, added._replace(reserved_day=by, reserved_month=by)
+
     def released(self, more: Need, now: Moment) -> Correction:
         """How counters change when it ends, with `more` to its cost."""
-        freed = Need(-self.tokens, -self.micros)
-        return self.corrected(more, now)[1]._replace(running=-1, reserved=freed)
+        tokens, money = self._taken_back(now)
+        day, month = Need(tokens.day, money.day), Need(tokens.month, money.month)
+        return self.corrected(more, now)[1]._replace(running=-1, reserved_day=day, reserved_month=month)
 
     def revived(self, now: Moment) -> Correction:
         """How counters change when it is in force again."""
-        return self.corrected(Need(0), now)[1]._replace(running=1, reserved=Need(self.tokens, self.micros))
+        tokens, money = self._taken_back(now)
+        day, month = Need(-tokens.day, -money.day), Need(-tokens.month, -money.month)
+        return self.corrected(Need(0), now)[1]._replace(running=1, reserved_day=day, reserved_month=month)
+
+    def _taken_back(self, now: Moment) -> tuple[_Spread, _Spread]:
+        """All of its tokens, and of its money, less where they count now."""
+        return self._spread(-self.tokens, self.later_tokens, now), self._spread(-self.micros, self.later_micros, now)
 
     def _spread(self, by: int, later: int, now: Moment) -> _Spread:
         entered, following = moment(self.entered_ms), moment(self.entered_ms + DAY_MS)

@@ -58,7 +58,9 @@ class Budget(NamedTuple):
 
     def reserved(self, counter: Counter) -> int:
         """How much at most of what is used may come back when requests that run are settled."""
-        return counter.reserved_micros if self.money else counter.reserved_tokens
+        if self.money:
+            return counter.month_reserved_micros if self.monthly else counter.day_reserved_micros
+        return counter.month_reserved_tokens if self.monthly else counter.day_reserved_tokens
 
 
 class Scope(NamedTuple):

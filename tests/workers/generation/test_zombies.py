@@ -130,6 +130,31 @@ def test_an_opening_with_the_same_number_that_came_first_is_watched_until_it_end
     in_virtual_time(story())
 
 
+def test_an_opening_that_comes_while_a_request_waits_its_turn_is_that_of_a_successor() -> None:
+    """An owner that was expelled, and does not know, concludes what it has and comes to what its successor speaks."""
+
+    async def story() -> None:
+        async with a_world() as world:
+            first = await world.generation.admit("fake?reply=unique&tokens=40&rate=10")
+            worker = world.worker(Life())
+            await world.generation.assembled(first, lambda one: len(one.standing) > 2)
+            waiting = await world.generation.admit("fake?reply=unique&tokens=9&rate=100")
+            await asyncio.sleep(1)  # it has been met; the clock is virtual
+            await _says(world, waiting, opening(waiting, 1, "successor"), delta(waiting, 1, 0, "successor"))
+            await world.generation.settled(first)
+            await asyncio.sleep(1)
+            await _says(world, waiting, delta(waiting, 1, 1, "successor"), end(waiting, 1, 2, "successor"))
+            await world.generation.settled(waiting)
+            await worker.stop()
+            stream = world.stream_of(waiting.request)
+            every_reader_agrees(stream)
+            assert text_of(assembled(stream).standing) == "<<successor:0>><<successor:1>>"
+            assert check_settled_once(world, waiting.request).status == "completed"
+            assert len(world.upstream.calls) == 1
+
+    in_virtual_time(story())
+
+
 def test_a_foreign_attempt_that_takes_over_and_finishes_is_settled_and_not_fought() -> None:
     async def story() -> None:
         async with a_world() as world:

@@ -258,13 +258,44 @@ async def test_an_id_that_is_used_again_after_its_first_stream_is_gone_is_read_f
     assert await told.heard(await told.read(first), end) == [again, end]
 
 
-async def test_a_cancel_ends_a_stream_whose_beginning_the_log_has_lost_too(told: Told) -> None:
+async def test_a_cancel_of_what_the_log_has_lost_the_beginning_of_says_so(told: Told) -> None:
     await told.tell(StreamAttempt, attempt=1, mode="restart")
     first = await told.say(0)
-    cancel = await told.tell(StreamCancel, by="test")
-    end = await told.tell(StreamEnd, attempt=1, seq=1, status="cancelled")
+    await told.tell(StreamCancel, by="test")
+    await told.tell(StreamEnd, attempt=1, seq=1, status="cancelled")
     told.log.truncate_before(PLACE, first)
-    assert await told.heard(await told.read(first), end) == [first, cancel, end]
+    await told.is_told_that_it_is_gone(await told.read(first))
+
+
+async def test_a_cancel_before_anything_was_said_is_the_whole_stream(told: Told) -> None:
+    cancel = await told.tell(StreamCancel, by="test")
+    end = await told.tell(StreamEnd, attempt=0, status="cancelled")
+    assert await told.heard(await told.read(0), end) == [cancel, end]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_an_opening_that_came_too_late_for_a_cancel_is_no_beginning(told: Told, lost: bool) -> None:
+    opening = await told.tell(StreamAttempt, attempt=1, mode="restart")
+    await told.say(0)
+    late = await told.tell(StreamAttempt, attempt=2, mode="continue")
+    await told.tell(StreamCancel, by="test")
+    await told.tell(StreamAttempt, attempt=3, mode="restart")
+    end = await told.tell(StreamEnd, attempt=2, seq=1, status="cancelled")
+    if lost:
+        told.log.truncate_before(PLACE, late)
+        await told.is_told_that_it_is_gone(await told.read(late))
+    else:
+        assert (await told.heard(await told.read(late), end))[0] == opening
+
+
+async def test_who_resumes_is_never_sent_behind_what_it_has(told: Told) -> None:
+    opening = await told.tell(StreamAttempt, attempt=1, mode="restart")
+    has = await told.say(0)
+    await told.tell(StreamAttempt, attempt=2, mode="restart")
+    end = await told.tell(StreamEnd, attempt=2, status="completed")
+    reader = await told.read(has + 1)
+    await reader.begin_by(has)
+    assert (await told.heard(reader, end))[0] == opening
 
 
 async def test_what_has_no_opening_or_is_anothers_proves_nothing(told: Told) -> None:

@@ -30,7 +30,7 @@ class Lines:
         """Take the next place in the line of a conversation; the offset is the request's on `chat.admitted`."""
         key = (tracked.tenant, conversation)
         line = self._lines.setdefault(key, [])
-        place = Place(self, key, tracked, offset)
+        place = Place(self, key, tracked, offset, given_up=tracked.assembly.state.attempt)
         # An owner meets them in this order, and only one that fails is met again.
         assert not line or line[-1].offset < offset  # noqa: S101
         line.append(place)
@@ -90,6 +90,9 @@ class Place:
     key: Hashable
     tracked: Tracked
     offset: int
+    given_up: int
+    """Attempts up to this one were nobody's any more when it was met: their owner is succeeded. One that is opened while
+    the request waits is that of somebody who has succeeded us."""
     stands_aside: bool = False
     """It ends without a word: nobody is kept from anything by it."""
 

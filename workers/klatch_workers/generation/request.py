@@ -92,8 +92,7 @@ class RequestUnderWay:
         trace = codec.trace_of(record.header(codec.TRACEPARENT))
         effects = Effects(means.namespace, means.partition, cause_of(record), trace)
         tracked = place.tracked
-        given_up = tracked.assembly.state.attempt
-        attempts = Attempts(means, admitted, effects, tracked, place.offset, given_up)
+        attempts = Attempts(means, admitted, effects, tracked, place.offset, place.given_up)
         return cls(means, admitted, effects, tracked, place, attempts)
 
     async def run(self) -> None:

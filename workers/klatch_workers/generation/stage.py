@@ -323,6 +323,7 @@ class GenerationOwner:
                 self._means.table.conclude(tracked, record.offset, admitted.requested_ms)
                 place.leave()
                 return
+            place.given_up = tracked.assembly.state.attempt
         under_way = RequestUnderWay.of(self._means, admitted, record, place)
         # A fault of ours in what this request needs must not stop the others of its partition, again and again.
         if why := await _fault_of(under_way.run):

@@ -18,7 +18,7 @@ class Beginning:
     """Looks for the beginning of one stream."""
 
     def __init__(self) -> None:
-        self._found = False
+        self._found = self._spoke = self._over = False
         self.missing = False
         """Whether what was heard began before it."""
 
@@ -28,13 +28,20 @@ class Beginning:
 
     def _hear(self, said: Event | Delta) -> bool:
         match said:
-            case StreamAttempt(mode="restart") | StreamAttempt(attempt=1):
+            case Delta():
+                self._spoke = True
+            case StreamAttempt(attempt=1):
+                self._found, self.missing, self._over = True, False, False
+            case StreamAttempt(mode="restart") if not self._over:
                 self._found, self.missing = True, False
-            case StreamCancel() if not self.missing:
-                # It ends the stream, whatever was before it.
-                self._found = True
+            case StreamCancel() if not self._found:
+                # It ends the stream, whatever comes behind it: all of it, if nothing was said before.
+                self._found = not (self.missing or self._spoke)
+                self.missing = not self._found
+                self._over = True
             case StreamAttempt() | StreamEnd() if said.attempt and not self._found:
                 self.missing = True
+                self._over = self._over or isinstance(said, StreamEnd)
             case _:
                 pass
         return not self.missing

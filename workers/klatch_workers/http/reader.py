@@ -158,6 +158,11 @@ class Reader:
                 return kept
             await self._begin_again(heard)
 
+    async def begin_by(self, offset: int) -> None:
+        """Begin further back if it was sent behind a record that its stream is known to have. Raises LogMoved."""
+        if self._start is not None and self._start > offset:
+            await self._begin_again(self._peeked)
+
     async def _begin_again(self, heard: Sequence[Heard]) -> None:
         # Who sent it here may have been mistaken: it looks at all that the log holds. Whoever folds has made nothing of
         # what came without an opening, and hears it again.
@@ -168,7 +173,7 @@ class Reader:
             raise LogMoved("the log no longer holds the beginning of this stream")
         await self._close_past()
         self._start = self._next = first
-        self._beginning = Beginning()
+        self._peeked, self._beginning = [], Beginning()
 
     async def find(self) -> Conversation | None:
         """The stream's conversation, or None if the stream has no record before the place where it joined.

@@ -57,6 +57,7 @@ async def _check_place(runtime: Runtime, found: Found, after: EventId | None) ->
     check_place(after.offset, end, param=LAST_EVENT_ID)
     if after.offset + 1 < first:
         raise LogMoved(f"the log has moved on: it begins at offset {first}, and {after.offset + 1} was next")
+    await found.reader.begin_by(after.offset)
 
 
 async def cancel(runtime: Runtime, call: Call) -> None:
