@@ -48,14 +48,38 @@ class Clock:
 
     at: float = 0.0
     naps: list[float] = field(default_factory=list[float])
+    _moves: asyncio.Event | None = None
+    _napped: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self) -> float:
         return self.at
 
     async def sleep(self, seconds: float) -> None:
         self.naps.append(seconds)
-        self.at += seconds
-        await asyncio.sleep(0)
+        self._napped.set()
+        until = self.at + seconds
+        if self._moves:
+            await self._moves.wait()
+        else:
+            await asyncio.sleep(0)
+        self.at = max(self.at, until)
+
+    def stands_still(self) -> "Clock":
+        """No time passes by sleeping, until it `moves_on`."""
+        self._moves = asyncio.Event()
+        return self
+
+    def moves_on(self) -> None:
+        """Let everybody wake, and time pass by sleeping again."""
+        if self._moves:
+            self._moves.set()
+        self._moves = None
+
+    async def sleeping(self, naps: int) -> None:
+        """Wait until so many have gone to sleep."""
+        while len(self.naps) < naps:
+            self._napped.clear()
+            await self._napped.wait()
 
 
 @dataclass

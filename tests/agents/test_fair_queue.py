@@ -1,4 +1,6 @@
 """Fair shares as laws: of weights, of work conserved, of nobody starving, and of places that come back."""
+# pyright: reportPrivateUsage=false
+# How long a line is, with those who have left it, is seen only inside.
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -157,6 +159,25 @@ def test_in_a_tenant_the_lower_class_comes_first_and_age_raises() -> None:
     assert queue.give_back(young, 5.0).granted == (old,), (
         "two classes behind, it waited longer than two classes are worth"
     )
+
+
+def test_who_comes_and_goes_leaves_nothing_behind_one_that_stays() -> None:
+    """As claims at several queues do, of which another one serves them."""
+    queue = FairQueue(1)
+    held, stays = Claim("a"), Claim("a", priority=0)
+    queue.ask(held, 0.0)
+    queue.ask(stays, 0.0)
+    passing = [Claim("a") for _ in range(100)]
+    for _ in range(20):
+        for claim in passing:
+            queue.ask(claim, 1.0)
+        for claim in passing:
+            queue.withdraw(claim)
+    assert len(queue._tenants["a"].waiting) < 2 * len(passing)
+    queue.ask(passing[0], 2.0)
+    assert queue.give_back(held, 3.0).granted == (stays,)
+    assert queue.give_back(stays, 3.0).granted == (passing[0],)
+    assert queue.give_back(passing[0], 3.0).granted == ()
 
 
 def test_who_waited_elsewhere_is_as_old_as_that() -> None:

@@ -413,6 +413,24 @@ async def test_a_wrong_key_is_refused_and_no_error_or_repr_shows_it(upstream: Up
         assert "***" in shown, "the server did quote it"
 
 
+async def test_a_key_that_is_taken_again_is_refused_no_more(upstream: Upstream) -> None:
+    """Who made it is told of it only as long as the server does not take it."""
+    told, key = list[str](), "sk-one"
+
+    async def key_of(refused: str = "") -> str:
+        told.append(refused)
+        return key
+
+    upstream.key = "sk-another"
+    async with OpenAICompatible(Endpoint(upstream.url, key_of=key_of)) as gateway:
+        with pytest.raises(RefusedError):
+            await gateway.models()
+        upstream.key = key
+        for _ in range(2):
+            await gateway.models()
+    assert told == ["", key, ""]
+
+
 async def test_no_server_there_is_a_connect_error_that_names_the_url(unused_tcp_port: int) -> None:
     url = f"http://127.0.0.1:{unused_tcp_port}/v1"
     async with OpenAICompatible(Endpoint(url)) as gateway:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from tests.agents.conftest import World, ask, call
-from tests.agents.test_router_changes import waiting_for
+from tests.agents.test_router_changes import LONG, waiting_for
 from tests.agents.test_router_waiting import BOTH
 
-from klatch_agents.gateway.errors import ExpiredError
+from klatch_agents.gateway.errors import ExpiredError, RefusedError
 from klatch_schemas.events import CircuitBreaker, Deployment
 
 MANY = 12
@@ -69,6 +69,7 @@ async def test_who_waits_for_the_lower_tier_does_not_take_a_place_of_the_higher(
 async def test_a_twin_that_fails_is_the_one_that_failed(world: World) -> None:
     """The breaker of the one that was called counts it, and the next try goes to the other."""
     terms = {"breaker": CircuitBreaker(failures=1, cool_down_s=60)}
+    world.clock.stands_still()
     world.route(*twins(world), **terms)
     failures = list[object]()
     async with AsyncExitStack() as held:
@@ -93,3 +94,21 @@ async def test_who_comes_too_late_at_one_has_left_the_other(world: World) -> Non
         await asyncio.sleep(0)
         await taken["b"].aclose()
         assert await waiting_for(waiting) == ("b", "hello")
+
+
+@pytest.mark.parametrize("tier", [0, 1])
+async def test_who_waits_goes_to_one_that_is_as_good_or_better_once_it_has_cooled_down(world: World, tier: int) -> None:
+    terms = {"breaker": CircuitBreaker(failures=1, cool_down_s=60)}
+    on_b = world.on_b(LONG, concurrency=1, tier=tier)
+    world.route(world.on_a("status=500", concurrency=1), tries=1, **terms)
+    with pytest.raises(RefusedError):
+        await ask(world.router)
+    clock = world.clock.stands_still()
+    world.route(world.on_a("text=well again", concurrency=1), on_b, **terms)
+    async with world.router.stream(call()) as reply:
+        assert reply.deployment == "b"
+        waiting = [asyncio.create_task(ask(world.router)) for _ in range(MANY)]
+        await clock.sleeping(MANY)
+        assert set(clock.naps[-MANY:]) == {60.0}
+        clock.moves_on()
+        assert await waiting_for(asyncio.gather(*waiting)) == [("a", "well again")] * MANY

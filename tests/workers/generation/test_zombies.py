@@ -142,7 +142,7 @@ def test_an_opening_that_comes_while_a_request_waits_its_turn_is_that_of_a_succe
             await asyncio.sleep(1)  # it has been met; the clock is virtual
             await _says(world, waiting, opening(waiting, 1, "successor"), delta(waiting, 1, 0, "successor"))
             await world.generation.settled(first)
-            await asyncio.sleep(1)
+            await asyncio.sleep(1)  # it is its turn; the clock is virtual
             await _says(world, waiting, delta(waiting, 1, 1, "successor"), end(waiting, 1, 2, "successor"))
             await world.generation.settled(waiting)
             await worker.stop()

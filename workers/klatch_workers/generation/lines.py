@@ -91,8 +91,8 @@ class Place:
     tracked: Tracked
     offset: int
     given_up: int
-    """Attempts up to this one were nobody's any more when it was met: their owner is succeeded. One that is opened while
-    the request waits is that of somebody who has succeeded us."""
+    """Attempts up to this one were nobody's any more when it was met: their owner is succeeded. One that is opened
+    while the request waits is that of somebody who has succeeded us."""
     stands_aside: bool = False
     """It ends without a word: nobody is kept from anything by it."""
 

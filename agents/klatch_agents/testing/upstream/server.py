@@ -39,7 +39,8 @@ class Upstream:
         self.instead: Callable[[int], str | None] = lambda _: None
         """By the number of a call, the model and script that answer it in place of what it asked for, if any."""
         self._address = (host, port)
-        self._key = key
+        self.key = key
+        """What calls must bring; empty: nothing."""
         self._ids = count()
         self._failed: Counter[str] = Counter()
         self._open_ones: set[Connection] = set()
@@ -94,7 +95,7 @@ class Upstream:
                 connection.respond(200, b"{}")
             case "GET", "/health":
                 connection.respond(200, b'{"status":"ok"}')
-            case _ if self._key and _key_in(request) != self._key:
+            case _ if self.key and _key_in(request) != self.key:
                 refuse(connection, 401, f"Incorrect API key provided: {_key_in(request)}", "invalid_api_key")
             case _ if request.path.startswith("/openai/") and "api-version=" not in request.query:
                 refuse(connection, 404, "Resource not found: there is no api-version", "404")
