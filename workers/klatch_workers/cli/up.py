@@ -165,11 +165,11 @@ class _Voice:
     def _tell(self, event: str, facts: Mapping[str, Any]) -> None:
         match event:
             case "fetching":
-                end = "\n" if facts["jars"] == facts["of"] else "\r"
-                size = facts["bytes"] / 1e6
-                click.echo(
-                    f"  fetching Kafka, once: {facts['jars']} of {facts['of']} jars, {size:.0f} MB{end}", nl=False
-                )
+                done, size = facts["jars"] == facts["of"], facts["bytes"] / 1e6
+                # Only a terminal can have a line written over.
+                if done or self.shows:
+                    said = f"  fetching Kafka, once: {facts['jars']} of {facts['of']} jars, {size:.0f} MB"
+                    click.echo(said + ("\n" if done else "\r"), nl=False)
             case "started":
                 click.echo(f"  {facts['process']:<11} up in {facts['seconds']:.1f} s")
             case "died":
