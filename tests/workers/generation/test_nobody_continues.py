@@ -114,7 +114,7 @@ async def test_so_it_is_by_the_successor_of_a_dead_owner(
     assert len(other.calls) == 3
 
 
-async def test_where_nobody_may_begin_it_anew_either_the_end_says_when_to_come_back(
+async def test_what_was_said_stands_where_nobody_may_begin_it_anew_either_and_the_end_says_when_to_come_back(
     generation: Any, other: Upstream, first: Made, second: Made
 ) -> None:
     busy = second("fake?status=429&retry_after=3600")
@@ -124,9 +124,9 @@ async def test_where_nobody_may_begin_it_anew_either_the_end_says_when_to_come_b
         await generation.ended(await generation.admit("n"))
         request = await generation.admit("m", on_crash="continue")
         stream = await generation.ended(request)
-    assert (stream.state.status, text_of(stream)) == ("failed", "")
+    assert (stream.state.status, text_of(stream)) == ("failed", SAID)
     assert 50_000 < error_of(stream).retry_after_ms <= 60_000
-    assert await modes(generation, request) == ["restart", "continue", "restart"]
+    assert await modes(generation, request) == ["restart", "continue"]
     assert (len(generation.upstream.calls), len(other.calls)) == (1, 1)
 
 
