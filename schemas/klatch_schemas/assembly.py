@@ -241,13 +241,15 @@ class ReplyReader:
                 shown = self._last if offset > self._has else None
                 self._has = max(self._has, offset)
                 return shown
-            case Opened(mode="restart") if self._last and offset > self._has:
-                raise _superseded()
-            case Retracted(from_seq) if self._last and offset > self._has and self._takes_back(self._last, from_seq):
-                raise _superseded()
             case Ended():
                 return heard
-            case Gap() if offset > self._has:
+            case _ if offset <= self._has:
+                return None
+            case Opened(mode="restart") if self._last:
+                raise _superseded()
+            case Retracted(from_seq) if self._last and self._takes_back(self._last, from_seq):
+                raise _superseded()
+            case Gap():
                 raise _broken(heard)
             case _:
                 return None

@@ -88,8 +88,8 @@ class Client:
                 raise data.objection from None
             raise
         if response.status < 300:
-            # It was refused by mistake.
-            self._refused = "" if key == self._refused else self._refused
+            if key == self._refused:
+                self._refused = ""  # by mistake
             return response
         if response.status == 401:
             self._refused = key

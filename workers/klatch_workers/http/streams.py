@@ -28,7 +28,9 @@ async def resume(runtime: Runtime, call: Call) -> None:
     after = EventId.parse(last) if last else None
     found = await _found(runtime, call, after)
     try:
-        await _check_place(runtime, found, after)
+        if after:
+            await _check_place(runtime, found, after)
+            await found.reader.begin_by(after.offset)
         call.watch(found.reader.abandon)
         include_usage = (call.query("include_usage") or "").lower() in {"1", "true"}
         events = EventStream(
@@ -44,20 +46,17 @@ async def resume(runtime: Runtime, call: Call) -> None:
         await found.reader.close()
 
 
-async def _check_place(runtime: Runtime, found: Found, after: EventId | None) -> None:
+async def _check_place(runtime: Runtime, found: Found, after: EventId) -> None:
     """Raise LogMoved for a client whose place retention has taken: what followed it may be gone as well.
 
     InvalidRequest for a place that is none of this stream's: text would be left out in silence.
     """
-    if after is None:
-        return
     first, end = await runtime.door.log.bounds(found.reader.partition)
     if after.number != found.reader.partition.number:
         raise no_place(LAST_EVENT_ID)
     check_place(after.offset, end, param=LAST_EVENT_ID)
     if after.offset + 1 < first:
         raise LogMoved(f"the log has moved on: it begins at offset {first}, and {after.offset + 1} was next")
-    await found.reader.begin_by(after.offset)
 
 
 async def cancel(runtime: Runtime, call: Call) -> None:
