@@ -158,13 +158,19 @@ async def outcome(generation: Generation, request: ChatRequested) -> str:
         return (await generation.settled(request)).status
 
 
+async def speaks(generation: Generation) -> ChatRequested:
+    """A request that has been answered with a few words, and goes on."""
+    speaking = await generation.admit(SLOW)
+    await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+    return speaking
+
+
 @pytest.fixture
 async def full(generation: Generation) -> AsyncIterator[ChatRequested]:
     """Of a tenant whose whole share of the room is taken by one request, which speaks in conversation c1."""
     generation.max_in_flight = 2
     async with generation.worker(drain_s=0.1):
-        speaking = await generation.admit(SLOW)
-        await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+        speaking = await speaks(generation)
         yield speaking
         assert len(generation.upstream.calls) == 1, "nobody who waited has called a model"
 
@@ -217,8 +223,7 @@ async def test_who_interrupts_cancels_those_that_wait_for_a_share_at_once(genera
 async def test_what_waits_for_its_turn_takes_no_share_of_the_room(generation: Generation) -> None:
     generation.max_in_flight = 4
     async with generation.worker(drain_s=0.1):
-        speaking = await generation.admit(SLOW)
-        await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+        await speaks(generation)
         for _ in range(5):
             await generation.admit(SLOW)
         elsewhere = await generation.admit("fake?text=elsewhere", conversation="c2")
@@ -228,8 +233,7 @@ async def test_what_waits_for_its_turn_takes_no_share_of_the_room(generation: Ge
 async def test_what_waits_for_a_share_is_left_to_the_next_owner(generation: Generation) -> None:
     generation.max_in_flight = 2
     async with generation.worker(drain_s=0.1):
-        speaking = await generation.admit(SLOW)
-        await generation.assembled(speaking, lambda assembly: len(assembly.standing) > 3)
+        await speaks(generation)
         waiting = await generation.admit("fake?text=later", conversation="c2")
     assert await generation.held(CHAT_REQUESTS) == []
     generation.max_in_flight = 4

@@ -204,6 +204,15 @@ async def published(kit: "Kit", names: Mapping[str, str]) -> None:
         await kit.log.append([codec.draft("chat.requests", "acme", asked)])
 
 
+async def written(kit: "Kit", dice: random.Random) -> tuple[Writing, int]:
+    """All streams, published and told to their ends, and the end of their partition."""
+    writing = Writing(kit.log, dice)
+    await published(kit, writing.names)
+    await writing.write()
+    _, end = await kit.log.bounds(PLACE)
+    return writing, end
+
+
 async def nothing(_: Any) -> None:
     """The streams are written by hand."""
 
@@ -212,10 +221,7 @@ async def nothing(_: Any) -> None:
 async def test_late_readers_agree_byte_for_byte_at_every_place(kits: Any, seed: int) -> None:
     dice = random.Random(seed)  # noqa: S311 - a seed that can be repeated
     async with kits.serving(partitions=1) as kit:
-        writing = Writing(kit.log, dice)
-        await published(kit, writing.names)
-        await writing.write()
-        _, end = await kit.log.bounds(PLACE)
+        writing, end = await written(kit, dice)
         outcomes = set[str]()
         for kind, request in writing.names.items():
             places = [
@@ -254,10 +260,7 @@ async def test_live_readers_end_as_late_ones_or_are_told_that_their_text_was_tak
 async def test_a_reader_whose_place_retention_took_is_told_so_everywhere(kits: Any) -> None:
     dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
     async with kits.serving(partitions=1) as kit:
-        writing = Writing(kit.log, dice)
-        await published(kit, writing.names)
-        await writing.write()
-        _, end = await kit.log.bounds(PLACE)
+        writing, end = await written(kit, dice)
         kit.log.truncate_before(PLACE, end - 2)
         request = writing.names["plain"]
         assert await by_client(kit.log, request, 3, dice, end) == Seen([], "log_moved")
@@ -267,10 +270,7 @@ async def test_a_reader_whose_place_retention_took_is_told_so_everywhere(kits: A
 async def test_a_reader_whose_place_the_log_has_not_come_to_is_refused_everywhere(kits: Any) -> None:
     dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
     async with kits.serving(partitions=1) as kit:
-        writing = Writing(kit.log, dice)
-        await published(kit, writing.names)
-        await writing.write()
-        _, end = await kit.log.bounds(PLACE)
+        writing, end = await written(kit, dice)
         request = writing.names["plain"]
         for beyond in (end, end + 1_000_000):
             assert await by_client(kit.log, request, beyond, dice, end) == Seen([], "invalid_request")
