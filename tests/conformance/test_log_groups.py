@@ -226,13 +226,13 @@ async def test_nobody_is_assigned_what_another_has_not_let_go(world: "World") ->
     await asyncio.sleep(0.5)
     assert second.log == []
     let_go.set()
-    await asyncio.wait(
-        [
-            asyncio.create_task(told.until(lambda told: told.log[-1:] == [("assigning", [0])]))
-            for told in (first, second)
-        ],
-        return_when=asyncio.FIRST_COMPLETED,
-    )
+    getting_ready = [
+        asyncio.create_task(told.until(lambda told: told.log[-1:] == [("assigning", [0])])) for told in (first, second)
+    ]
+    done, others = await asyncio.wait(getting_ready, return_when=asyncio.FIRST_COMPLETED)
+    for other in others:
+        other.cancel()
+    await asyncio.gather(*done)
     assert owners == ["first lets go"]
     for told in (first, second):
         told.may_assign.set()
