@@ -19,6 +19,7 @@ import faust
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition  # type: ignore[import-untyped, unused-ignore]
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete  # type: ignore[import-untyped, unused-ignore]
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from click.testing import CliRunner
 
 from klatch_schemas import codec
@@ -179,6 +180,25 @@ def unreadable(town: Town) -> list[Draft]:
     return [Draft(topic, b"k", value) for topic in topics for value in (b"\xff", b'{"kind":"chat.requested.v1"}', None)]
 
 
+class NotUtf8(str):
+    """A header's name whose bytes no reader can take for text; Python's producer would not send them otherwise."""
+
+    __slots__ = ()
+
+    def encode(self, *_: object) -> bytes:
+        return b"\xff\xfe"
+
+
+async def odd_headers(town: Town) -> None:
+    """A batch that aiokafka cannot unpack, on the first partition of all that views read."""
+    async with AIOKafkaProducer(bootstrap_servers=town.bootstrap) as producer:
+        for topic, _ in PARTITIONS:
+            batch = producer.create_batch()
+            batch._builder = _DefaultRecordBatchBuilderPy(2, 0, 0, -1, -1, -1, 1 << 20)
+            batch.append(key=b"k", value=b"v", timestamp=None, headers=[(NotUtf8(), b"said")])
+            await (await producer.send_batch(batch, town.namespace.of(topic), partition=0))
+
+
 @pytest.fixture
 async def town(kafka: Cluster) -> Town:
     built = Town(kafka.bootstrap, Namespace.named(f"views-{uuid4().hex[:8]}"))
@@ -187,6 +207,7 @@ async def town(kafka: Cluster) -> Town:
 
 
 async def test_a_worker_that_is_killed_while_it_counts_counts_every_record_once(town: Town, tmp_path: Path) -> None:
+    await odd_headers(town)
     await town.write([*unreadable(town), *decisions(town, 50), *requests(town, 800)])
     first = await start(town, tmp_path)
     counted = 0

@@ -15,6 +15,7 @@ from klatch_schemas.topics import Namespace
 from klatch_workers.settings import Settings, host_port
 from klatch_workers.views.app import SOURCES, Views
 from klatch_workers.views.http import reading_side
+from klatch_workers.views.lenient import read_whatever_was_written
 from klatch_workers.views.shapes import shapes_of
 
 log = structlog.get_logger(__name__)
@@ -29,6 +30,7 @@ async def run_views(settings: Settings, stop: asyncio.Event, ready: Callable[[di
 
     Raises UnknownTopic and LogError before anything runs, OSError if the address is taken, ViewsFailed.
     """
+    read_whatever_was_written()
     namespace = Namespace.named(settings.namespace)
     found = await shapes_of(settings.kafka, [namespace.of(topic) for topic in SOURCES.values()])
     views = Views(settings.kafka, namespace, dict(zip(SOURCES, found, strict=True)), settings.data / "views")
