@@ -33,6 +33,8 @@ class Begun(NamedTuple):
     """The first chunk: later ones have its id, time and model."""
     whole: bool = False
     """Every choice has finished: only the end is missing."""
+    finish_reason: str | None = None
+    """The first choice's, of an answer that is whole."""
 
 
 def begun(body: Mapping[str, object], on_crash: OnCrash, assembly: Assembly) -> Begun | None:
@@ -46,7 +48,7 @@ def begun(body: Mapping[str, object], on_crash: OnCrash, assembly: Assembly) -> 
         reply.add(chunk)
     finishes = reply.finish_reasons
     if len(finishes) >= _choices(body) and all(finishes.values()):
-        return Begun("", len(raw), tokens_in(raw), chunks[0], whole=True)
+        return Begun("", len(raw), tokens_in(raw), chunks[0], whole=True, finish_reason=finishes.get(0))
     text = _plain_text(reply)
     return Begun(text, len(raw), tokens_in(raw), chunks[0]) if text and not _more_than_text(body) else None
 

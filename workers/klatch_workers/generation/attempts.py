@@ -16,7 +16,8 @@ from klatch_schemas.events import ChatAdmitted, Prices, Status, StreamAttempt
 from klatch_schemas.ids import Writer
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import CHAT_STREAM
-from klatch_streams.continuing import Begun, begun
+from klatch_streams.continuing import Begun
+from klatch_workers.generation.continuation import begun_aside
 from klatch_workers.generation.credit import credit_of
 from klatch_workers.generation.means import OPENING, Effects, Means
 from klatch_workers.generation.speak import Attempt
@@ -128,11 +129,11 @@ class Attempts:
         if self._must_be_watched():
             return None
         while True:
-            mode: Mode = "continue" if self._begun(call) else "restart"
+            mode: Mode = "continue" if await self._begun(call) else "restart"
             attempt = await self._open(mode)
             if attempt is None or mode == "restart":
                 return attempt
-            attempt.begun = self._begun(call)
+            attempt.begun = await self._begun(call)
             if attempt.begun:
                 return attempt
             # What came before our opening was read cannot be continued: one more attempt takes it back.
@@ -165,8 +166,8 @@ class Attempts:
             if self.tracked.assembly.state.status is not None or self.is_anothers():
                 raise Overtaken
 
-    def _begun(self, call: ModelCall) -> Begun | None:
-        stands = begun(call.body, self.admitted.request.on_crash, self.tracked.assembly)
+    async def _begun(self, call: ModelCall) -> Begun | None:
+        stands = await begun_aside(call.body, self.admitted.request.on_crash, self.tracked.assembly)
         if stands is None or stands.whole:
             return stands
         return stands if not self._anew and self.means.gateway.continues(call) else None

@@ -8,7 +8,6 @@ and what that one counted; the prompt is the last one's, in which its server als
 an attempt took back (`restart`) is not billed: the tenant did not get it.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -29,11 +28,10 @@ from klatch_schemas.events import (
 )
 from klatch_streams.counting import tokens_in
 from klatch_streams.estimate import Estimate
+from klatch_workers.generation.aside import aside
 
 _PROMPT: Final = Estimate(bytes_per_token=4, per_message=4, overhead=0)
 """How a prompt is counted that no server counted: as it was reserved, images and files among it, with less to spare."""
-LONG: Final = 1_000
-"""Chunks that are put together within a few milliseconds; of 32,000 it takes a quarter of a second."""
 PriceOf = Callable[[str, str], Prices | None]
 """What a model costs at a deployment, where it is known."""
 
@@ -172,9 +170,7 @@ async def turn_aside(
     admitted: ChatAdmitted, assembly: Assembly, asked: Asked, timing: Timing, previous: int | None
 ) -> TurnFinished | None:
     """`turn`, without holding up the event loop; nothing of a stream that has ended changes meanwhile."""
-    if len(assembly.standing) <= LONG:
-        return turn(admitted, assembly, asked, timing, previous)
-    return await asyncio.to_thread(turn, admitted, assembly, asked, timing, previous)
+    return await aside(len(assembly.standing), lambda: turn(admitted, assembly, asked, timing, previous))
 
 
 def _status(assembly: Assembly) -> Status:

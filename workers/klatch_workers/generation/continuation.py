@@ -11,12 +11,20 @@ from typing import Any, Final, cast
 
 from klatch_agents.gateway.port import ModelCall
 from klatch_schemas import codec
+from klatch_schemas.assembly import Assembly
 from klatch_schemas.chunks import Json
-from klatch_schemas.events import Usage
-from klatch_streams.continuing import Begun
+from klatch_schemas.events import OnCrash, Usage
+from klatch_streams.continuing import Begun, begun
+from klatch_workers.generation.aside import aside
 
 _CONSTANT: Final = ("id", "created", "model", "system_fingerprint")
 _LIMITS: Final = ("max_tokens", "max_completion_tokens")
+
+
+async def begun_aside(body: Mapping[str, object], on_crash: OnCrash, assembly: Assembly) -> Begun | None:
+    """`begun`, without holding up the event loop; of what stands when it is asked."""
+    standing = list(assembly.standing)
+    return await aside(len(standing), lambda: begun(body, on_crash, replace(assembly, standing=standing)))
 
 
 def rest_of(call: ModelCall, begun: Begun) -> ModelCall:

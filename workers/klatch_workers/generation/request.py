@@ -49,7 +49,6 @@ from klatch_workers.generation.conclude import (
     at_least,
     has_turn,
     own_count,
-    reply_of,
     settlement,
     turn_aside,
     usage_without_count,
@@ -307,10 +306,11 @@ class RequestUnderWay:
         }
 
     def _finish_reason(self, command: End) -> str | None:
-        if (present := self.attempts.present) and present.finished:
+        present = self.attempts.present
+        if present and present.finished:
             return present.finished.finish_reasons.get(0)
         # A dead owner's answer that only lacked its end.
-        return reply_of(self.tracked.assembly).finish_reasons.get(0) if command.status == "completed" else None
+        return present.begun.finish_reason if present and present.begun and command.status == "completed" else None
 
     def _usage(self) -> Usage:
         present, assembly = self.attempts.present, self.tracked.assembly
