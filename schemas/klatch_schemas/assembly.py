@@ -196,10 +196,15 @@ class ReplyReader:
     comes late never sees text that a later attempt has already taken back.
     """
 
-    def __init__(self, after: int | None = None) -> None:
-        """`after` is the offset of the last delta that a resuming reader has."""
+    def __init__(self, after: int | None = None, *, param: str = "after") -> None:
+        """`after` is the offset of the last delta that a resuming reader has; `param` is what named it."""
         self._assembly = Assembly()
         self._has = -1 if after is None else after
+        self._place = after if after is not None and after >= 0 else None
+        """Where a reader resumes, until a record that counts was heard there: it is shown nothing before."""
+        self._param = param
+        self._begun_anew = False
+        """Whether an attempt began anew behind that place."""
         self._last: Standing | None = None
         """The last delta that the reader has, which stands."""
         self._live = False
@@ -212,7 +217,7 @@ class ReplyReader:
         return self._assembly.state
 
     def go_live(self) -> Sequence[Standing | Ended]:
-        """Show what stands beyond what the reader has. Raises Superseded, StreamBroken."""
+        """Show what stands beyond what the reader has. Raises Superseded, StreamBroken, InvalidRequest."""
         self._live = True
         past, self._assembly.standing = self._assembly.standing, []
         if 0 <= self._has < self._assembly.voided_before and self._has not in {said.offset for said in past}:
@@ -226,26 +231,32 @@ class ReplyReader:
             self._has = max(self._has, past[-1].offset)
         if status := self.state.status:
             shown.append(Ended(status, self._assembly.end))
+        if shown:
+            self._check_place()
         return shown
 
     def hear(self, offset: int, said: Said) -> Standing | Ended | None:
-        """Take the record at `offset`; returns what the reader is shown. Raises Superseded, StreamBroken."""
+        """Take the record at `offset`; returns what the reader is shown. Raises as `go_live`."""
         if not self._live:
-            self._assembly.hear(offset, said)
+            self._meet(offset, self._assembly.hear(offset, said))
             return None
         self._assembly.state, heard = fold(self._assembly.state, said)
+        self._meet(offset, heard)
         match heard:
             case Spoke(seq, chunk, deployment):
                 self._last = Standing(offset, self.state.attempt, seq, chunk, deployment)
                 # Who reads again from further back is shown nothing twice.
                 shown = self._last if offset > self._has else None
                 self._has = max(self._has, offset)
+                if shown:
+                    self._check_place()
                 return shown
             case Ended():
+                self._check_place()
                 return heard
             case _ if offset <= self._has:
                 return None
-            case Opened(mode="restart") if self._last:
+            case Opened(mode="restart") if self._last or self._begun_anew:
                 raise _superseded()
             case Retracted(from_seq) if self._last and self._takes_back(self._last, from_seq):
                 raise _superseded()
@@ -253,6 +264,19 @@ class ReplyReader:
                 raise _broken(heard)
             case _:
                 return None
+
+    def _meet(self, offset: int, heard: Heard) -> None:
+        if self._place is None or heard is None:
+            return
+        if offset == self._place:
+            self._place = None
+        elif offset > self._place and isinstance(heard, Opened):
+            self._begun_anew = self._begun_anew or (heard.mode == "restart" and heard.attempt > 1)
+
+    def _check_place(self) -> None:
+        """Who reads from behind an opening, or resumes where the stream has nothing, would join what never was one."""
+        if self._place is not None:
+            raise _superseded() if self._begun_anew else no_place(self._param)
 
     def _takes_back(self, said: Standing, from_seq: int) -> bool:
         return said.attempt == self.state.attempt and said.seq >= from_seq

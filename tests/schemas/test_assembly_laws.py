@@ -171,6 +171,8 @@ class Reader:
     log: Sequence[Said]
     joined: int
     after: int | None = None
+    since: int = 0
+    """Where it begins to read."""
     shown: list[int] = field(default_factory=list[int])
     """Offsets of the deltas it was shown."""
     shown_at: list[int] = field(default_factory=list[int])
@@ -184,7 +186,7 @@ class Reader:
     def read(self) -> "Reader":
         reader, at = ReplyReader(self.after), 0
         try:
-            for at, said in enumerate(self.log[: self.joined]):
+            for at, said in enumerate(self.log[self.since : self.joined], start=self.since):
                 assert reader.hear(at, said) is None
             self.show(reader.go_live(), self.joined)
             for at, said in enumerate(self.log[self.joined :], start=self.joined):
@@ -270,6 +272,22 @@ def test_who_is_live_and_reads_again_from_the_start_is_shown_what_follows_what_i
         again, resumed = Reader(log, 0, after).read(), Reader(log, after + 1, after).read()
         assert (again.shown, again.ended) == (resumed.shown, resumed.ended)
         assert type(again.error) is type(resumed.error)
+
+
+@settings(max_examples=400)
+@given(_logs, st.integers(0, 26), st.data())
+def test_who_resumes_where_the_beginning_is_gone_is_shown_the_rest_or_told(
+    log: list[Said], joined: int, data: st.DataObject
+) -> None:
+    first = Reader(log, min(joined, len(log))).read()
+    for number, after in enumerate(first.shown, start=1):
+        since = data.draw(st.integers(0, after))
+        resumed = Reader(log, data.draw(st.integers(since, len(log))), after, since).read()
+        told = first.shown[:number] + resumed.shown
+        if resumed.shown:
+            assert told == truth(log[: resumed.shown_at[-1]]).standing
+        if resumed.ended:
+            assert told == truth(log).standing
 
 
 @settings(max_examples=200)

@@ -7,8 +7,7 @@ from typing import Any, cast
 from tests.workers.generation.mortal import World
 
 from klatch_schemas import codec
-from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Said, Standing
-from klatch_schemas.codec import Delta
+from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Said, Spoke, Standing, StreamState, fold
 from klatch_schemas.errors import Superseded
 from klatch_schemas.events import UsageSettled
 from klatch_schemas.records import Partition
@@ -46,8 +45,11 @@ def every_reader_agrees(stream: Sequence[tuple[int, Said]]) -> None:
     text, status = text_of(whole.standing), whole.state.status
     for live_at in range(len(stream) + 1):
         _reads(stream, live_at, None, text, status)
+    state = StreamState()
     for offset, said in stream:
-        if isinstance(said, Delta):
+        state, heard = fold(state, said)
+        # Nobody was shown any other delta, so that nobody resumes there.
+        if isinstance(heard, Spoke):
             _reads(stream, len(stream), offset, text, status)
 
 

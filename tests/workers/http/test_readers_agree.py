@@ -166,9 +166,11 @@ async def by_fold(log: MemoryLog, request: str, after: int | None) -> Seen:
     raise AssertionError("no end")
 
 
-async def by_client(log: MemoryLog, request: str, after: int | None, dice: random.Random, live_from: int) -> Seen:
-    stream = clients.Stream(Tenant("acme"), RequestId(request), Conversation("c"), PLACE.number, 0)
-    consumer: Any = LogConsumer(log, 0, dice)
+async def by_client(
+    log: MemoryLog, request: str, after: int | None, dice: random.Random, live_from: int, start: int = 0
+) -> Seen:
+    stream = clients.Stream(Tenant("acme"), RequestId(request), Conversation("c"), PLACE.number, start)
+    consumer: Any = LogConsumer(log, start, dice)
     chunks = list[tuple[int, bytes]]()
     read: Any = clients._read  # pyright: ignore[reportPrivateUsage]
     try:
@@ -224,18 +226,54 @@ async def test_late_readers_agree_byte_for_byte_at_every_place(kits: Any, seed: 
         writing, end = await written(kit, dice)
         outcomes = set[str]()
         for kind, request in writing.names.items():
-            places = [
-                record.offset
-                for record in kit.log.records(PLACE.topic)
-                if isinstance(said := codec.decode(record.value), Delta) and said.request == request
-            ]
-            for after in (None, *places):
+            for after in (None, *range(end)):
                 told = await by_fold(kit.log, request, after)
                 assert await by_client(kit.log, request, after, dice, end) == told, (request, after)
                 assert await by_events(kit, request, after) == told, (request, after)
-                assert (told.outcome == "cancelled") == kind.startswith("cancelled"), (request, after)
+                if told.outcome not in {"superseded", "invalid_request"}:
+                    assert (told.outcome == "cancelled") == kind.startswith("cancelled"), (request, after)
                 outcomes.add(told.outcome)
-        assert outcomes == {"completed", "superseded", "cancelled", "model_error", "rate_limit_exceeded"}
+        assert outcomes == {
+            *("completed", "superseded", "cancelled", "model_error", "rate_limit_exceeded"),
+            "invalid_request",
+        }
+
+
+async def test_the_place_of_another_stream_or_of_what_does_not_count_is_refused_everywhere(kits: Any) -> None:
+    """Text was left out in silence, with 200 and an ordered end."""
+    dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
+    async with kits.serving(partitions=1) as kit:
+        writing, end = await written(kit, dice)
+        said = [(record.offset, codec.decode(record.value)) for record in kit.log.records(PLACE.topic)]
+        for name in ("plain", "zombie", "continue"):
+            request = writing.names[name]
+            others = [at for at, one in said if getattr(one, "request", None) != request]
+            zombies = [
+                at for at, one in said if isinstance(one, Delta) and one.request == request and "z" in one.writer
+            ]
+            for place in (*dice.sample(others, 8), *zombies):
+                refused = Seen([], "invalid_request")
+                assert await by_fold(kit.log, request, place) == refused
+                assert await by_client(kit.log, request, place, dice, end) == refused
+                assert await by_events(kit, request, place) == refused
+
+
+async def test_who_resumes_where_the_opening_is_gone_and_another_attempt_began_anew_is_told(kits: Any) -> None:
+    """Text of the one attempt was joined to that of the next."""
+    dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
+    async with kits.serving(partitions=1) as kit:
+        writing, end = await written(kit, dice)
+        request = writing.names["restart"]
+        opened, first, *_ = (
+            record.offset
+            for record in kit.log.records(PLACE.topic)
+            if getattr(codec.decode(record.value), "request", None) == request
+        )
+        kit.log.truncate_before(PLACE, opened + 1)
+        superseded = Seen([], "superseded")
+        assert await by_fold(kit.log, request, first) == superseded
+        assert await by_client(kit.log, request, first, dice, end, start=opened + 1) == superseded
+        assert await by_events(kit, request, first) == superseded
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -275,4 +313,5 @@ async def test_a_reader_whose_place_the_log_has_not_come_to_is_refused_everywher
         for beyond in (end, end + 1_000_000):
             assert await by_client(kit.log, request, beyond, dice, end) == Seen([], "invalid_request")
             assert await by_events(kit, request, beyond) == Seen([], "invalid_request")
-        assert (await by_client(kit.log, request, end - 1, dice, end)).outcome == "completed"
+        own = max(record.offset for record in kit.log.records(PLACE.topic) if request.encode() in (record.value or b""))
+        assert (await by_client(kit.log, request, own, dice, end)).outcome == "completed"

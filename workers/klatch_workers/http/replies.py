@@ -22,6 +22,7 @@ from klatch_schemas.events import StreamEnd, Usage
 from klatch_workers.http.call import DEPLOYMENT, Call, header_value
 from klatch_workers.http.door import Terms
 from klatch_workers.http.errors import error_of_end
+from klatch_workers.http.finding import LAST_EVENT_ID
 from klatch_workers.http.pulse import Pulse
 from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
 from klatch_workers.http.reader import Heard, Reader
@@ -138,7 +139,7 @@ class EventStream(_Answer):
         """`after` is the offset of the last event that a resuming client has."""
         super().__init__(call, reader, terms, pulse)
         self._include_usage = include_usage
-        self._reply = ReplyReader(after)
+        self._reply = ReplyReader(after, param=LAST_EVENT_ID)
         self._live = False
         self._last: deque[Standing] = deque(maxlen=_NAMELESS + 1)
         self._event_start = b"id: %d-" % reader.partition.number
