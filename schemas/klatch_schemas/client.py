@@ -22,7 +22,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import OffsetOutOfRangeError
 
 from klatch_schemas import codec
-from klatch_schemas.assembly import Ended, ReplyReader, Standing, check_place
+from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing, check_place
+from klatch_schemas.beginning import Beginning
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import LogMoved, error_of
 from klatch_schemas.events import (
@@ -38,6 +39,8 @@ from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import partition_of
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
 
+_OPENING_GONE = "the log no longer holds the beginning of this reply"
+
 _REMEMBERED = 10_000
 """Of how many requests a client knows where it first sent them."""
 
@@ -50,7 +53,7 @@ class Stream(NamedTuple):
     conversation: Conversation
     partition: int
     start: int
-    """An offset of `chat.stream` not beyond the stream's first record."""
+    """An offset of `chat.stream` not beyond the stream's first record; the log's first, if nobody knows better."""
 
 
 class Shown(NamedTuple):
@@ -221,28 +224,36 @@ async def _read(
 ) -> AsyncIterator[Shown]:
     if after is not None:
         check_place(after, live_from, param="after")
-    reader, live = ReplyReader(after), False
+    reader, beginning = ReplyReader(after), Beginning[Said]()
+    caught_up = live = False
     while True:
-        if not live and await consumer.position(place) >= live_from:
+        caught_up = caught_up or await consumer.position(place) >= live_from
+        if caught_up and beginning.missing:
+            raise LogMoved(_OPENING_GONE)
+        if caught_up and not live:
             live = True
             for shown in shown_of(reader.go_live()):
                 yield shown
             if reader.state.status is not None:
                 return
-        try:
-            batches = await consumer.getmany(place, timeout_ms=1000)
-        except OffsetOutOfRangeError as error:
-            raise LogMoved("the log no longer holds the beginning of this reply") from error
-        for record in batches.get(place, ()):
-            said = _said(record.value, stream)
-            heard = reader.hear(record.offset, said) if said else None
+        for offset, said in beginning.sift(await _heard(consumer, place, stream)):
+            heard = reader.hear(offset, said)
             for shown in shown_of([heard] if heard else []):
                 yield shown
             if isinstance(heard, Ended):
                 return
 
 
-def _said(value: bytes | None, stream: Stream) -> Any:
+async def _heard(consumer: AIOKafkaConsumer, place: TopicPartition, stream: Stream) -> list[tuple[int, Said]]:
+    try:
+        batches = await consumer.getmany(place, timeout_ms=1000)
+    except OffsetOutOfRangeError as error:
+        raise LogMoved(_OPENING_GONE) from error
+    said = [(record.offset, _said_in(record.value, stream)) for record in batches.get(place, ())]
+    return [(offset, one) for offset, one in said if one is not None]
+
+
+def _said_in(value: bytes | None, stream: Stream) -> Said | None:
     try:
         said = codec.decode(value)
     except Unreadable:

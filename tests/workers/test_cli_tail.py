@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from click.testing import CliRunner
 from klatch_schemas import codec
 from klatch_schemas.events import Event, Status, StreamAttempt, StreamCancel, StreamEnd, StreamRetract, Usage
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
-from klatch_schemas.records import Draft, Record
+from klatch_schemas.records import Draft, Partition, Record
 from klatch_schemas.topics import CHAT_STREAM, Namespace
 from klatch_streams.log import OffsetGone
 from klatch_streams.memory_log import MemoryLog
@@ -32,10 +34,15 @@ class Town:
     async def event(self, conversation: str, event: Event) -> None:
         await self.log.append([codec.draft(TOPIC, conversation, event)])
 
-    async def open(self, request: str, attempt: int = 1, conversation: str = "c") -> None:
+    @property
+    def place(self) -> Partition:
+        """Where the conversation `c` stands."""
+        return self.log.records(TOPIC)[0].partition
+
+    async def open(self, request: str, attempt: int = 1, conversation: str = "c", mode: str = "restart") -> None:
         self._seq[request] = 0
         names = {"request": request, "conversation": conversation, "tenant": "acme"}
-        opened = StreamAttempt.model_validate({**names, "attempt": attempt, "writer": f"w{attempt}"})
+        opened = StreamAttempt.model_validate({**names, "attempt": attempt, "writer": f"w{attempt}", "mode": mode})
         await self.event(conversation, opened)
 
     async def say(self, request: str, text: str, attempt: int = 1, conversation: str = "c") -> None:
@@ -66,10 +73,10 @@ class Town:
         names: dict[str, Any] = {"request": request, "tenant": "acme", "conversation": conversation}
         await self.event(conversation, StreamCancel.model_validate({**names, "by": "me"}))
 
-    async def shown(self, wanted: Wanted, view: View | None = None) -> None:
-        """Follow from the beginning until the wanted request has ended."""
+    async def shown(self, wanted: Wanted, view: View | None = None, since: str | int = "beginning") -> None:
+        """Follow until the wanted request has ended."""
         async with asyncio.timeout(20):
-            await follow(self.log, Namespace(), wanted, "beginning", view or TextView())
+            await follow(self.log, Namespace(), wanted, since, view or TextView())
 
 
 @pytest.fixture
@@ -234,6 +241,66 @@ async def test_a_reader_that_retention_overtakes_in_the_middle_of_its_request_is
         await town.shown(Wanted(request="r1"), Overtaken())
 
 
+@pytest.mark.parametrize("view", [TextView, JsonView, RawView])
+@pytest.mark.parametrize("ending", ["completed", "cancelled", "continued"])
+async def test_a_request_whose_beginning_the_log_has_lost_is_told_so(
+    town: Town, view: Callable[[], View], ending: str
+) -> None:
+    await town.open("r1")
+    await town.say("r1", "the beginning of")
+    if ending == "cancelled":
+        await town.cancel("r1")
+    if ending == "continued":
+        await town.open("r1", attempt=2, mode="continue")
+    await town.end("r1", attempt=2 if ending == "continued" else 1)
+    town.log.truncate_before(town.place, 1)
+    with pytest.raises(CommandFailed, match="no longer holds the beginning of this request"):
+        await town.shown(Wanted(request="r1"), view())
+
+
+async def test_a_request_whose_beginning_is_gone_is_told_so_at_its_end_too(town: Town) -> None:
+    await town.open("r1")
+    await town.say("r1", "the beginning of")
+    town.log.truncate_before(town.place, 1)
+    until = _Until(TextView())
+    following = asyncio.create_task(town.shown(Wanted(request="r1"), until))
+    await until.reached_delta.wait()
+    await town.end("r1")
+    with pytest.raises(CommandFailed, match="no longer holds the beginning of this request"):
+        await following
+
+
+async def test_a_request_that_began_before_the_place_that_was_named_can_be_read_from_the_beginning(town: Town) -> None:
+    await town.open("r1")
+    await town.say("r1", "the beginning of")
+    town.now_ms = time.time_ns() // 1_000_000
+    await town.say("r1", "the rest")
+    await town.end("r1")
+    with pytest.raises(CommandFailed, match="read it with --from beginning"):
+        await town.shown(Wanted(request="r1"), since=60)
+    await town.shown(Wanted(request="r1"))
+
+
+async def test_an_attempt_that_began_anew_behind_what_is_gone_is_the_whole_request(
+    town: Town, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.open("r1")
+    await town.say("r1", "gone")
+    await town.open("r1", attempt=2)
+    await town.say("r1", "whole", attempt=2)
+    await town.end("r1", attempt=2)
+    town.log.truncate_before(town.place, 1)
+    await town.shown(wanted := Wanted(request="r1"))
+    assert wanted.status == "completed"
+    assert "whole" in capsys.readouterr().out
+
+
+async def test_a_request_that_was_cancelled_before_it_began_is_told_as_cancelled(town: Town) -> None:
+    await town.cancel("r1")
+    await town.shown(wanted := Wanted(request="r1"))
+    assert wanted.status == "cancelled"
+
+
 @pytest.mark.parametrize("place", ["yesterday", "10m", "-10", "-1y"])
 def test_a_place_that_is_none_is_refused_with_those_there_are(place: str) -> None:
     said = CliRunner().invoke(tail, ["--from", place])
@@ -247,12 +314,15 @@ class _Until:
     def __init__(self, view: View) -> None:
         self._view = view
         self.reached = asyncio.Event()
+        self.reached_delta = asyncio.Event()
 
     def show(self, record: Record, said: Said) -> None:
         if said.request == "marker":
             self.reached.set()
         else:
             self._view.show(record, said)
+        if isinstance(said, codec.Delta):
+            self.reached_delta.set()
 
     def unreadable(self, record: Record, reason: str) -> None:
         self._view.unreadable(record, reason)

@@ -55,7 +55,7 @@ class Writing:
 
     async def write(self) -> None:
         """All of them, interleaved."""
-        left = {kind: self._stream(kind, request) for kind, request in self.names.items()}
+        left = {kind: self.drafts(kind, request) for kind, request in self.names.items()}
         while left:
             kind = self.dice.choice(sorted(left))
             if not (drafts := left[kind]):
@@ -63,7 +63,8 @@ class Writing:
                 continue
             await self.log.append([drafts.pop(0)])
 
-    def _stream(self, kind: str, request: str) -> list[Draft]:
+    def drafts(self, kind: str, request: str) -> list[Draft]:
+        """A stream of a kind."""
         open_, say, end = self._open, self._say, self._end
         first = [open_(request, 1), *say(request, 1, 0, 5)]
         more = say(request, 1, 5, 9)
@@ -148,13 +149,17 @@ class LogConsumer:
         return {place: records}
 
 
+def places(log: MemoryLog, request: str) -> list[tuple[int, Said]]:
+    """What the log holds of a stream, and where."""
+    said = [(record.offset, codec.decode(record.value)) for record in log.records(PLACE.topic)]
+    return [(offset, one) for offset, one in said if getattr(one, "request", None) == request]
+
+
 async def by_fold(log: MemoryLog, request: str, after: int | None) -> Seen:
     """What the contract says of a late reader that resumes there."""
     reader, chunks = ReplyReader(after), list[tuple[int, bytes]]()
-    for record in log.records(PLACE.topic):
-        said: Said = codec.decode(record.value)
-        if getattr(said, "request", None) == request:
-            reader.hear(record.offset, said)
+    for offset, said in places(log, request):
+        reader.hear(offset, said)
     try:
         for shown in reader.go_live():
             if isinstance(shown, Ended):
@@ -303,6 +308,61 @@ async def test_a_reader_whose_place_retention_took_is_told_so_everywhere(kits: A
         request = writing.names["plain"]
         assert await by_client(kit.log, request, 3, dice, end) == Seen([], "log_moved")
         assert await by_events(kit, request, 3) == Seen([], "log_moved")
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_readers_from_the_first_that_the_log_holds_are_told_the_whole_or_that_its_beginning_is_gone(
+    kits: Any, seed: int
+) -> None:
+    dice = random.Random(seed)  # noqa: S311 - a seed that can be repeated
+    async with kits.serving(partitions=1) as kit:
+        writing, end = await written(kit, dice)
+        names = writing.names.values()
+        begins = {request: next(offset for offset, _ in places(kit.log, request)) for request in names}
+        told = {request: await by_fold(kit.log, request, None) for request in names}
+        outcomes = set[str]()
+        for first in sorted({*dice.sample(range(end), 12), *(begins[request] + 1 for request in names)}):
+            kit.log.truncate_before(PLACE, first)
+            async with kits.serving(beside=kit) as fresh, asyncio.timeout(20):
+                for kind, request in writing.names.items():
+                    held = places(kit.log, request)
+                    # What is behind a cancel that is gone tells of nothing; nor does what is gone altogether.
+                    if begins[request] < first and (kind == "cancelled before" or not held):
+                        continue
+                    seen = await by_client(kit.log, request, None, dice, end, first)
+                    assert seen == await by_events(fresh, request, None), (kind, first)
+                    assert seen == told[request] or begins[request] < first, (kind, first)
+                    after, _ = dice.choice(held)
+                    resumed = await by_client(kit.log, request, after, dice, end, first)
+                    assert resumed == await by_events(fresh, request, after), (kind, first, after)
+                    outcomes |= {seen.outcome, resumed.outcome}
+        assert outcomes >= {"completed", "cancelled", "log_moved", "model_error", "rate_limit_exceeded"}
+
+
+async def test_a_client_that_waits_for_what_has_lost_its_beginning_is_told_so_at_its_end() -> None:
+    dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
+    log = MemoryLog({PLACE.topic: 1})
+    drafts = Writing(log, dice).drafts("plain", "r")
+    await log.append(drafts[:3])
+    log.truncate_before(PLACE, 1)
+    reading = asyncio.create_task(by_client(log, "r", None, dice, 3, 1))
+    await log.append(drafts[3:])
+    async with asyncio.timeout(20):
+        assert await reading == Seen([], "log_moved")
+
+
+@pytest.mark.parametrize("spoke", [False, True])
+async def test_a_reader_from_the_right_place_is_told_of_a_cancel_whatever_another_tenant_says_under_its_id(
+    spoke: bool,
+) -> None:
+    dice = random.Random(0)  # noqa: S311 - a seed that can be repeated
+    log = MemoryLog({PLACE.topic: 1})
+    writing = Writing(log, dice)
+    others, mine = writing.drafts("plain", "r"), writing.drafts("cancelled before", "r")
+    await log.append(others[1:4])
+    await log.append(mine if spoke else [mine[0], mine[-1]])
+    async with asyncio.timeout(20):
+        assert await by_client(log, "r", None, dice, len(log.records(PLACE.topic))) == Seen([], "cancelled")
 
 
 async def test_a_reader_whose_place_the_log_has_not_come_to_is_refused_everywhere(kits: Any) -> None:

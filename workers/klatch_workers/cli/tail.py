@@ -1,12 +1,14 @@
 """`klatch tail`: streams over Kafka while they are made, of one request, of one conversation, or all.
 
 With `--request` it ends when that stream ends, with 0 if it was completed and 1 if not; otherwise Ctrl-C ends it with
-0. Streams that began before the place where reading begins are shown only in `--json` and `--raw`.
+0. Streams that began before the place where reading begins are shown only in `--json` and `--raw`; how one of them
+ended nobody can tell, so that with `--request` its end is an error.
 """
 
 import asyncio
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,11 +16,12 @@ import click
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import StreamState, fold
+from klatch_schemas.beginning import Beginning
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.ids import Tenant
 from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import CHAT_STREAM, Namespace
-from klatch_streams.log import Log, OffsetGone
+from klatch_streams.log import Log, OffsetGone, Tail
 from klatch_workers.cli.context import (
     FAILED,
     CommandFailed,
@@ -61,6 +64,9 @@ class Wanted:
     request: str | None = None
     tenant: Tenant | None = None
     """Of `request`, which two tenants may use."""
+    partition: Partition | None = None
+    """Where records of `request` were found."""
+    _beginning: Beginning[Said] = field(default_factory=Beginning[Said])
     _state: StreamState = field(default_factory=StreamState)
 
     def takes(self, record: Record, said: Said) -> bool:
@@ -73,13 +79,25 @@ class Wanted:
             return False
         if not isinstance(said, Delta) and self.tenant is not None and said.tenant != self.tenant:
             return False
-        self._state, _ = fold(self._state, said)
+        self.partition = record.partition
+        for _, kept in self._beginning.sift([(record.offset, said)]):
+            self._state, _ = fold(self._state, kept)
         return True
 
     @property
     def has_begun(self) -> bool:
         """Whether a part of the wanted request was shown."""
         return self.request is not None and self._state != StreamState()
+
+    @property
+    def began_before(self) -> bool:
+        """Whether what was read of the wanted request began before it, unless it begins anew further on."""
+        return self._beginning.missing
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last record of the wanted request was shown."""
+        return self.request is not None and self._state.status is not None
 
     @property
     def status(self) -> str | None:
@@ -119,45 +137,59 @@ def tail(
 
 
 async def follow(log: Log, namespace: Namespace, wanted: Wanted, since: str | int | None, view: View) -> None:
-    """Show what is wanted until its end, if it has one. Raises LogError."""
+    """Show what is wanted until its end, if it has one. Raises LogError, CommandFailed."""
     topic = namespace.of(CHAT_STREAM)
     count = await log.partitions(topic)
     numbers = range(count) if wanted.conversation is None else [partition_of(wanted.conversation.encode(), count)]
     places = [Partition(topic, number) for number in numbers]
-    starts = await asyncio.gather(*(_start(log, place, since, wanted.request) for place in places))
+    found = await asyncio.gather(*(_start(log, place, since, wanted.request) for place in places))
+    starts = dict(zip(places, found, strict=True))
     reader = await log.tail()
     try:
-        for place, start in zip(places, starts, strict=True):
+        for place, (start, _) in starts.items():
             reader.follow(place, start)
-        while wanted.request is None or wanted.status is None:
-            try:
-                records = await reader.read(_READ_MS)
-            except OffsetGone as error:
-                # Retention overtook the reader: what is gone is gone. Of one request that is its end, of many a hole.
-                if wanted.has_begun:
-                    raise CommandFailed(f"{moved(error)}; a part of this request is gone") from error
-                view.moved(error)
-                reader.follow(error.partition, error.first)
-                continue
-            for record in records:
+        while not wanted.has_ended:
+            for record in await _read(reader, wanted, view):
                 _show(record, wanted, view)
-                if wanted.request is not None and wanted.status is not None:
+                if wanted.has_ended:
                     return
+            if wanted.began_before and all((reader.position(place) or 0) >= end for place, (_, end) in starts.items()):
+                raise CommandFailed(await _began_before(log, wanted, starts))
     finally:
         await reader.close()
 
 
-async def _start(log: Log, place: Partition, since: str | int | None, request: str | None) -> int:
+async def _read(reader: Tail, wanted: Wanted, view: View) -> Sequence[Record]:
+    try:
+        return await reader.read(_READ_MS)
+    except OffsetGone as error:
+        # Retention overtook the reader: what is gone is gone. Of one request that is its end, of many a hole.
+        if wanted.has_begun:
+            raise CommandFailed(f"{moved(error)}; a part of this request is gone") from error
+        view.moved(error)
+        reader.follow(error.partition, error.first)
+        return ()
+
+
+async def _began_before(log: Log, wanted: Wanted, starts: Mapping[Partition, tuple[int, int]]) -> str:
+    for place, (start, _) in starts.items():
+        if place == wanted.partition and start > (await log.bounds(place))[0]:
+            return "this request began before the place where reading began; read it with --from beginning"
+    return "the log no longer holds the beginning of this request"
+
+
+async def _start(log: Log, place: Partition, since: str | int | None, request: str | None) -> tuple[int, int]:
+    """Where reading begins, and where the partition ended then."""
     first, end = await log.bounds(place)
     if since is None:
         birth = birth_of(request) if request else None
         if birth:
             # Ids that klatch's doors make say when; others may stand anywhere.
-            return await log.offset_at(place, birth.milliseconds - _SKEW_MS)
-        return first if request else end
+            return await log.offset_at(place, birth.milliseconds - _SKEW_MS), end
+        return first if request else end, end
     if isinstance(since, int):
-        return await log.offset_at(place, time.time_ns() // 1_000_000 - since * 1000)
-    return first if since == "beginning" else end
+        return await log.offset_at(place, time.time_ns() // 1_000_000 - since * 1000), end
+    return first if since == "beginning" else end, end
 
 
 def _show(record: Record, wanted: Wanted, view: View) -> None:

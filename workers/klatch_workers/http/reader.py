@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from klatch_schemas import codec
+from klatch_schemas.beginning import Beginning
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.errors import KlatchError, LogMoved, NotFound
 from klatch_schemas.events import EmbeddingAdmitted, StreamAttempt, StreamCancel, StreamEnd, StreamRetract
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, OffsetGone, Tail
-from klatch_workers.http.beginning import Beginning
 
 Spoken = Delta | StreamAttempt | StreamEnd | StreamCancel | StreamRetract | EmbeddingAdmitted
 """What doors read of `chat.stream`."""
@@ -79,7 +79,7 @@ class Reader:
         self._joined = 0
         self._start: int | None = None
         """Where it began to read what stood in the log; None: it has heard all from the stream's first record on."""
-        self._beginning = Beginning()
+        self._beginning = Beginning[Spoken]()
         self._left_at: int | None = None
         self._past: Tail | None = None
         self._error: KlatchError | None = None
@@ -173,7 +173,7 @@ class Reader:
             raise LogMoved("the log no longer holds the beginning of this stream")
         await self._close_past()
         self._start = self._next = first
-        self._peeked, self._beginning = [], Beginning()
+        self._peeked, self._beginning = [], Beginning[Spoken]()
 
     async def find(self) -> Conversation | None:
         """The stream's conversation, or None if the stream has no record before the place where it joined.
