@@ -56,6 +56,10 @@ class Town:
         """The next delta has number 0 again."""
         self._seq[request] = 0
 
+    def skip(self, request: str, count: int) -> None:
+        """Deltas that never stand in the log."""
+        self._seq[request] += count
+
     async def end(self, request: str, status: Status = "completed", attempt: int = 1, conversation: str = "c") -> None:
         end = StreamEnd(
             request=RequestId(request),
@@ -293,6 +297,36 @@ async def test_an_attempt_that_began_anew_behind_what_is_gone_is_the_whole_reque
     await town.shown(wanted := Wanted(request="r1"))
     assert wanted.status == "completed"
     assert "whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["said more", "ended", "cancelled"])
+async def test_a_request_of_which_the_log_lacks_deltas_is_shown_to_its_end_and_is_an_error(
+    town: Town, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await town.open("r1")
+    await town.say("r1", "one")
+    town.skip("r1", 2)
+    if ending != "ended":
+        await town.say("r1", "four")
+    await (town.cancel("r1") if ending == "cancelled" else town.end("r1"))
+    wanted = Wanted(request="r1")
+    with pytest.raises(CommandFailed, match="the log lacks deltas 1 to 2 of this request"):
+        await town.shown(wanted)
+    assert wanted.status == ("cancelled" if ending == "cancelled" else "completed")
+    out = capsys.readouterr().out
+    assert "one\n── deltas 1 to 2 are missing\n" in out
+    assert f"── {wanted.status}" in out
+
+
+async def test_what_is_missing_of_an_attempt_that_was_void_is_no_error(town: Town) -> None:
+    await town.open("r1")
+    town.skip("r1", 2)
+    await town.say("r1", "four")
+    await town.open("r1", attempt=2)
+    await town.say("r1", "whole", attempt=2)
+    await town.end("r1", attempt=2)
+    await town.shown(wanted := Wanted(request="r1"))
+    assert wanted.status == "completed"
 
 
 async def test_a_request_that_was_cancelled_before_it_began_is_told_as_cancelled(town: Town) -> None:

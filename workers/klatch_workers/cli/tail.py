@@ -1,8 +1,8 @@
 """`klatch tail`: streams over Kafka while they are made, of one request, of one conversation, or all.
 
-With `--request` it ends when that stream ends, with 0 if it was completed and 1 if not; otherwise Ctrl-C ends it with
-0. Streams that began before the place where reading begins are shown only in `--json` and `--raw`; how one of them
-ended nobody can tell, so that with `--request` its end is an error.
+With `--request` it ends when that stream ends, with 0 if it was completed and is whole, 1 if not; otherwise Ctrl-C ends
+it with 0. Streams that began before the place where reading begins are shown only in `--json` and `--raw`; how one of
+them ended nobody can tell, so that with `--request` its end is an error.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from klatch_schemas import codec
-from klatch_schemas.assembly import StreamState, fold
+from klatch_schemas.assembly import Assembly, Gap, StreamState
 from klatch_schemas.beginning import Beginning
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.ids import Tenant
@@ -67,7 +67,7 @@ class Wanted:
     partition: Partition | None = None
     """Where records of `request` were found."""
     _beginning: Beginning[Said] = field(default_factory=Beginning[Said])
-    _state: StreamState = field(default_factory=StreamState)
+    _assembly: Assembly = field(default_factory=Assembly)
 
     def takes(self, record: Record, said: Said) -> bool:
         """Whether the record is one of those wanted."""
@@ -80,14 +80,14 @@ class Wanted:
         if not isinstance(said, Delta) and self.tenant is not None and said.tenant != self.tenant:
             return False
         self.partition = record.partition
-        for _, kept in self._beginning.sift([(record.offset, said)]):
-            self._state, _ = fold(self._state, kept)
+        for offset, kept in self._beginning.sift([(record.offset, said)]):
+            self._assembly.hear(offset, kept)
         return True
 
     @property
     def has_begun(self) -> bool:
         """Whether a part of the wanted request was shown."""
-        return self.request is not None and self._state != StreamState()
+        return self.request is not None and self._assembly.state != StreamState()
 
     @property
     def began_before(self) -> bool:
@@ -97,12 +97,17 @@ class Wanted:
     @property
     def has_ended(self) -> bool:
         """Whether the last record of the wanted request was shown."""
-        return self.request is not None and self._state.status is not None
+        return self.request is not None and self.status is not None
 
     @property
     def status(self) -> str | None:
         """How the wanted request ended, once it has."""
-        return self._state.status
+        return self._assembly.state.status
+
+    @property
+    def gap(self) -> Gap | None:
+        """Deltas that the log lacks, of those that the wanted request should stand in."""
+        return self._assembly.gap
 
 
 @click.command()
@@ -152,11 +157,13 @@ async def follow(log: Log, namespace: Namespace, wanted: Wanted, since: str | in
             for record in await _read(reader, wanted, view):
                 _show(record, wanted, view)
                 if wanted.has_ended:
-                    return
+                    break
             if wanted.began_before and all((reader.position(place) or 0) >= end for place, (_, end) in starts.items()):
                 raise CommandFailed(await _began_before(log, wanted, starts))
     finally:
         await reader.close()
+    if gap := wanted.gap:
+        raise CommandFailed(f"the log lacks deltas {gap.expected} to {gap.got - 1} of this request")
 
 
 async def _read(reader: Tail, wanted: Wanted, view: View) -> Sequence[Record]:
