@@ -26,6 +26,9 @@ from klatch_schemas.events import (
 Said = Event | Delta
 """What may stand in `chat.stream`."""
 
+LAST = 16
+"""In so many last chunks the name of their reply is found: behind it may come 15 without one, Azure's annotations."""
+
 
 class StreamState(msgspec.Struct, frozen=True, gc=False):
     """How far one stream has come."""
@@ -208,8 +211,10 @@ class ReplyReader:
         self._last: Standing | None = None
         """The last delta that the reader has, which stands."""
         self._live = False
+        self.had: Sequence[Standing] = ()
+        """The last deltas that a resuming reader has, at most `LAST`; known once it is live."""
         self.deployment = ""
-        """Which deployment made the last delta that a resuming reader has; known once it is live."""
+        """Which deployment made the last of them."""
 
     @property
     def state(self) -> StreamState:
@@ -225,7 +230,9 @@ class ReplyReader:
         if self._assembly.gap:
             raise _broken(self._assembly.gap)
         shown: list[Standing | Ended] = [said for said in past if said.offset > self._has]
-        self.deployment = next((s.deployment for s in reversed(past) if s.deployment and s.offset <= self._has), "")
+        had = [said for said in past if said.offset <= self._has]
+        self.had = had[-LAST:]
+        self.deployment = next((said.deployment for said in reversed(had) if said.deployment), "")
         if past:
             self._last = past[-1]
             self._has = max(self._has, past[-1].offset)

@@ -78,7 +78,8 @@ def error_of_end(ended: Ended) -> KlatchError | None:
         return None
     error = _of_said(ended.error) if ended.error else _ENDINGS[ended.status][0](_ENDINGS[ended.status][1])
     error.ended = ended.status
-    error.deployment = ended.end.deployment if ended.end else ""
+    # Live readers are told of a cancel before the end that follows it: what that says is told to no other either.
+    error.deployment = ended.end.deployment if ended.end and ended.status != "cancelled" else ""
     return error
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import structlog
 
 from klatch_schemas import codec
-from klatch_schemas.assembly import Assembly, Ended, ReplyReader, Standing
+from klatch_schemas.assembly import LAST, Assembly, Ended, ReplyReader, Standing
 from klatch_schemas.chunks import Json, Reply
 from klatch_schemas.errors import KlatchError, StreamBroken, Unavailable
 from klatch_schemas.events import StreamEnd, Usage
@@ -33,8 +33,6 @@ _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _OURS = re.compile(rb'"klatch"\s*:')
 _OFF_LOOP_CHUNKS = 1_000
-_NAMELESS = 15
-"""So many events without an id may follow the last one that has it: Azure's annotations."""
 
 
 class Watch:
@@ -141,7 +139,7 @@ class EventStream(_Answer):
         self._include_usage = include_usage
         self._reply = ReplyReader(after, param=LAST_EVENT_ID)
         self._live = False
-        self._last: deque[Standing] = deque(maxlen=_NAMELESS + 1)
+        self._last: deque[Standing] = deque(maxlen=LAST)
         self._event_start = b"id: %d-" % reader.partition.number
         self._deployment = ""
         """The last that the client was told of, or will be by the header."""
@@ -180,6 +178,8 @@ class EventStream(_Answer):
         self._live = True
         shown = self._reply.go_live()
         self._deployment = self._reply.deployment
+        # What names a usage chunk of klatch's own may be what the client has.
+        self._last.extend(self._reply.had)
         parts = [self._event(one) for one in shown if isinstance(one, Standing)]
         return parts, next((one for one in shown if isinstance(one, Ended)), None)
 
@@ -243,7 +243,7 @@ def _whole(standing: Sequence[Standing], end: StreamEnd | None) -> bytes:
     reply = Reply()
     for said in standing:
         reply.add(codec.loads(bytes(said.chunk)))
-    for chunk in trailer_of(end, standing[-_NAMELESS - 1 :]) if end else ():
+    for chunk in trailer_of(end, standing[-LAST:]) if end else ():
         reply.add(chunk)
     return codec.dumps(reply.completion())
 
