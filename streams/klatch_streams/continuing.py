@@ -30,7 +30,7 @@ class Begun(NamedTuple):
     tokens: int
     """How many by klatch's own count (`counting.py`)."""
     first: Json
-    """The first chunk: later ones have its id, time and model."""
+    """The first chunk that has an id (Azure's first event has none): later ones have its id, time and model."""
     whole: bool = False
     """Every choice has finished: only the end is missing."""
     finish_reason: str | None = None
@@ -46,11 +46,12 @@ def begun(body: Mapping[str, object], on_crash: OnCrash, assembly: Assembly) -> 
     reply = Reply()
     for chunk in chunks:
         reply.add(chunk)
+    first = next((chunk for chunk in chunks if chunk.get("id")), chunks[0])
     finishes = reply.finish_reasons
     if len(finishes) >= _choices(body) and all(finishes.values()):
-        return Begun("", len(raw), tokens_in(raw), chunks[0], whole=True, finish_reason=finishes.get(0))
+        return Begun("", len(raw), tokens_in(raw), first, whole=True, finish_reason=finishes.get(0))
     text = _plain_text(reply)
-    return Begun(text, len(raw), tokens_in(raw), chunks[0]) if text and not _more_than_text(body) else None
+    return Begun(text, len(raw), tokens_in(raw), first) if text and not _more_than_text(body) else None
 
 
 def _choices(body: Mapping[str, object]) -> int:

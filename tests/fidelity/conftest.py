@@ -2,7 +2,8 @@
 
 A server whose bytes a test chooses (`wire.py`), and the stages as `wiring.py` puts them together: the router with the
 servers that deployments of routes name, admission, screening by the default policy, generation, and the HTTP door on a
-socket. Only the log is not Kafka, the routes are no ledger, and there is one attempt a request.
+socket. Only the log is not Kafka, and the routes are no ledger. Most tests look at how the last attempt ends, and have
+one (`stack`); others have as many as klatch makes (`trying`).
 Numbers in brackets in docstrings name the traps of `docs/fidelity.md`.
 """
 
@@ -28,6 +29,7 @@ from klatch_schemas.events import ChatAdmitted, Deployment, Event, ModelRouted, 
 from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, TOPICS, Namespace, Topic
 from klatch_streams.admission import Admission
 from klatch_streams.decider_owner import DeciderStage
+from klatch_streams.generation import TRIES
 from klatch_streams.log import Log
 from klatch_streams.memory_log import MemoryLog
 from klatch_streams.owner import Stage
@@ -93,10 +95,10 @@ class Stack:
         self.routes.add(name, self._deployment(name, **deployment), patience)
         return name
 
-    def spare(self, model: str, script: Script | bytes) -> str:
+    def spare(self, model: str, script: Script | bytes, **deployment: Any) -> str:
         """A second deployment of a model, for when the first fails; what the server calls it."""
         name = self.wire.model(script if callable(script) else sends(script))
-        self.routes.add(model, self._deployment(name, model=name, tier=1))
+        self.routes.add(model, self._deployment(name, model=name, tier=1, **deployment))
         return name
 
     def _deployment(self, name: str, **fields: Any) -> Deployment:
@@ -229,7 +231,9 @@ async def running(log: Log, stage: Stage) -> AsyncGenerator[None]:
 
 
 @asynccontextmanager
-async def stacked(keys_file: Path | None = None, now_ms: Callable[[], int] | None = None) -> AsyncGenerator[Stack]:
+async def stacked(
+    keys_file: Path | None = None, now_ms: Callable[[], int] | None = None, tries: int = 1
+) -> AsyncGenerator[Stack]:
     """A stack whose model server's keys are in a file, and whose log has a clock of the test's."""
     counts: dict[str, int] = {topic.name: 1 if topic.partitioning == "ledger" else PARTITIONS for topic in TOPICS}
     log = MemoryLog(counts, now_ms=now_ms) if now_ms else MemoryLog(counts)
@@ -237,8 +241,7 @@ async def stacked(keys_file: Path | None = None, now_ms: Callable[[], int] | Non
         wire = await parts.enter_async_context(Wire())
         routes, servers = Routes(), ModelServers(Settings(model_url=wire.url, keys_file=keys_file))
         gateway = await parts.enter_async_context(Router(routes, servers.open, servers.default_route()))
-        # One attempt: what the tests look at is how the last of them ends. Others are in test_attempts.py.
-        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book()), tries=1)
+        generation = GenerationStage(log, Namespace(), gateway, Preparer(Book()), tries=tries)
         parts.push_async_callback(generation.close)
         judge = RulesJudge()
         parts.push_async_callback(judge.close)
@@ -261,9 +264,26 @@ async def _stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stac
         yield stack
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _trying() -> AsyncIterator[Stack]:
+    async with stacked(tries=TRIES) as stack:
+        yield stack
+
+
 @pytest_asyncio.fixture
 async def stack(_stack: Stack) -> AsyncIterator[Stack]:
     """The stack; what a test leaves open is closed after it."""
     yield _stack
-    for door in (_stack.door, _stack.impatient):
+    await _left(_stack)
+
+
+@pytest_asyncio.fixture
+async def trying(_trying: Stack) -> AsyncIterator[Stack]:
+    """A stack with the usual number of attempts a request."""
+    yield _trying
+    await _left(_trying)
+
+
+async def _left(stack: Stack) -> None:
+    for door in (stack.door, stack.impatient):
         await hang_up(door)

@@ -6,7 +6,9 @@ import pytest
 from tests.fidelity.conftest import KEY, finishes, said_in, text_of
 from tests.fidelity.wire import Script, Talk, chunk, event, finish, role, sends, usage_chunk, whole, words
 
-from klatch_schemas.events import StreamEnd, UsageSettled
+from klatch_schemas import codec
+from klatch_schemas.events import Limits, QuotaLimitSet, StreamEnd, UsageSettled
+from klatch_schemas.ids import Tenant
 
 if TYPE_CHECKING:
     from tests.fidelity.conftest import Stack
@@ -53,6 +55,37 @@ async def test_a_whole_reply_is_named_after_what_has_a_name(stack: "Stack") -> N
     assert reply["prompt_filter_results"] == PROMPT["prompt_filter_results"]
     counted = said_in(await stack.stream(sent, **ASKING))[-1]
     assert (counted["id"], counted["created"], counted["choices"]) == ("chatcmpl-7", 1_790_000_000, [])
+
+
+async def test_a_reply_that_is_continued_keeps_the_names_of_what_has_a_name(trying: "Stack") -> None:
+    """[12, 30] The rest, and its usage chunk, are not named after the event before them all."""
+
+    async def script(talk: Talk) -> None:
+        talk.begin().send(event(PROMPT) + role() + judged("Hello ")).drop()
+
+    model = trying.model(script)
+    rest = role() + words("world") + finish("stop", usage_chunk())
+    trying.spare(model, rest.replace(b"chatcmpl-7", b"chatcmpl-8"), continues="vllm")
+    answer = await trying.door.chat(model=model, klatch={"on_crash": "continue"}, **ASKING)
+    events = await answer.events()
+    said = said_in(events)[1:]
+    assert (text_of(events), finishes(events)) == ("Hello world", [(0, "stop")])
+    names = [(one["id"], one["created"], one["model"]) for one in said]
+    assert names == [("chatcmpl-7", 1_790_000_000, "tiny-2026-11-01")] * len(said)
+
+
+async def test_a_reply_that_its_budget_stops_is_named_after_what_has_a_name(stack: "Stack") -> None:
+    """[30, 31] Though an annotation came last."""
+    limited = QuotaLimitSet(tenant=Tenant("globex"), limits=Limits(tokens_per_day=1500))
+    await stack.log.append([codec.draft("chat.requests", "globex", limited)])
+    sent = event(PROMPT) + role() + (words("w") + event(ANNOTATION)) * 3000 + finish()
+    answer = await stack.chat(sent, tenant="globex")
+    last = said_in(await answer.events())[-1]
+    assert last["klatch"]["stopped_by"] == "tokens_per_day"
+    assert (last["id"], last["created"], last["model"]) == ("chatcmpl-7", 1_790_000_000, "tiny-2026-11-01")
+    await stack.told(answer, UsageSettled)
+    unlimited = QuotaLimitSet(tenant=Tenant("globex"), limits=Limits())
+    await stack.log.append([codec.draft("chat.requests", "globex", unlimited)])
 
 
 async def test_annotations_without_a_delta_pass_where_they_stand(stack: "Stack") -> None:

@@ -1,8 +1,9 @@
 """An attempt that continues: the call that asks for the rest, and chunks that look like one reply.
 
 The server answers as if it began: with an id of its own, a role, and a count of what it wrote itself. The writer, not
-each reader, makes the rest fit what stands (traps 12 and 13): `id`, `created`, `model` and `system_fingerprint` are
-those of the first chunk, no delta repeats the role, and a count of tokens holds what stood before, as klatch counts it.
+each reader, makes the rest fit what stands (traps 12, 13 and 30): `id`, `created`, `model` and `system_fingerprint` are
+those of the first chunk that has an id, no delta repeats the role, and a count of tokens holds what stood before, as
+klatch counts it.
 """
 
 from collections.abc import Mapping

@@ -6,6 +6,7 @@ for it, and without an answer, or without more, is not said: the reply is stoppe
 """
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,6 +14,7 @@ import structlog
 
 from klatch_agents.gateway.port import Chunk
 from klatch_schemas import codec
+from klatch_schemas.assembly import LAST
 from klatch_schemas.chunks import Json
 from klatch_schemas.events import ChatAdmitted, UsageRunning
 from klatch_schemas.records import Draft
@@ -45,8 +47,8 @@ class Credit:
     choices: set[int] = field(default_factory=set[int])
     finishes: dict[int, str] = field(default_factory=dict[int, str])
     """By choice: how it finished."""
-    last: bytes = b""
-    """The last chunk that was said."""
+    last: deque[bytes] = field(default_factory=lambda: deque[bytes](maxlen=LAST))
+    """The last chunks that were said."""
     stopped_by: str | None = None
     """The budget that stopped the reply."""
     _asked: int = -1
@@ -54,7 +56,8 @@ class Credit:
 
     def begin(self, tokens: int) -> None:
         """An attempt begins, with so many tokens standing."""
-        self.count, self.last, self.stopped_by = Count(tokens), b"", None
+        self.count, self.stopped_by = Count(tokens), None
+        self.last.clear()
         self.choices.clear()
         self.finishes.clear()
 
@@ -68,13 +71,16 @@ class Credit:
                 self.stopped_by = self.tracked.spent or self.admitted.reservation.limit or "budget"
                 log.info("reply.stopped", request=self.tracked.request, limit=self.stopped_by, tokens=self.count.tokens)
                 return False
-        self.count.tokens, self.last = tokens, raw
+        self.count.tokens = tokens
+        self.last.append(raw)
         self.finishes.update(chunk.finishes)
         return True
 
     def closing(self) -> list[Chunk]:
         """The chunks that say that the reply was stopped, one a choice that is open, named as those before."""
-        spoken: Json = codec.loads(self.last) if self.last else {}
+        said: list[Json] = [codec.loads(raw) for raw in reversed(self.last)]
+        nobody: Json = {}
+        spoken = next((chunk for chunk in said if chunk.get("id")), said[0] if said else nobody)
         named: Json = {name: spoken[name] for name in _CONSTANT if name in spoken}
         chunks: list[Chunk] = []
         for index in sorted(self.choices - self.finishes.keys()):
