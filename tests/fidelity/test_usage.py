@@ -28,6 +28,17 @@ async def test_the_usage_chunk_is_the_last_one_without_choices(stack: "Stack") -
     assert [one["usage"] for one in said[:-1]] == [None] * 3
 
 
+async def test_of_several_usage_chunks_the_last_is_told(stack: "Stack") -> None:
+    """[24, 27] Clients add up what they see."""
+    early = event(usage_chunk(usage(100, 1)))
+    sent = role() + words("a") + early + words("b") + event(chunk({}, "stop")) + early + event(usage_chunk(FULL)) + DONE
+    answer = await stack.chat(sent, **ASKING)
+    said = said_in(await answer.events())
+    assert [one["usage"] for one in said] == [None] * 4 + [FULL]
+    assert (await stack.told(answer, UsageSettled)).usage.total_tokens == 150
+    assert (await stack.whole(sent))["usage"] == FULL
+
+
 @pytest.mark.parametrize("how", ["cut", "error", "stall", "cancelled"])
 async def test_a_stream_without_a_usage_chunk_is_counted_by_klatch(stack: "Stack", how: str) -> None:
     """[25] A token a chunk, and a bound on the prompt; marked as estimated."""

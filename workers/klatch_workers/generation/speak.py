@@ -50,6 +50,7 @@ class Attempt:
         self.deployment = ""
         """Which deployment answers."""
         self.trailer: list[bytes] = []
+        """The usage chunk, if one came."""
         self.finished: Finished | None = None
         self.counted: Counted | None = None
         """The model server's last count of tokens, of a reply that was cut off as well."""
@@ -81,7 +82,7 @@ class Attempt:
                     elif chunk.speaks:
                         self.counted_all = False
                     if chunk.usage_only:
-                        self.trailer.append(raw)
+                        self.trailer = [raw]  # clients add up what they see: only the last is told
                     else:
                         before, written = self.written, self._write(prefix, chunk, raw)
                         if len(raw) > WIDE_BYTES:
