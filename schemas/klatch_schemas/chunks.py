@@ -2,9 +2,10 @@
 
 State is kept per choice and per tool call *index* (OpenAI's streaming reference); unknown fields of a delta survive:
 strings are concatenated, lists extended, a string beside a list (of content parts) becomes a text part, and anything
-else is taken from the last chunk that had it; only klatch's own member is put together from what several chunks say in
-it. What says nothing (null, an empty text, list or object) never takes the place of what was said. It is total: any
-JSON a server sends is kept or left out, and raises nothing.
+else is taken from the last chunk that had it. So is what stands beside a delta, but that objects (Azure's annotations,
+each of some categories) are put together member by member, as klatch's own is. What says nothing (null, an empty text,
+list or object) never takes the place of what was said. It is total: any JSON a server sends is kept or left out, and
+raises nothing.
 """
 
 from collections.abc import Mapping
@@ -70,10 +71,8 @@ class Reply:
             elif name == "message":
                 # What a server repeats whole beside its deltas adds only what they have not said.
                 _merge(message, {own: one for own, one in _object(value).items() if message.get(own) in _NOTHING})
-            elif name not in {"index", "delta", "finish_reason"} and (
-                value not in _NOTHING or choice.get(name) is None
-            ):
-                choice[name] = value
+            elif name not in {"index", "delta", "finish_reason"}:
+                _take(choice, name, value)
 
     @property
     def finish_reasons(self) -> dict[int, str | None]:
@@ -166,6 +165,15 @@ def _merge(into: Json, said: Mapping[str, JsonValue], depth: int = 0) -> None:
             _merge(old, value, depth + 1)
         else:
             into[name] = _own(value)
+
+
+def _take(into: Json, name: str, value: JsonValue) -> None:
+    """The last that said something; of objects each member."""
+    old = into.get(name)
+    if isinstance(old, dict) and isinstance(value, dict):
+        old.update({own: one for own, one in value.items() if one not in _NOTHING or old.get(own) is None})
+    elif value not in _NOTHING or old is None:
+        into[name] = {**value} if isinstance(value, dict) else value
 
 
 def _joined(old: str | list[JsonValue], value: str | list[JsonValue]) -> JsonValue:

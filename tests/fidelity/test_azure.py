@@ -100,6 +100,17 @@ async def test_annotations_without_a_delta_pass_where_they_stand(stack: "Stack")
     assert choice["message"]["content"] == "x" * 60 + "y"
 
 
+async def test_a_whole_reply_has_what_every_annotation_found(stack: "Stack") -> None:
+    """[31] One tells of hate, the next of protected material, and a last one of nothing."""
+    hate = {"hate": {"filtered": True, "severity": "high"}}
+    material = {"protected_material_text": {"detected": True, "filtered": False}}
+    choices = [{**ANNOTATION["choices"][0], "content_filter_results": found} for found in (hate, material, {})]
+    sent = role() + words("bad") + b"".join(event({**ANNOTATION, "choices": [choice]}) for choice in choices)
+    choice = (await stack.whole(sent + finish("content_filter")))["choices"][0]
+    assert choice["content_filter_results"] == {**hate, **material}
+    assert choice["content_filter_offsets"] == OFFSETS
+
+
 async def test_a_reply_that_the_filter_cut_off_says_so(stack: "Stack") -> None:
     """[31]"""
     answer = await stack.chat(role() + words("too far") + event(ANNOTATION) + finish("content_filter", usage_chunk()))

@@ -80,6 +80,19 @@ def test_nothing_takes_no_place_beside_a_delta_or_beside_the_choices(odd: Any) -
     assert whole["prompt_filter_results"] == filtered
 
 
+def test_objects_beside_a_delta_are_put_together_and_their_members_are_the_last_that_said_something() -> None:
+    """As Azure's annotations, each of which tells of some categories."""
+    said: list[Any] = [{"a": {"x": "low", "y": 1}}, {"a": {}, "b": 2}, {"a": {"x": "high"}, "b": None}, 7, {"c": [3]}]
+    before = codec.dumps(said)
+    wholes = list[Any]()
+    reply = Reply()
+    for one in said:
+        reply.add({"choices": [{"index": 0, "delta": {}, "found": one}]})
+        wholes.append(codec.loads(codec.dumps(reply.completion()))["choices"][0]["found"])
+    assert wholes == [said[0], {"a": {"x": "low", "y": 1}, "b": 2}, {"a": {"x": "high"}, "b": 2}, 7, {"c": [3]}]
+    assert codec.dumps(said) == before
+
+
 @pytest.mark.parametrize("odd", [None, "", "x", 3, {}, {"index": 0}, [None, "x", 3]])
 def test_odd_tool_calls_and_functions_leave_the_real_ones_as_they_are(odd: Any) -> None:
     real = [{"tool_calls": [WEATHER]}, more('{"city":"Rome"}')]
