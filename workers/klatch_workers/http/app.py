@@ -8,6 +8,7 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from typing import Final
 
 import structlog
 import uvicorn
@@ -17,12 +18,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from klatch_schemas.errors import KlatchError, NotFound, Unavailable
 from klatch_workers.http import chat, embeddings, other, streams
 from klatch_workers.http.call import Call, Disconnected
+from klatch_workers.http.connections import Connection, Connections
 from klatch_workers.http.door import Door
 from klatch_workers.http.errors import MethodNotAllowed, as_klatch_error
 from klatch_workers.http.intake import RETRY_AFTER_MS
 from klatch_workers.http.runtime import Runtime
 
 log = structlog.get_logger("klatch.http")
+
+_UNSENT_BYTES: Final = 128 * 1024
+"""How much may wait in the kernel for a client to take it; what is under way to it is not counted."""
 
 Handler = Callable[[Runtime, Call], Awaitable[None]]
 
@@ -93,6 +98,11 @@ class App:
         """See ASGI 3."""
         await self._router(scope, receive, send)
 
+    def watch(self, server: uvicorn.Server) -> None:
+        """Cut off clients of the server that serves this app and that take nothing."""
+        runtime = self._runtime
+        runtime.pulse.members.add(Connections(server.server_state.connections, runtime.door.terms.write_timeout_s))
+
     def end_calls(self) -> None:
         """Tell every open call that this door closes.
 
@@ -159,6 +169,7 @@ async def _serve(
     app: App, stop: asyncio.Event, listening: socket.socket, drain_s: float, ready: Callable[[int], None] | None
 ) -> None:
     server = Server(config_of(app, drain_s))
+    app.watch(server)
     serving = asyncio.create_task(server.serve([listening]), name="http-server")
     opened = asyncio.create_task(server.listening.wait(), name="http-listening")
     stopping = asyncio.create_task(stop.wait(), name="http-stop")
@@ -184,6 +195,10 @@ def listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # The kernel takes no more than it can send. It took megabytes at a time, and a slow client looked dead
+            # until a third of them had gone.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         listening.bind((host, port))
         listening.listen(2048)
     except OSError:
@@ -196,7 +211,7 @@ def config_of(app: ASGIApp, drain_s: float) -> uvicorn.Config:
     """How all of klatch's doors are served."""
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from klatch_schemas.errors import KlatchError, RequestTooLarge
 from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_workers.http.connections import REQUEST
 from klatch_workers.http.errors import Answered, Headers, error_body, error_headers, status_of
 from klatch_workers.http.request_ids import new_request_id
 
@@ -143,6 +144,7 @@ class Call:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True
+        self._scope.setdefault("state", {})[REQUEST] = self.request
         ours: Headers = [(b"x-request-id", self.request.encode())]
         if self.conversation is not None:
             ours.append((b"x-klatch-conversation", header_value(self.conversation)))

@@ -46,7 +46,7 @@ class Terms:
     keepalive_s: float = 15.0
     """The silence after which a comment is sent: load balancers cut idle connections after 60."""
     write_timeout_s: float = 30.0
-    """A client that takes nothing for so long is dead."""
+    """A client that takes nothing of what waits for it for so long is dead (`connections.py`)."""
     silence_s: float = 900.0
     """A stream that says nothing for so long is given up with an error, and stays resumable."""
     append_timeout_s: float = 15.0

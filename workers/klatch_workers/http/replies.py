@@ -12,8 +12,6 @@ import re
 from collections import deque
 from collections.abc import Sequence
 
-import structlog
-
 from klatch_schemas import codec
 from klatch_schemas.assembly import LAST, Assembly, Ended, ReplyReader, Standing
 from klatch_schemas.chunks import Json, Reply
@@ -27,8 +25,6 @@ from klatch_workers.http.pulse import Pulse
 from klatch_workers.http.rate_limits import rate_limit_headers, rate_limits_in
 from klatch_workers.http.reader import Heard, Reader
 
-log = structlog.get_logger("klatch.http.replies")
-
 _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _OURS = re.compile(rb'"klatch"\s*:')
@@ -36,25 +32,19 @@ _OFF_LOOP_CHUNKS = 1_000
 
 
 class Watch:
-    """Looks at the clock for one answer, once a second: keep-alives, a dead client, a stream gone silent."""
+    """Looks at the clock for one answer, once a second: keep-alives, a stream gone silent."""
 
     def __init__(self, call: Call, reader: Reader, terms: Terms, pulse: Pulse) -> None:
         self._call = call
         self._reader = reader
         self._terms = terms
         self._pulse = pulse
-        self._task = asyncio.current_task()
         self.heard_at = self.wrote_at = asyncio.get_running_loop().time()
         """When the last write began."""
-        self.stuck = False
 
-    def beat(self, now: float) -> None:
+    def beat(self, now: float) -> None:  # noqa: ARG002 - see `now` of the pulse
         """See `Beating`."""
-        if self._call.writing:
-            if now - self.wrote_at > self._terms.write_timeout_s and self._task and not self.stuck:
-                self.stuck = True
-                self._task.cancel()
-        elif self.comment_due or self.silent:
+        if not self._call.writing and (self.comment_due or self.silent):
             self._reader.nudge()
 
     @property
@@ -94,14 +84,6 @@ class _Answer:
         self._pulse.members.add(self._watch)
         try:
             return await self._run()
-        except asyncio.CancelledError:
-            # A write that nobody takes can only be cancelled; any other cancellation is not for us to hold up.
-            task = asyncio.current_task()
-            if not self._watch.stuck or task is None or task.uncancel():
-                raise
-            log.info("client.stuck", request=self._call.request)
-            self._call.gone = True
-            return False
         finally:
             self._pulse.members.discard(self._watch)
 
