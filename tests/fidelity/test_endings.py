@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from tests.fidelity.conftest import PATIENCE, deltas, finishes, is_cut, said_in, text_of, until_left
-from tests.fidelity.wire import Talk, event, finish, role, whole, words
+from tests.fidelity.wire import Talk, event, finish, role, sends, whole, words
 
 from klatch_schemas.events import RouteTimeouts, StreamEnd
+from klatch_streams.generation import TRIES
 
 if TYPE_CHECKING:
     from tests.fidelity.conftest import Stack
@@ -180,6 +181,49 @@ async def test_a_call_is_not_repeated_once_something_was_said(stack: "Stack") ->
     answer = await stack.door.chat(model=model)
     assert text_of(await answer.events()) == "half an ans"
     assert (len(stack.wire.talks[model]), len(stack.wire.talks[spare])) == (1, 0)
+
+
+async def _breaks_off(talk: Talk) -> None:
+    talk.begin().send(HALF).drop()
+
+
+async def _tells_of_a_fault(talk: Talk) -> None:
+    talk.begin().send(HALF, event({"error": ERROR})).end()
+
+
+BREAKS = pytest.mark.parametrize("breaks", [_breaks_off, _tells_of_a_fault])
+
+
+@BREAKS
+async def test_who_has_read_half_an_attempt_is_told_that_another_took_it_back(trying: "Stack", breaks: Any) -> None:
+    """[34, 35, 38] Not why: the vendor's words are no end of this reply, which stands whole where it is read again."""
+
+    async def script(talk: Talk) -> None:
+        await (breaks if talk is trying.wire.talks[model][0] else sends(whole("all of it")))(talk)
+
+    model = trying.model(script)
+    answer = await trying.door.chat(model=model)
+    events = await answer.events()
+    error = is_cut(events)
+    assert (text_of(events), error["code"], error.keys() & {"pod"}) == ("half an ans", "superseded", set())
+    again = await (await trying.door.call("GET", error["klatch"]["resume"])).events()
+    assert (text_of(again), finishes(again), again[-1].data) == ("all of it", [(0, "stop")], "[DONE]")
+    assert len(trying.wire.talks[model]) == 2
+
+
+@BREAKS
+async def test_the_last_attempt_that_breaks_off_is_told_in_its_own_words(trying: "Stack", breaks: Any) -> None:
+    """[34, 35, 38] To whoever has read nothing of those before it: a whole reply, or a stream that is read again."""
+    model = trying.model(breaks)
+    answer = await trying.door.chat(model=model, stream=False)
+    told = ERROR if breaks is _tells_of_a_fault else {"code": "model_reply_truncated"}
+    error = (await answer.json())["error"]
+    assert {name: error[name] for name in told} == told
+    assert (answer.status, error["klatch"]["status"], len(trying.wire.talks[model])) == (502, "failed", TRIES)
+    again = await (await trying.door.call("GET", error["klatch"]["resume"])).events()
+    error = is_cut(again)
+    assert {name: error[name] for name in told} == told
+    assert text_of(again) == "half an ans"
 
 
 async def _begins_and_drops(talk: Talk) -> None:
