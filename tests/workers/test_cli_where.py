@@ -113,6 +113,34 @@ def test_keys_of_the_running_klatch_are_sent_to_no_server_but_its_own(folder: Pa
     assert (own.api_key, own.model_settings.model_key) == ("k", SecretStr("m"))
 
 
+@pytest.mark.parametrize("named", ["option", "environment"])
+@pytest.mark.parametrize(
+    ("door", "url"),
+    [
+        ("https://klatch.example", "https://klatch.example"),
+        ("https://klatch.example/v1", "https://klatch.example"),
+        ("http://klatch.example:8080/v1/", "http://klatch.example:8080"),
+        ("https://example/klatch/v1", "https://example/klatch"),
+        ("klatch.example:8080", "http://klatch.example:8080"),
+    ],
+)
+def test_a_door_is_named_by_its_url_or_by_host_and_port(folder: Path, named: str, door: str, url: str) -> None:
+    said = {"KLATCH_HTTP": door} if named == "environment" else {}
+    context = Context.read(said, data=folder, http=None if said else door)
+    assert (context.door_known, context.door_url) == (True, url)
+
+
+@pytest.mark.parametrize("arguments", [("chat", "--once", "hi"), ("cancel", "r1"), ("doctor",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "door", ["ftp://klatch.example", "https://", "http://a:http", "https://a?x=1", "https://me:secret@a", "a"]
+)
+def test_a_door_that_cannot_be_is_told_with_what_could(folder: Path, arguments: tuple[str, ...], door: str) -> None:
+    said = klatch((*arguments, "--data", str(folder), "--http", door))
+    assert said.exit_code == 2, said.output
+    assert "https://klatch.example" in said.output
+    assert "secret" not in said.output
+
+
 def test_the_door_of_the_running_klatch_is_not_that_of_another_namespace(folder: Path) -> None:
     run_file(folder)
     other = Context.read({}, data=folder, namespace="other")

@@ -33,7 +33,10 @@ def test_addresses_are_read(listen: str, pair: tuple[str, int]) -> None:
     assert host_port(listen) == pair
 
 
-@pytest.mark.parametrize("listen", ["localhost", "localhost:", "localhost:http", "localhost:65536", "localhost:²"])
+@pytest.mark.parametrize(
+    "listen",
+    ["localhost", "localhost:", "localhost:http", "localhost:65536", "localhost:²", "http://localhost:80"],
+)
 def test_an_address_that_is_none_says_what_is_wanted(listen: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         host_port(listen)
