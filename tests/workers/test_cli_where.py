@@ -27,7 +27,8 @@ ON_KAFKA = (
     ("publish",),
     ("tail",),
 )
-WITH_SETTINGS = (*ON_KAFKA, ("top", "--once"), ("chat",), ("worker", "admission"), ("up",), ("bench",))
+ELSEWHERE = (("kafka", "status"), ("top", "--once"), ("chat",), ("worker", "admission"), ("up",), ("bench",))
+WITH_SETTINGS = (*ON_KAFKA, *ELSEWHERE)
 
 
 @pytest.fixture
@@ -70,6 +71,13 @@ def test_a_command_beside_a_running_klatch_up_asks_its_kafka(
     assert "127.0.0.1:2" in asked.output
     over = klatch((*arguments, "--data", str(folder), "--kafka", "127.0.0.1:3"))
     assert (over.exit_code, "127.0.0.1:3" in over.output) == (3, True)
+
+
+def test_the_kafka_of_the_data_folder_is_the_one_that_klatch_up_keeps_there(folder: Path) -> None:
+    asked = klatch(("kafka", "status"), KLATCH_DATA=str(folder), XDG_DATA_HOME="/elsewhere")
+    assert (asked.exit_code, str(folder / "kafka") in asked.output) == (3, True)
+    asked = klatch(("kafka", "status", "--data", str(folder / "own")), KLATCH_DATA=str(folder))
+    assert (asked.exit_code, str(folder / "own") in asked.output) == (3, True)
 
 
 def test_a_namespace_alone_is_one_of_the_running_klatchs_kafka(folder: Path) -> None:
@@ -167,8 +175,12 @@ def test_a_run_file_that_cannot_be_read_fails_no_command_that_names_kafka_and_na
 @pytest.mark.parametrize("arguments", WITH_SETTINGS, ids=" ".join)
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [({"KLATCH_KAFKAA": "x"}, "did you mean KLATCH_KAFKA?"), ({"KLATCH_MAX_IN_FLIGHT": "many"}, "max_in_flight")],
-    ids=["misspelt", "ill-formed"],
+    [
+        ({"KLATCH_KAFKAA": "x"}, "did you mean KLATCH_KAFKA?"),
+        ({"KLATCH_MAX_IN_FLIGHT": "many"}, "max_in_flight"),
+        ({"KLATCH_LOG_LEVEL": "inof"}, "KLATCH_LOG_LEVEL is one of debug, info, warning, error, critical"),
+    ],
+    ids=["misspelt", "ill-formed", "level"],
 )
 def test_a_setting_that_is_none_is_told_and_ends_with_two(
     folder: Path, arguments: tuple[str, ...], setting: dict[str, str], told: str

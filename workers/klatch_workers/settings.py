@@ -17,6 +17,7 @@ from klatch_schemas.codec import explain
 from klatch_workers.nearest import did_you_mean
 
 PREFIX = "KLATCH_"
+LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def host_port(listen: str) -> tuple[str, int]:
@@ -48,6 +49,12 @@ def _door(address: str) -> str:
     if "@" in parts.netloc:
         raise ValueError(f"{wanted}; its key is KLATCH_API_KEY")
     return address
+
+
+def _level(said: str) -> str:
+    if said.lower() not in LEVELS:
+        raise ValueError(f"KLATCH_LOG_LEVEL is one of {', '.join(LEVELS)}")
+    return said.lower()
 
 
 Listen = Annotated[str, AfterValidator(_listen)]
@@ -127,7 +134,7 @@ class Settings(BaseModel):
     idempotency_s: Annotated[float, Field(ge=60)] = 86_400.0
     """How far back a door looks for the stream of an `Idempotency-Key` that it does not remember. To look is to read
     the conversation's partition over this time, so on a busy cluster it should be what clients retry within."""
-    log_level: str = "info"
+    log_level: Annotated[str, AfterValidator(_level)] = "info"
 
     tenant: str | None = None
     """Whom a client command such as `klatch publish` speaks for; None: the tenant of a running `klatch up`."""
