@@ -159,6 +159,20 @@ async def test_a_tenant_that_only_admission_knows_is_shown(log: MemoryLog) -> No
     assert (only.limit, only.most) == ("tokens_per_day", 5)
 
 
+async def test_the_topic_table_names_operators_wherever_their_commands_write() -> None:
+    written = set[str]()
+
+    async def note(drafts: Sequence[Draft]) -> None:
+        written.update(draft.topic for draft in drafts)
+
+    noted = MemoryLog({topic.name: 1 for topic in TOPICS}, appending=note)
+    await write_tenants(noted, SPACE, [tenant_configured(ACME, [KEY], Limits())], by="test")
+    await set_quota(noted, SPACE, ACME, Change(limits={"cost_micros_per_day": 10}), by="ann")
+    await write_models(noted, SPACE, [route(0.7)])
+    assert written == {CHAT_REQUESTS.name, TENANTS.name, MODELS.name}
+    assert not [topic.name for topic in TOPICS if topic.name in written and "operators" not in topic.written_by]
+
+
 async def test_what_stands_is_set_again_where_that_is_asked_for(log: MemoryLog) -> None:
     for again in (False, True):
         await set_quota(log, SPACE, ACME, Change(), by="ann", again=again)
