@@ -19,13 +19,14 @@ from typing import Any, NamedTuple, Self
 from uuid import uuid4
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import OffsetOutOfRangeError
+from aiokafka.errors import MessageSizeTooLargeError, OffsetOutOfRangeError
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from klatch_schemas import codec
 from klatch_schemas.assembly import Ended, ReplyReader, Said, Standing, check_place
 from klatch_schemas.beginning import Beginning
 from klatch_schemas.codec import Unreadable
-from klatch_schemas.errors import LogMoved, error_of
+from klatch_schemas.errors import LogMoved, RequestTooLarge, error_of
 from klatch_schemas.events import (
     ChatBody,
     ChatRequested,
@@ -36,8 +37,8 @@ from klatch_schemas.events import (
     StreamRetract,
 )
 from klatch_schemas.ids import Conversation, RequestId, Tenant
-from klatch_schemas.records import partition_of
-from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, Namespace
+from klatch_schemas.records import Draft, partition_of
+from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, MAX_RECORD_BYTES, Namespace
 
 _OPENING_GONE = "the log no longer holds the beginning of this reply"
 
@@ -88,7 +89,7 @@ class Client:
     async def __aenter__(self) -> Self:
         # Not idempotent: of such a one aiokafka writes no more to a partition of which a batch has failed. What stands
         # twice counts once (docs/decisions/0002-producer-settings.md).
-        self._producer = AIOKafkaProducer(**self._options, acks="all")
+        self._producer = AIOKafkaProducer(**self._options, acks="all", max_request_size=MAX_RECORD_BYTES)
         self._places = AIOKafkaConsumer(**self._options)
         try:
             await self._producer.start()
@@ -115,24 +116,26 @@ class Client:
         )
 
     async def publish(self, request: ChatRequested) -> Stream:
-        """Write the request to the log; when this returns, it is accepted. Raises aiokafka's KafkaError.
+        """Write the request to the log; when this returns, it is accepted.
+
+        Raises RequestTooLarge for what fits no record, and aiokafka's KafkaError.
 
         A request may be sent again when it is not known whether it was written; it is answered once, and its stream
         begins where this client first sent it. Another client that sends it again must be given that `Stream` to
         read: the reply may have ended before its own place.
         """
-        stream = self._begun.get(request.request) or await self._place(request)
-        stream = self._begun.setdefault(request.request, stream)
-        if len(self._begun) > _REMEMBERED:
-            del self._begun[next(iter(self._begun))]
         draft = codec.draft(
             self._namespace.of(CHAT_REQUESTS),
             request.tenant,
             request,
             traceparent=request.context.traceparent,
         )
-        producer = self._open_producer()
-        await producer.send_and_wait(draft.topic, draft.value, key=draft.key, headers=list(draft.headers))
+        _check_size(draft)
+        stream = self._begun.get(request.request) or await self._place(request)
+        stream = self._begun.setdefault(request.request, stream)
+        if len(self._begun) > _REMEMBERED:
+            del self._begun[next(iter(self._begun))]
+        await self._send(draft)
         return stream
 
     async def cancel(self, stream: Stream, reason: str = "") -> None:
@@ -145,10 +148,8 @@ class Client:
             reason=reason,
         )
         draft = codec.draft(self._namespace.of(CHAT_STREAM), stream.conversation, cancel)
-        producer = self._open_producer()
-        await producer.send_and_wait(
-            draft.topic, draft.value, key=draft.key, headers=list(draft.headers), partition=stream.partition
-        )
+        _check_size(draft)
+        await self._send(draft._replace(partition=stream.partition))
 
     async def read(self, stream: Stream, *, after: int | None = None) -> AsyncIterator[Shown]:
         """The chunks that stand, in order, until the reply is complete.
@@ -187,6 +188,16 @@ class Client:
         end = (await self._places.end_offsets([place]))[place]
         return Stream(request.tenant, request.request, request.conversation, partition, end)
 
+    async def _send(self, draft: Draft) -> None:
+        topic, key, value, headers, partition = draft
+        try:
+            await self._open_producer().send_and_wait(topic, value, key=key, headers=list(headers), partition=partition)
+        except MessageSizeTooLargeError as error:
+            raise RequestTooLarge(
+                f"Kafka takes no record of {_size(draft):,} bytes in {topic}: `klatch topics check` tells whether its "
+                "max.message.bytes is klatch's"
+            ) from error
+
     async def _stop(self) -> None:
         if self._places:
             await _stop(self._places)
@@ -197,6 +208,19 @@ class Client:
         if self._producer is None:
             raise RuntimeError("use the client as `async with Client(...) as client:`")
         return self._producer
+
+
+def _size(draft: Draft) -> int:
+    size: int = DefaultRecordBatchBuilder.estimate_size_in_bytes(draft.key, draft.value, list(draft.headers))
+    return size
+
+
+def _check_size(draft: Draft) -> None:
+    if (size := _size(draft)) > MAX_RECORD_BYTES:
+        raise RequestTooLarge(
+            f"a record of {size:,} bytes is too large for {draft.topic}, which takes up to {MAX_RECORD_BYTES:,}: send "
+            "less text, or images by URL"
+        )
 
 
 async def _stop(consumer: AIOKafkaConsumer) -> None:

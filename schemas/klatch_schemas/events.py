@@ -379,7 +379,7 @@ class StreamDelta(Event):
     chunk: dict[str, JsonValue]
     """A `chat.completion.chunk` object, its bytes untouched in the log."""
     deployment: str = ""
-    """Of an attempt's first delta: which deployment of the model's route answers; empty where no route names it."""
+    """Of an attempt's first delta: which deployment answers; `default` where no route names the model."""
 
 
 class StreamCancel(Event):
@@ -422,8 +422,8 @@ class StreamEnd(Event):
     """Of choice 0; each choice's own stands in its last delta."""
     model: str = ""
     deployment: str = ""
-    """Which deployment of the model's route answered last, or, where a reply was cut before its first word, was asked
-    last; empty when none was, or all that were asked failed."""
+    """Which deployment answered last, or, where a reply was cut before its first word, was asked last; `default` where
+    no route names the model, empty when none was asked, or all that were asked failed."""
     usage: Usage | None = None
     trailer: tuple[dict[str, JsonValue], ...] = ()
     """Chunks without choices that followed the last one, such as the usage chunk."""

@@ -70,8 +70,8 @@ CHAT_REQUESTS = Topic(
     key="tenant",
     holds=(ev.ChatRequested, ev.EmbeddingRequested, ev.UsageSettled, ev.UsageRunning, ev.QuotaLimitSet),
     partitioning="tenant",
-    written_by=("producers", "doors", "admission", "generation"),
-    read_by=("admission", "screening", "views"),
+    written_by=("producers", "doors", "admission", "generation", "operators"),
+    read_by=("admission", "screening", "generation", "doors", "views", "operators"),
     purpose="Requests for chat completions and embeddings, and what they turned out to cost.",
     retention_ms=7 * DAY_MS,
     # Decisions take their time from the log: a producer's clock decides nothing.
@@ -82,7 +82,7 @@ CHAT_ADMITTED = Topic(
     key="conversation",
     holds=(ev.ChatAdmitted, ev.ChatRefused),
     partitioning="conversation",
-    written_by=("admission",),
+    written_by=("admission", "operators"),
     read_by=("generation", "views"),
     purpose="What admission decided.",
     retention_ms=DAY_MS,
@@ -92,7 +92,7 @@ TRUST_VERDICTS = Topic(
     key="conversation",
     holds=(ev.TrustVerdict,),
     partitioning="conversation",
-    written_by=("screening",),
+    written_by=("screening", "operators"),
     read_by=("generation", "views"),
     purpose="What screening decided; kept for audit.",
     retention_ms=30 * DAY_MS,
@@ -120,7 +120,7 @@ CHAT_TURNS = Topic(
     key="conversation",
     holds=(ev.TurnFinished,),
     partitioning="conversation",
-    written_by=("generation",),
+    written_by=("generation", "operators"),
     read_by=("memory", "generation"),
     purpose="Finished turns: the memory of conversations.",
 )
@@ -159,21 +159,21 @@ DEAD_LETTERS = Topic(
     key="the original key",
     holds=(),
     partitioning="tenant",
-    written_by=("every stage",),
+    written_by=("every stage", "operators"),
     read_by=("operators",),
     purpose="Records no stage could use: key, value and headers untouched, the reason in `dead-*` headers.",
     retention_ms=30 * DAY_MS,
 )
 
 
-def _ledger(name: str, key: str, holds: type[Event], purpose: str) -> Topic:
+def _ledger(name: str, key: str, holds: type[Event], purpose: str, read_by: tuple[str, ...] = ("generation",)) -> Topic:
     return Topic(
         TopicName(name),
         key=key,
         holds=(holds,),
         partitioning="ledger",
         written_by=("operators",),
-        read_by=("all stages", "doors"),
+        read_by=(*read_by, "operators"),
         purpose=purpose,
         cleanup="compact",
     )
@@ -181,9 +181,9 @@ def _ledger(name: str, key: str, holds: type[Event], purpose: str) -> Topic:
 
 PROMPTS = _ledger("prompts", "tenant/name/version", ev.PromptPublished, "Versions of prompts.")
 SKILLS = _ledger("skills", "name", ev.SkillRegistered, "Skills on offer.")
-MODELS = _ledger("models", "alias", ev.ModelRouted, "Routes of model names.")
+MODELS = _ledger("models", "alias", ev.ModelRouted, "Routes of model names.", ("generation", "doors"))
 EXPERIMENTS = _ledger("experiments", "name", ev.ExperimentSet, "Experiments and their arms.")
-TENANTS = _ledger("tenants", "tenant", ev.TenantConfigured, "Tenants, key hashes, limits.")
+TENANTS = _ledger("tenants", "tenant", ev.TenantConfigured, "Tenants, key hashes, limits.", ("doors",))
 
 ADMISSION_STATE = Topic(
     TopicName("admission.state"),
@@ -191,7 +191,7 @@ ADMISSION_STATE = Topic(
     holds=(ev.Snapshot,),
     partitioning="tenant",
     written_by=("admission",),
-    read_by=("admission",),
+    read_by=("admission", "operators"),
     purpose="Admission's ledger of every tenant, with the offset it has applied.",
     cleanup="compact",
     extra=_STATE,

@@ -311,7 +311,7 @@ def _interrupted(driver: Driver, request: _Request, stream: Assembly, writer: Wr
 
 
 def _pause(driver: Driver, request: _Request, pause: Pause) -> Report | bool:
-    until_ms = request.rests_until_ms or driver.now_ms + int(1000 * pause.at_least_s) + 100 * 2**pause.failures
+    until_ms = request.rests_until_ms or driver.now_ms + 100 * 2**pause.failures
     over = driver.now_ms >= until_ms
     request.rests_until_ms = 0 if over else until_ms
     return Rested() if over else False

@@ -29,9 +29,6 @@ from klatch_schemas.events import Decision, IfBusy, Status, StreamError
 TRIES: Final = 3
 """How often one owner asks the model for one request, if the failures are such that another try may mend them."""
 
-LONGEST_PAUSE_S: Final = 30.0
-"""A server that wants to be left alone for longer has refused: its client is told how long."""
-
 # --- commands ----------------------------------------------------------------------------------------------------
 
 
@@ -55,10 +52,9 @@ class Speak:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Leave the model alone for a while, longer after each failure, and at least as long as its server asked."""
+    """Leave the model alone for a while, longer after each failure."""
 
     failures: int
-    at_least_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +110,6 @@ class Broken:
     error: StreamError
     again: bool = False
     """Whether another try may end well."""
-    retry_after_s: float = 0.0
-    """For how long the server asked to be left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +176,8 @@ def _next(report: Report, failures: int, tries: int) -> Command | None:
 
 
 def _after_failure(broken: Broken, failures: int, tries: int) -> Command:
-    if broken.again and failures < tries and broken.retry_after_s <= LONGEST_PAUSE_S:
-        return Pause(failures, broken.retry_after_s)
+    if broken.again and failures < tries:
+        return Pause(failures)
     return End(_ENDINGS.get(broken.error.code, "failed"), broken.error)
 
 

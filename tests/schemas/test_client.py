@@ -7,10 +7,11 @@ import msgspec
 import pytest
 
 from klatch_schemas.assembly import Ended, Standing
-from klatch_schemas.client import Shown, shown_of
-from klatch_schemas.errors import Cancelled
+from klatch_schemas.client import Client, Shown, shown_of
+from klatch_schemas.errors import Cancelled, RequestTooLarge
 from klatch_schemas.events import StreamEnd, StreamError
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
+from klatch_schemas.topics import MAX_RECORD_BYTES
 
 CHUNK = {"choices": [{"index": 0, "delta": {"content": "so far"}}]}
 
@@ -35,3 +36,10 @@ def test_an_end_that_a_cancel_came_before_tells_a_late_reader_of_no_other_outcom
     )
     with pytest.raises(Cancelled):
         next(shown_of([Ended("cancelled", meant)]))
+
+
+async def test_what_fits_no_record_is_refused_with_the_limit() -> None:
+    client = Client("nobody-is-asked:1", tenant="acme")
+    request = client.request({"model": "m", "messages": [{"role": "user", "content": "x" * MAX_RECORD_BYTES}]})
+    with pytest.raises(RequestTooLarge, match=r"10,000,\d\d\d bytes .* chat.requests, .* up to 10,000,000"):
+        await client.publish(request)

@@ -18,7 +18,7 @@ from klatch_schemas import codec, documents
 from klatch_schemas.documents import ASYNCAPI, CONTRACT, JSON_SCHEMAS, ROOT, WRITTEN_OUTSIDE
 from klatch_schemas.events import EVENTS, ChatAdmitted, ChatRequested, Event, Reservation, StreamDelta, StreamEnd
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
-from klatch_schemas.topics import TOPICS
+from klatch_schemas.topics import CHAT_REQUESTS, MODELS, PROMPTS, TENANTS, TOPICS, Topic
 
 Json = dict[str, Any]
 
@@ -59,6 +59,20 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("topic", "readers"),
+    [
+        (CHAT_REQUESTS, {"admission", "screening", "generation", "doors", "views", "operators"}),
+        (PROMPTS, {"generation", "operators"}),
+        (MODELS, {"generation", "doors", "operators"}),
+        (TENANTS, {"doors", "operators"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Topic) else "",
+)
+def test_a_topic_names_who_reads_it_and_nobody_else(topic: Topic, readers: set[str]) -> None:
+    assert set(topic.read_by) == readers
 
 
 def test_the_committed_documents_are_current() -> None:

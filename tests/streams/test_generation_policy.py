@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from klatch_schemas.assembly import StreamState
 from klatch_schemas.events import IfBusy, StreamError
 from klatch_streams.generation import (
-    LONGEST_PAUSE_S,
     TRIES,
     Broken,
     Busy,
@@ -34,7 +33,7 @@ from klatch_streams.generation import (
 
 ERROR = StreamError(code="model_error", message="no")
 INTERRUPTIONS = st.sampled_from(["cancelled", "expired", "superseded", "ended"]).map(Interrupted)  # type: ignore[arg-type]
-FAILURES = st.builds(Broken, st.just(ERROR), st.booleans(), st.sampled_from([0.0, 5.0, 3600.0]))
+FAILURES = st.builds(Broken, st.just(ERROR), st.booleans())
 ANSWERS: dict[type[Command], st.SearchStrategy[Report]] = {
     Queue: st.one_of(st.just(Due()), st.just(Busy()), INTERRUPTIONS),
     Prepare: st.one_of(
@@ -96,7 +95,6 @@ def test_a_model_that_fails_again_and_again_is_asked_three_times_and_left_alone_
         assert isinstance(broken, Broken)
         if isinstance(after, Pause):
             assert broken.again
-            assert after.at_least_s == broken.retry_after_s <= LONGEST_PAUSE_S
         else:
             assert after == End("failed", ERROR)
 
@@ -130,11 +128,6 @@ def test_a_pause_ends_with_whatever_interrupts_it() -> None:
 
 def test_a_failure_that_no_other_try_mends_is_the_end() -> None:
     assert run(Due(), Ready("allow"), Broken(ERROR))[-1] == End("failed", ERROR)
-
-
-def test_a_server_that_wants_to_be_left_alone_for_long_is_not_asked_again() -> None:
-    assert run(Due(), Ready("allow"), Broken(ERROR, True, LONGEST_PAUSE_S))[-1] == Pause(1, LONGEST_PAUSE_S)
-    assert run(Due(), Ready("allow"), Broken(ERROR, True, LONGEST_PAUSE_S + 1))[-1] == End("failed", ERROR)
 
 
 def test_a_superseded_answer_is_watched_and_succeeded_in_its_turn_when_it_stalls() -> None:

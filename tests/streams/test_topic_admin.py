@@ -125,5 +125,14 @@ def test_a_cluster_that_is_not_there_is_exit_code_three_and_named() -> None:
     assert "127.0.0.1:1" in done.output
 
 
+@pytest.mark.parametrize("command", ["create", "check"])
+def test_more_partitions_than_a_door_can_name_are_refused_with_the_reason(command: str) -> None:
+    asked = (command, "--kafka", "127.0.0.1:1", "--partitions")
+    refused = CliRunner().invoke(topics, [*asked, "4096"])
+    assert refused.exit_code == 2
+    assert "no door serves more than 4,095 partitions: a request's id names its own" in " ".join(refused.output.split())
+    assert CliRunner().invoke(topics, [*asked, "4095"]).exit_code == 3
+
+
 def test_a_misspelt_option_is_exit_code_two() -> None:
     assert CliRunner().invoke(topics, ["create", "--partitions", "none"]).exit_code == 2

@@ -27,7 +27,8 @@ ON_KAFKA = (
     ("publish",),
     ("tail",),
 )
-WITH_SETTINGS = (*ON_KAFKA, ("top", "--once"), ("chat",), ("worker", "admission"), ("up",), ("bench",))
+ELSEWHERE = (("kafka", "status"), ("top", "--once"), ("chat",), ("worker", "admission"), ("up",), ("bench",))
+WITH_SETTINGS = (*ON_KAFKA, *ELSEWHERE)
 
 
 @pytest.fixture
@@ -72,6 +73,13 @@ def test_a_command_beside_a_running_klatch_up_asks_its_kafka(
     assert (over.exit_code, "127.0.0.1:3" in over.output) == (3, True)
 
 
+def test_the_kafka_of_the_data_folder_is_the_one_that_klatch_up_keeps_there(folder: Path) -> None:
+    asked = klatch(("kafka", "status"), KLATCH_DATA=str(folder), XDG_DATA_HOME="/elsewhere")
+    assert (asked.exit_code, str(folder / "kafka") in asked.output) == (3, True)
+    asked = klatch(("kafka", "status", "--data", str(folder / "own")), KLATCH_DATA=str(folder))
+    assert (asked.exit_code, str(folder / "own") in asked.output) == (3, True)
+
+
 def test_a_namespace_alone_is_one_of_the_running_klatchs_kafka(folder: Path) -> None:
     run_file(folder)
     beside = Context.read({}, data=folder, namespace="other")
@@ -113,6 +121,34 @@ def test_keys_of_the_running_klatch_are_sent_to_no_server_but_its_own(folder: Pa
     assert (own.api_key, own.model_settings.model_key) == ("k", SecretStr("m"))
 
 
+@pytest.mark.parametrize("named", ["option", "environment"])
+@pytest.mark.parametrize(
+    ("door", "url"),
+    [
+        ("https://klatch.example", "https://klatch.example"),
+        ("https://klatch.example/v1", "https://klatch.example"),
+        ("http://klatch.example:8080/v1/", "http://klatch.example:8080"),
+        ("https://example/klatch/v1", "https://example/klatch"),
+        ("klatch.example:8080", "http://klatch.example:8080"),
+    ],
+)
+def test_a_door_is_named_by_its_url_or_by_host_and_port(folder: Path, named: str, door: str, url: str) -> None:
+    said = {"KLATCH_HTTP": door} if named == "environment" else {}
+    context = Context.read(said, data=folder, http=None if said else door)
+    assert (context.door_known, context.door_url) == (True, url)
+
+
+@pytest.mark.parametrize("arguments", [("chat", "--once", "hi"), ("cancel", "r1"), ("doctor",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "door", ["ftp://klatch.example", "https://", "http://a:http", "https://a?x=1", "https://me:secret@a", "a"]
+)
+def test_a_door_that_cannot_be_is_told_with_what_could(folder: Path, arguments: tuple[str, ...], door: str) -> None:
+    said = klatch((*arguments, "--data", str(folder), "--http", door))
+    assert said.exit_code == 2, said.output
+    assert "https://klatch.example" in said.output
+    assert "secret" not in said.output
+
+
 def test_the_door_of_the_running_klatch_is_not_that_of_another_namespace(folder: Path) -> None:
     run_file(folder)
     other = Context.read({}, data=folder, namespace="other")
@@ -139,8 +175,12 @@ def test_a_run_file_that_cannot_be_read_fails_no_command_that_names_kafka_and_na
 @pytest.mark.parametrize("arguments", WITH_SETTINGS, ids=" ".join)
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [({"KLATCH_KAFKAA": "x"}, "did you mean KLATCH_KAFKA?"), ({"KLATCH_MAX_IN_FLIGHT": "many"}, "max_in_flight")],
-    ids=["misspelt", "ill-formed"],
+    [
+        ({"KLATCH_KAFKAA": "x"}, "did you mean KLATCH_KAFKA?"),
+        ({"KLATCH_MAX_IN_FLIGHT": "many"}, "max_in_flight"),
+        ({"KLATCH_LOG_LEVEL": "inof"}, "KLATCH_LOG_LEVEL is one of debug, info, warning, error, critical"),
+    ],
+    ids=["misspelt", "ill-formed", "level"],
 )
 def test_a_setting_that_is_none_is_told_and_ends_with_two(
     folder: Path, arguments: tuple[str, ...], setting: dict[str, str], told: str

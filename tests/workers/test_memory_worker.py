@@ -13,7 +13,7 @@ from klatch_agents.memory.edge import EdgeIndex
 from klatch_agents.memory.recall import Recall
 from klatch_agents.testing.embedder import HashingEmbedder
 from klatch_schemas import codec
-from klatch_schemas.errors import Unavailable
+from klatch_schemas.errors import InvalidRequest, Unavailable
 from klatch_schemas.events import TurnFinished, Usage
 from klatch_schemas.ids import Conversation, Person, RequestId, Tenant
 from klatch_schemas.records import Draft
@@ -109,6 +109,15 @@ async def test_embeddings_are_answered_in_order(memory: Served) -> None:
     one, two = await client.embed(["lighthouse", "stamp"])
     assert one != two
     assert [one] == await client.embed(["lighthouse"])
+    await client.close()
+
+
+async def test_more_texts_than_one_request_may_have_are_the_callers_mistake(memory: Served) -> None:
+    client = MemoryClient(memory.url, "secret")
+    assert len(await client.embed(["stamp"] * 2_048)) == 2_048
+    with pytest.raises(InvalidRequest, match=r"input: .* 2,048 .* 2,049") as refused:
+        await client.embed(["stamp"] * 2_049)
+    assert (refused.value.status, refused.value.param, refused.value.retriable) == (400, "input", False)
     await client.close()
 
 

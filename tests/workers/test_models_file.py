@@ -1,14 +1,15 @@
 """Routes from a file: what is written once is used by many, and what is wrong is named."""
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from klatch_schemas.events import ModelRouted
-from klatch_schemas.topics import MODELS, TENANTS, Namespace
-from klatch_streams.ledger import Ledger
-from klatch_streams.memory_log import MemoryLog
-from klatch_workers.models_file import ModelsFileError, read_models, write_models
+from klatch_schemas.topics import CHAT_REQUESTS, MODELS, TENANTS, Namespace
+from klatch_streams.ledger import Ledger, publish
+from klatch_streams.memory_log import MemoryLog, MemoryTail
+from klatch_workers.models_file import ModelsFileError, read_models, remove_route, write_models
 
 GOOD = """
 [deployments.east]
@@ -101,4 +102,40 @@ async def test_what_is_written_stands_and_only_what_differs_is_written(tmp_path:
     assert await write_models(log, namespace, routes[1:], prune=True) == ([], ["gpt-4o"])
     async with await Ledger[ModelRouted].open(log, MODELS, namespace, ModelRouted) as ledger:
         assert list(ledger.values()) == routes[1:]
+    await log.close()
+
+
+class Busy(MemoryLog):
+    """Somebody writes between a command's first and its second look at the log."""
+
+    def __init__(self, writes: Callable[[MemoryLog], Awaitable[object]]) -> None:
+        super().__init__({MODELS.name: 1, TENANTS.name: 1, CHAT_REQUESTS.name: 1})
+        self.writes, self.looks = writes, 0
+
+    async def tail(self) -> MemoryTail:
+        self.looks += 1
+        if self.looks == 2:
+            await self.writes(self)
+        return await super().tail()
+
+
+async def routes_of(log: MemoryLog) -> dict[str, ModelRouted]:
+    async with await Ledger[ModelRouted].open(log, MODELS, Namespace(), ModelRouted) as ledger:
+        return {route.alias: route for route in ledger.values()}
+
+
+async def test_only_the_route_that_is_named_is_removed_whatever_is_applied_meanwhile(tmp_path: Path) -> None:
+    old, new = read_models(written(tmp_path, GOOD)), read_models(written(tmp_path, GOOD.replace(":8000", ":9000")))
+    gone, added = (old[1].model_copy(update={"alias": alias}) for alias in ("gone", "added"))
+
+    async def apply(log: MemoryLog) -> None:
+        for route in (*new, added):
+            await publish(log, MODELS, route.alias, route, Namespace())
+
+    log = Busy(apply)
+    for route in (*old, gone):
+        await publish(log, MODELS, route.alias, route, Namespace())
+    assert await remove_route(log, Namespace(), "gone")
+    assert await routes_of(log) == {route.alias: route for route in (*new, added)}
+    assert not await remove_route(log, Namespace(), "gone")
     await log.close()

@@ -1,6 +1,7 @@
 """Quotas as operators set and read them, on a log."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from klatch_schemas.events import (
     TokenPrice,
 )
 from klatch_schemas.ids import Conversation, Person, RequestId, Tenant
-from klatch_schemas.records import Partition
+from klatch_schemas.records import Draft, Partition
 from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, MODELS, TENANTS, TOPICS, Namespace
 from klatch_streams.admission import Admission
 from klatch_streams.kernel import Input
@@ -32,8 +33,8 @@ from klatch_streams.quota.report import standings
 from klatch_streams.snapshots import Snapshots
 from klatch_workers.cli import main
 from klatch_workers.models_file import write_models
-from klatch_workers.quotas import Change, UnknownTenant, read_quota, set_quota
-from klatch_workers.tenants import tenant_configured, write_prices, write_tenants
+from klatch_workers.quotas import Change, UnknownTenant, read_quota, set_quota, write_prices
+from klatch_workers.tenants import tenant_configured, write_tenants
 
 ACME = Tenant("acme")
 SPACE = Namespace()
@@ -158,6 +159,20 @@ async def test_a_tenant_that_only_admission_knows_is_shown(log: MemoryLog) -> No
     assert (only.limit, only.most) == ("tokens_per_day", 5)
 
 
+async def test_the_topic_table_names_operators_wherever_their_commands_write() -> None:
+    written = set[str]()
+
+    async def note(drafts: Sequence[Draft]) -> None:
+        written.update(draft.topic for draft in drafts)
+
+    noted = MemoryLog({topic.name: 1 for topic in TOPICS}, appending=note)
+    await write_tenants(noted, SPACE, [tenant_configured(ACME, [KEY], Limits())], by="test")
+    await set_quota(noted, SPACE, ACME, Change(limits={"cost_micros_per_day": 10}), by="ann")
+    await write_models(noted, SPACE, [route(0.7)])
+    assert written == {CHAT_REQUESTS.name, TENANTS.name, MODELS.name}
+    assert not [topic.name for topic in TOPICS if topic.name in written and "operators" not in topic.written_by]
+
+
 async def test_what_stands_is_set_again_where_that_is_asked_for(log: MemoryLog) -> None:
     for again in (False, True):
         await set_quota(log, SPACE, ACME, Change(), by="ann", again=again)
@@ -198,6 +213,28 @@ async def test_tenants_whose_money_is_limited_get_the_highest_price_of_each_rout
     assert await write_prices(log, SPACE, by="models") == []
     assert settings(log)[-1].prices["small"].completion == 500_000
     assert settings(log)[-1].limits == Limits(tokens_per_day=1_000, cost_micros_per_day=10)
+
+
+@pytest.mark.parametrize("append", range(2, 6))
+async def test_prices_bring_nothing_back_that_is_changed_meanwhile(append: int) -> None:
+    limits, left = Limits(cost_micros_per_day=10), 0
+    old, new = (tenant_configured(ACME, [key], limits) for key in (KEY, "klatch-9876543210"))
+
+    async def replacing_the_key(_: Sequence[Draft]) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            await publish(busy, TENANTS, ACME, new, SPACE)
+
+    busy = MemoryLog({topic.name: 1 for topic in TOPICS}, appending=replacing_the_key)
+    await write_tenants(busy, SPACE, [tenant_configured(Tenant("aaa"), [], limits), old], by="test")
+    left = append  # the first puts the route into its ledger, then come two for each tenant
+    await write_models(busy, SPACE, [route(0.7)])
+    assert left < 0
+    async with await LedgerTopic[TenantConfigured].open(busy, TENANTS, SPACE, TenantConfigured) as ledger:
+        held = {one.tenant: one for one in ledger.values()}
+    assert held[ACME].keys == new.keys
+    assert {one.prices["small"].completion for one in held.values()} == {700_000}
 
 
 async def test_tenants_whose_money_is_not_limited_need_no_prices(log: MemoryLog) -> None:

@@ -21,6 +21,13 @@ def test_a_value_of_the_wrong_form_is_an_error_that_names_the_setting() -> None:
         read_settings({"KLATCH_MAX_IN_FLIGHT": "many"})
 
 
+@pytest.mark.parametrize("level", ["inof", "", "20"])
+def test_a_level_of_logs_that_is_none_is_told_with_those_that_are(level: str) -> None:
+    with pytest.raises(ValidationError, match="KLATCH_LOG_LEVEL is one of debug, info, warning, error, critical"):
+        read_settings({"KLATCH_LOG_LEVEL": level})
+    assert read_settings({"KLATCH_LOG_LEVEL": "Warning"}).log_level == "warning"
+
+
 def test_secrets_are_not_shown() -> None:
     assert "very-secret" not in repr(read_settings({"KLATCH_MODEL_KEY": "sk-very-secret"}))
 
@@ -33,7 +40,10 @@ def test_addresses_are_read(listen: str, pair: tuple[str, int]) -> None:
     assert host_port(listen) == pair
 
 
-@pytest.mark.parametrize("listen", ["localhost", "localhost:", "localhost:http", "localhost:65536", "localhost:²"])
+@pytest.mark.parametrize(
+    "listen",
+    ["localhost", "localhost:", "localhost:http", "localhost:65536", "localhost:²", "http://localhost:80"],
+)
 def test_an_address_that_is_none_says_what_is_wanted(listen: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         host_port(listen)

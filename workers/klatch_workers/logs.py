@@ -19,7 +19,7 @@ Failure = tuple[type[BaseException], BaseException, TracebackType | None]
 
 def configure_logs(level: str, *, human: bool | None = None) -> None:
     """Set up structlog and the libraries' logging for this process."""
-    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    number = logging.getLevelNamesMapping()[level.upper()]
     looking = sys.stderr.isatty() if human is None else human
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if looking else structlog.processors.JSONRenderer()

@@ -32,7 +32,7 @@ from klatch_schemas.ids import LabelField, NameField
 from klatch_schemas.topics import MODELS, Namespace
 from klatch_streams.ledger import Ledger, publish
 from klatch_streams.log import Log
-from klatch_workers.tenants import write_prices
+from klatch_workers.quotas import write_prices
 
 
 class ModelsFileError(ValueError):
@@ -139,6 +139,16 @@ async def write_models(
         # Admission reserves money by the prices that stand in each tenant's own log.
         await write_prices(log, namespace, by=next((route.by for route in changed if route.by), "klatch models"))
     return [route.alias for route in changed], gone
+
+
+async def remove_route(log: Log, namespace: Namespace, alias: str) -> bool:
+    """Take a route away, whatever is written of others meanwhile; False if there is none."""
+    async with await Ledger[ModelRouted].open(log, MODELS, namespace, ModelRouted) as ledger:
+        if ledger.get(alias) is None:
+            return False
+    await publish(log, MODELS, alias, None, namespace)
+    await write_prices(log, namespace, by="klatch models")
+    return True
 
 
 def _routed(alias: str, route: _Route, deployments: dict[str, Deployment], by: str) -> ModelRouted:

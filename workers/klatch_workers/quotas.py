@@ -4,7 +4,7 @@ Where a tenant stands is admission's own ledger, made again: its snapshot, and w
 folded by the decider. So it is as true as a decision made now would be.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from klatch_schemas import codec
@@ -22,7 +22,7 @@ from klatch_streams.quota.ledger import Ledger
 from klatch_streams.quota.rules import DIMENSIONS, names_of, patterns
 from klatch_streams.snapshots import look
 from klatch_workers.nearest import did_you_mean
-from klatch_workers.tenants import write_tenants
+from klatch_workers.tenants import limits_money, write_tenants
 
 
 class UnknownTenant(LookupError):
@@ -82,14 +82,41 @@ async def set_quota(
     Raises UnknownTenant, ValidationError, LogError.
     """
     held, position = await _held(log, namespace, tenant)
-    while True:
-        changed = change.of(held)
-        await write_tenants(log, namespace, [changed], by, again=again)
-        between, position = await _overwritten(log, namespace, changed, position)
-        if between is None:
-            return changed
-        # Somebody else changed the tenant since it was read: that stays, and this change is made of it.
-        held = between
+    [changed], _ = await _write(log, namespace, [held], position, change.of, by, again=again)
+    return changed
+
+
+async def write_prices(log: Log, namespace: Namespace, by: str) -> list[Tenant]:
+    """After routes changed: give tenants whose money is limited the prices that stand now; returns those changed.
+
+    What is changed of them at the same time is kept. Raises LogError.
+    """
+    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
+        held, position = [tenant for tenant in ledger.values() if limits_money(tenant)], ledger.position
+    _, written = await _write(log, namespace, held, position, lambda tenant: tenant, by)
+    return sorted(written)
+
+
+async def _write(
+    log: Log,
+    namespace: Namespace,
+    held: Sequence[TenantConfigured],
+    position: int,
+    change: Callable[[TenantConfigured], TenantConfigured],
+    by: str,
+    *,
+    again: bool = False,
+) -> tuple[list[TenantConfigured], set[Tenant]]:
+    """Change tenants, read up to `position`; returns them as they are now, and whose record was written."""
+    since, written = dict.fromkeys((tenant.tenant for tenant in held), position), set[Tenant]()
+    now, stale = dict[Tenant, TenantConfigured](), held
+    while stale:
+        changed = {tenant.tenant: change(tenant) for tenant in stale}
+        now |= changed
+        written.update(await write_tenants(log, namespace, list(changed.values()), by, again=again))
+        # What somebody else said since a tenant was read stays, and this change is made of that.
+        stale, since = await _overwritten(log, namespace, changed, since)
+    return list(now.values()), written
 
 
 async def _held(log: Log, namespace: Namespace, tenant: Tenant) -> tuple[TenantConfigured, int]:
@@ -102,32 +129,36 @@ async def _held(log: Log, namespace: Namespace, tenant: Tenant) -> tuple[TenantC
 
 
 async def _overwritten(
-    log: Log, namespace: Namespace, written: TenantConfigured, since: int
-) -> tuple[TenantConfigured | None, int]:
-    """What was said of a tenant from `since` on, before what was written over it; and where to look from next time."""
+    log: Log, namespace: Namespace, written: Mapping[Tenant, TenantConfigured], since: Mapping[Tenant, int]
+) -> tuple[list[TenantConfigured], dict[Tenant, int]]:
+    """What was said of tenants from `since` on, before what was written over it; and where to look from next time."""
     topic = Partition(namespace.of(TENANTS), 0)
     _, end = await log.bounds(topic)
-    tail, between = await log.tail(), None
+    between, places = dict[Tenant, TenantConfigured](), dict[Tenant, int]()
+    tail = await log.tail()
     try:
-        async for records in catch_up(tail, topic, since, end):
+        async for records in catch_up(tail, topic, min(since[tenant] for tenant in written), end):
             for record in records:
-                said = _configured(record, written.tenant)
-                if said and said.model_copy(update={"prices": written.prices}) == written:
-                    return between, record.offset + 1
-                between = said or between
+                said = _configured(record)
+                ours = written.get(said.tenant) if said else None
+                if not (said and ours) or said.tenant in places or record.offset < since[said.tenant]:
+                    continue
+                if said.model_copy(update={"prices": ours.prices}) == ours:
+                    places[said.tenant] = record.offset + 1
+                else:
+                    between[said.tenant] = said
     finally:
         await tail.close()
-    # Nothing was written: the ledger says so already.
-    return None, end
+    # Of a tenant without a place nothing was written: the ledger says so already.
+    return [said for tenant, said in between.items() if tenant in places], places
 
 
-def _configured(record: Record, tenant: Tenant) -> TenantConfigured | None:
-    if record.key != tenant.encode() or record.value is None:
-        return None
+def _configured(record: Record) -> TenantConfigured | None:
     try:
-        return codec.decode_as(TenantConfigured, record.value)
+        said = codec.decode_as(TenantConfigured, record.value)
     except Unreadable:
         return None
+    return said if record.key == said.tenant.encode() else None
 
 
 async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int) -> Ledger:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -16,12 +17,13 @@ from klatch_schemas.codec import explain
 from klatch_workers.nearest import did_you_mean
 
 PREFIX = "KLATCH_"
+LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def host_port(listen: str) -> tuple[str, int]:
     """`"127.0.0.1:8080"` as a pair; raises ValueError with the form that is wanted."""
     host, colon, port = listen.rpartition(":")
-    if not (colon and port.isascii() and port.isdigit() and int(port) < 65_536):
+    if "/" in host or not (colon and port.isascii() and port.isdigit() and int(port) < 65_536):
         raise ValueError(f"{listen!r} is not of the form HOST:PORT, such as 127.0.0.1:8080")
     return host.strip("[]") or "127.0.0.1", int(port)
 
@@ -31,8 +33,34 @@ def _listen(address: str) -> str:
     return address
 
 
+def _door(address: str) -> str:
+    # What is wrong is told without it: a password may stand in it.
+    wanted = "a door is named by HOST:PORT or by a URL, such as https://klatch.example or http://127.0.0.1:8080/v1"
+    try:
+        if "://" not in address:
+            host_port(address)
+            return address
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(wanted) from error
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(wanted)
+    if "@" in parts.netloc:
+        raise ValueError(f"{wanted}; its key is KLATCH_API_KEY")
+    return address
+
+
+def _level(said: str) -> str:
+    if said.lower() not in LEVELS:
+        raise ValueError(f"KLATCH_LOG_LEVEL is one of {', '.join(LEVELS)}")
+    return said.lower()
+
+
 Listen = Annotated[str, AfterValidator(_listen)]
 """HOST:PORT."""
+Door = Annotated[str, AfterValidator(_door)]
+"""HOST:PORT or a URL, with or without `/v1`."""
 
 
 class UnknownSetting(ValueError):
@@ -106,7 +134,7 @@ class Settings(BaseModel):
     idempotency_s: Annotated[float, Field(ge=60)] = 86_400.0
     """How far back a door looks for the stream of an `Idempotency-Key` that it does not remember. To look is to read
     the conversation's partition over this time, so on a busy cluster it should be what clients retry within."""
-    log_level: str = "info"
+    log_level: Annotated[str, AfterValidator(_level)] = "info"
 
     tenant: str | None = None
     """Whom a client command such as `klatch publish` speaks for; None: the tenant of a running `klatch up`."""
@@ -114,7 +142,15 @@ class Settings(BaseModel):
     """What a client command says at the HTTP door; None: the key of a running `klatch up`."""
 
 
-def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -> Settings:
+class ClientSettings(Settings):
+    """The same for a command that asks klatch: it may be behind a URL of its own."""
+
+    http: Door = "127.0.0.1:8080"
+
+
+def read_settings(
+    environment: Mapping[str, str] = os.environ, *, of: type[Settings] = Settings, **options: Any
+) -> Settings:
     """The settings of this process; options that are None are left to the environment.
 
     Raises UnknownSetting, and pydantic's ValidationError for a value of the wrong form.
@@ -127,7 +163,7 @@ def read_settings(environment: Mapping[str, str] = os.environ, **options: Any) -
                 hint = did_you_mean(variable, known)
                 raise UnknownSetting(f"{variable} is not a setting of klatch{hint and f'; {hint}'}")
             told[known[variable]] = environment[variable]
-    return Settings(**told | {name: value for name, value in options.items() if value is not None})
+    return of(**told | {name: value for name, value in options.items() if value is not None})
 
 
 def what_is_wrong(error: ValueError) -> str:

@@ -162,13 +162,6 @@ async def write_tenants(
     return changed
 
 
-async def write_prices(log: Log, namespace: Namespace, by: str) -> list[Tenant]:
-    """After routes changed: give tenants whose money is limited the prices that stand now; returns those changed."""
-    async with await Ledger[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
-        tenants = [tenant for tenant in ledger.values() if limits_money(tenant)]
-    return await write_tenants(log, namespace, tenants, by) if tenants else []
-
-
 async def read_prices(log: Log, namespace: Namespace) -> dict[str, TokenPrice]:
     """By alias, the highest price of any deployment of its route: what a request for it may cost at most."""
     async with await Ledger[ModelRouted].open(log, MODELS, namespace, ModelRouted) as ledger:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from klatch_agents.gateway.errors import ErrorBody, RefusedError
+from klatch_agents.gateway.errors import (
+    ConnectError,
+    ErrorBody,
+    MisconfiguredError,
+    ModelError,
+    RefusedError,
+    StalledError,
+    UnroutableError,
+)
 from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas import codec
 from klatch_schemas.events import (
@@ -69,10 +77,13 @@ class Silent:
 
 
 class Refusing:
-    """A model server that refuses."""
+    """A model server that refuses, or is not there."""
+
+    def __init__(self, error: ModelError) -> None:
+        self.error = error
 
     async def embed(self, _: ModelCall) -> Embedded:
-        raise RefusedError(429, ErrorBody("slow down", "requests", None, "rate"))
+        raise self.error
 
 
 def price(model: str, deployment: str) -> Prices | None:
@@ -123,11 +134,36 @@ async def test_a_limit_refuses_them_before_a_model_is_asked(kits: "Kits") -> Non
 
 
 async def test_what_a_model_server_refuses_costs_nothing(kits: "Kits") -> None:
-    async with kits.serving(embeddings=Refusing()) as kit:
+    slow = RefusedError(429, ErrorBody("slow down", "requests", None, "rate"))
+    async with kits.serving(embeddings=Refusing(slow)) as kit:
         answer = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
         settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
     assert answer.status == 429
     assert (settled.status, settled.usage.total_tokens) == ("failed", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "ours"),
+    [
+        (RefusedError(429, ErrorBody("slow down", "requests", None, "rate")), 429, "rate", "model_error"),
+        (RefusedError(400, ErrorBody("no", None, "input", "content_filter")), 400, "content_filter", "content_filter"),
+        (RefusedError(500, ErrorBody("oh")), 500, "model_error", "model_error"),
+        (ConnectError("nobody there"), 502, "model_unreachable", "model_error"),
+        (StalledError("silence"), 504, "model_stalled", "model_error"),
+        (MisconfiguredError("no key"), 502, "model_misconfigured", "model_error"),
+        (UnroutableError("no route", status=404), 404, "model_not_found", "model_error"),
+        (UnroutableError("cools down", status=503), 503, "model_unavailable", "model_error"),
+    ],
+    ids=lambda value: value.code if isinstance(value, ModelError) else "",
+)
+async def test_what_a_model_server_refuses_is_told_as_for_a_chat_completion(
+    kits: "Kits", error: ModelError, status: int, code: str, ours: str
+) -> None:
+    async with kits.serving(embeddings=Refusing(error)) as kit:
+        answer = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
+        said = (await answer.json())["error"]
+    assert (answer.status, said["code"], said["message"]) == (status, code, error.message)
+    assert (said["klatch"]["code"], answer.headers["x-should-retry"]) == (ours, "true" if status > 404 else "false")
 
 
 async def test_without_admission_they_are_refused_in_time_and_not_made_later(kits: "Kits") -> None:

@@ -26,7 +26,7 @@ from klatch_schemas.ids import Tenant
 from klatch_schemas.topics import Namespace
 from klatch_streams.log import Log, LogError
 from klatch_workers.logs import configure_logs
-from klatch_workers.settings import Settings, read_settings, what_is_wrong
+from klatch_workers.settings import ClientSettings, Settings, read_settings, what_is_wrong
 
 FAILED: Final = 1
 MISUSED: Final = 2
@@ -64,7 +64,7 @@ class Context:
     def read(cls, environment: Mapping[str, str] = os.environ, /, **options: Any) -> "Context":
         """From options and the environment. Raises CommandFailed."""
         try:
-            settings = read_settings(environment, **options)
+            settings = read_settings(environment, of=ClientSettings, **options)
         except ValueError as error:
             raise CommandFailed(what_is_wrong(error), MISUSED) from error
         configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "warning")

@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec
 import click
 
 from klatch_workers.kafka import Cluster, Fetched, KafkaChildError, Options
-from klatch_workers.kafka.places import user_data
+from klatch_workers.settings import read_settings, what_is_wrong
 
 P = ParamSpec("P")
 
@@ -49,6 +49,13 @@ class Voice:
     _last = 0
 
 
+def _klatch_ups() -> Path:
+    try:
+        return read_settings().data / "kafka"
+    except ValueError as error:
+        raise click.UsageError(what_is_wrong(error)) from error
+
+
 def _command(
     body: Callable[Concatenate[Voice, Path, P], Coroutine[None, None, int]],
 ) -> Callable[Concatenate[bool, Path, P], None]:
@@ -58,8 +65,8 @@ def _command(
     @click.option(
         "--data",
         type=click.Path(file_okay=False, path_type=Path),
-        default=lambda: user_data() / "kafka",
-        help="Data folder.  [default: kafka in the user's data folder]",
+        default=_klatch_ups,
+        help="Its data folder.  [default: kafka in KLATCH_DATA, which is the one of `klatch up`]",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
     @wraps(body)

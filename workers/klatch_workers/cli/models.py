@@ -27,7 +27,7 @@ from klatch_workers.cli.context import (
     say_json,
 )
 from klatch_workers.model_trial import Trial, trials
-from klatch_workers.models_file import ModelsFileError, read_models, write_models
+from klatch_workers.models_file import ModelsFileError, read_models, remove_route, write_models
 from klatch_workers.route_change import with_one_changed
 
 
@@ -120,9 +120,8 @@ def remove(alias: str, as_json: bool, **options: Any) -> None:
     async def work() -> int:
         context = Context.read(**options)
         async with opened_log(context) as log:
-            kept = [route for route in await _routes(log, context) if route.alias != alias]
-            _, gone = await write_models(log, context.namespace, kept, prune=True)
-        if alias not in gone:
+            removed = await remove_route(log, context.namespace, alias)
+        if not removed:
             raise CommandFailed(f"there is no route {alias}; `klatch models list` shows what there is")
         if as_json:
             say_json({"removed": alias})

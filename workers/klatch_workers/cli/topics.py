@@ -16,6 +16,7 @@ from klatch_schemas.topics import Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.topic_admin import Described, Partitions, check_topics, create_topics, describe_topics
 from klatch_workers.cli.context import Context, log_options, perform
+from klatch_workers.http.request_ids import MAX_PARTITIONS
 
 _STARTUP_S = 3.0
 
@@ -51,9 +52,18 @@ def _command(body: Callable[..., Coroutine[Any, Any, int]]) -> Callable[..., Non
     return command
 
 
+def _nameable(_: click.Context, __: click.Parameter, count: int | None) -> int | None:
+    if count is not None and count > MAX_PARTITIONS:
+        raise click.BadParameter(
+            f"no door serves more than {MAX_PARTITIONS:,} partitions: a request's id names its own in 12 bits"
+        )
+    return count
+
+
 _partitions = click.option(
     "--partitions",
-    type=click.IntRange(1, 10_000),
+    type=click.IntRange(1),
+    callback=_nameable,
     help="Partitions of topics keyed by conversation, person or tenant; fixed once they are created.",
 )
 

@@ -16,7 +16,7 @@ def broken_by(error: ModelError) -> Broken:
         return Broken(said_of(error), again=True)
     # What failed before it spoke was tried again by the gateway, as often as its route allows. Once text went out, only
     # another attempt can mend it, which continues that text or takes it back.
-    return Broken(said_of(error), error.spoke and error.transient, error.retry_after or 0.0)
+    return Broken(said_of(error), error.spoke and error.transient)
 
 
 def said_of(error: ModelError) -> StreamError:

@@ -229,7 +229,7 @@ class RequestUnderWay:
 
     async def _pause(self, pause: Pause) -> Report:
         jitter = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-        wait_s = pause.at_least_s + jitter * FIRST_PAUSE_S * float(2**pause.failures)
+        wait_s = jitter * FIRST_PAUSE_S * float(2**pause.failures)
         log.info("model.retried", request=self.tracked.request, failures=pause.failures, wait_s=round(wait_s, 2))
         await asyncio.sleep(wait_s)
         return Rested()

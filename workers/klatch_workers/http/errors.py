@@ -25,6 +25,7 @@ from klatch_schemas.errors import (
 )
 from klatch_schemas.events import Status, StreamError
 from klatch_streams.log import LogError, OffsetGone, RecordTooLarge
+from klatch_workers.generation.failures import said_of
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -109,18 +110,10 @@ def as_klatch_error(error: Exception) -> KlatchError:
         case LogError() | TimeoutError() | OSError():
             return Unavailable("the log does not answer; try again", retry_after_ms=_RETRY_AFTER_MS)
         case ModelError():
-            return _of_model(error)
+            # As the end of a stream would tell it.
+            return _of_said(said_of(error))
         case _:
             return KlatchError("an error of klatch's own; the log of the door names it by this request id")
-
-
-def _of_model(error: ModelError) -> KlatchError:
-    body = error.body
-    said = {"type": body.type, "param": body.param, "code": body.code, **(body.extra or {})} if body else {}
-    said |= {"message": error.message, "upstream_request": error.upstream_request_id}
-    mapped = UpstreamSaid(error.message, said, error.status)
-    mapped.retry_after_ms = None if error.retry_after is None else int(error.retry_after * 1000)
-    return mapped
 
 
 @dataclass(frozen=True, slots=True)

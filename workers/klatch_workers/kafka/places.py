@@ -36,10 +36,3 @@ def user_cache(environ: Mapping[str, str], platform: str = sys.platform) -> Path
     if platform == "darwin":
         return Path.home() / "Library" / "Caches" / "klatch"
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klatch"
-
-
-def user_data(environ: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
-    """The platform's folder for what must not be lost."""
-    if platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "klatch"
-    return Path(environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "klatch"

@@ -9,8 +9,9 @@ from typing import Any
 import aiohttp
 
 from klatch_schemas.codec import dumps, loads
-from klatch_schemas.errors import Unavailable
+from klatch_schemas.errors import InvalidRequest, Unavailable
 from klatch_workers.generation.prepare import Memory, RecallFailed
+from klatch_workers.memory.words import MOST_TEXTS
 
 
 class MemoryClient:
@@ -32,7 +33,10 @@ class MemoryClient:
         return [Memory(one["id"], one["text"]) for one in found]
 
     async def embed(self, texts: list[str]) -> list[list[float]]:
-        """One vector a text, in order. Raises Unavailable."""
+        """One vector a text, in order. Raises Unavailable; InvalidRequest for more than MOST_TEXTS."""
+        if len(texts) > MOST_TEXTS:
+            # To a door's client, whose field has this name, and who would ask the same again if it were unavailable.
+            raise InvalidRequest(f"input: at most {MOST_TEXTS:,} texts a request, not {len(texts):,}", param="input")
         vectors: list[list[float]] = (await self._ask("/embed", {"texts": texts}))["vectors"]
         return vectors
 

@@ -1,10 +1,13 @@
 """What the memory worker is asked, by its client and its service alike."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from klatch_schemas.ids import ConversationField, PersonField, TenantField
+
+MOST_TEXTS: Final = 2_048
+"""Of one request for embeddings, as OpenAI's."""
 
 
 class RecallAsked(BaseModel):
@@ -24,4 +27,4 @@ class EmbedAsked(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    texts: Annotated[list[str], Field(min_length=1, max_length=2048)]
+    texts: Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
