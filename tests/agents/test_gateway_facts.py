@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from klatch_agents.gateway.errors import ErrorBody, StreamError
 from klatch_agents.gateway.facts import read_chunk, read_error
 from klatch_agents.gateway.port import Chunk
+from klatch_schemas import codec
+from klatch_schemas.codec import Delta
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
 
@@ -159,6 +161,95 @@ def test_any_json_object_is_a_chunk_or_an_error_and_its_bytes_are_kept(members: 
     raw = json.dumps(members).encode()
     read = read_chunk(raw)
     assert isinstance(read, ErrorBody) or read.raw == raw
+
+
+def logged(raw: bytes) -> object:
+    """What a reader of the log finds of a chunk that was passed on."""
+    delta = codec.decode(codec.encode_delta(codec.delta_prefix("r", 1, "a"), 0, raw))
+    assert isinstance(delta, Delta)
+    assert (delta.request, delta.attempt, delta.writer, delta.seq) == ("r", 1, "a", 0)
+    return codec.loads(bytes(delta.chunk))
+
+
+ARGUMENTS = b'{"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"a%bb"}}]}}],"x":1}'
+NUMBER = b'{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"logprob":%b}]}}]}'
+
+
+@pytest.mark.parametrize("odd", [b"\xf0\x9f", b"\xff", b"\xc0\xaf"], ids=["half", "no-byte-of-utf-8", "overlong"])
+def test_what_is_no_utf_8_is_put_right_before_it_is_logged(odd: bytes) -> None:
+    """[2, 17] In members that are passed on unread, too."""
+    for raw in (ARGUMENTS % odd, b'{"nobody knows":"a%bb","choices":[]}' % odd, b'{"%b":1,"choices":[]}' % odd):
+        read = read_chunk(raw)
+        assert isinstance(read, Chunk)
+        assert logged(read.raw) == json.loads(raw.decode(errors="replace"))
+    assert isinstance(read := read_chunk(ARGUMENTS % odd), Chunk)
+    assert (read.speaks, read.calls, read.choices) == (True, (0,), (0,))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [b"NaN", b"-Infinity", b"1e999", b"-1e999", b"9" * 400 + b".5", b"9" * 5_000, b"1E+0000400"],
+    ids=["nan", "infinity", "1e999", "-1e999", "long-float", "long-integer", "zeros"],
+)
+def test_a_number_that_is_none_is_null(number: bytes) -> None:
+    """[20]"""
+    read = read_chunk(NUMBER % number)
+    assert isinstance(read, Chunk)
+    assert read.speaks
+    assert logged(read.raw) == json.loads(NUMBER % b"null")
+    for raw in (b'{"choices":[],"x":%b}', b'{"choices":[],"usage":{"prompt_tokens":1,"x":%b}}', b'{"created":%b}'):
+        assert isinstance(read := read_chunk(raw % number), Chunk)
+        assert logged(read.raw) == json.loads(raw % b"null")
+
+
+@pytest.mark.parametrize("number", [b"9" * 400, b"1e308", b"0e999", b"1e-999", b"0." + b"0" * 5_000 + b"1"])
+def test_a_number_of_whatever_size_is_one(number: bytes) -> None:
+    """[20]"""
+    read = read_chunk(NUMBER % number)
+    assert isinstance(read, Chunk)
+    assert read.raw == NUMBER % number
+    assert logged(read.raw) == json.loads(read.raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ['{"x":1}'.encode("utf-16"), '{"x":1}'.encode("utf-16-le"), b'{"x":1},{"x":2}', b'{"x":1},"chunk":{"y":1}'],
+    ids=["utf-16", "utf-16-le", "two", "two-members"],
+)
+def test_what_json_would_read_but_not_in_a_record_is_no_chunk(raw: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        read_chunk(raw)
+
+
+def test_a_byte_order_mark_does_not_go_into_the_log() -> None:
+    """[2]"""
+    assert isinstance(read := read_chunk(b'\xef\xbb\xbf{"x":1}'), Chunk)
+    assert logged(read.raw) == {"x": 1}
+
+
+WHOLE = json.dumps(
+    {
+        "id": "c",
+        "created": 1_790_000_000.5,
+        "choices": [{"index": 0, "delta": {"role": "assistant", "content": "a\U0001f600"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 12, "completion_tokens": 1},
+        "x": [1e30, -0.5, "\\"],
+    },
+    ensure_ascii=False,
+).encode()
+PIECES = st.binary(max_size=3) | st.sampled_from(
+    [b"NaN", b"-Infinity", b"e999", b"\xf0", b"\\ud83d", b"9" * 5_000, b"}"]
+)
+
+
+@given(st.integers(0, len(WHOLE)), st.integers(0, 3), PIECES)
+def test_whatever_is_passed_on_can_be_read_in_the_log(at: int, instead: int, piece: bytes) -> None:
+    """[2, 17, 20]"""
+    try:
+        read = read_chunk(WHOLE[:at] + piece + WHOLE[at + instead :])
+    except ValueError:
+        return
+    assert isinstance(read, ErrorBody) or isinstance(logged(read.raw), dict)
 
 
 @pytest.mark.parametrize(

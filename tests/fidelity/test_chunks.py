@@ -206,6 +206,41 @@ async def test_logprobs_pass_and_add_up(stack: "Stack") -> None:
     assert reply["choices"][0]["logprobs"]["content"] == [*entries[0], *entries[1]]
 
 
+LOGPROB = b'"logprobs": {"content": [{"token": "x", "logprob": %b, "bytes": [120], "top_logprobs": []}]}'
+
+
+@pytest.mark.parametrize("number", [b"-Infinity", b"NaN", b"1e999"])
+async def test_a_number_that_is_none_costs_no_word(stack: "Stack", number: bytes) -> None:
+    """[20] It is null: no reader of the log could read it. What is remembered is the whole reply."""
+    odd = words(" NOT").replace(b'"logprobs": null', LOGPROB % number)
+    assert number in odd
+    sent = role() + words("do") + odd + words(" delete it")
+    sent += finish("stop", usage_chunk()).replace(b'"choices": []', b'"choices": [], "took": ' + number)
+    events = await stack.stream(sent, stream_options={"include_usage": True})
+    assert (text_of(events), finishes(events)) == ("do NOT delete it", [(0, "stop")])
+    assert said_in(events)[2]["choices"][0]["logprobs"]["content"][0]["logprob"] is None
+    assert (said_in(events)[-1]["took"], said_in(events)[-1]["usage"]["completion_tokens"]) == (None, 3)
+    assert (await stack.whole(sent))["choices"][0]["message"]["content"] == "do NOT delete it"
+    remembered = {"conversation": f"of a {number.decode()}"}
+    await stack.whole(sent, klatch=remembered)
+    model = stack.model(sends(whole("ok")))
+    await (await stack.door.chat(model=model, klatch=remembered)).events()
+    assert (await stack.wire.talk(model)).body["messages"][1]["content"] == "do NOT delete it"
+
+
+async def test_what_is_no_utf_8_is_replaced_and_everything_else_stands(stack: "Stack") -> None:
+    """[2, 17, 20] In the text, in the arguments of a tool call, and in a token of log probabilities."""
+    odd = words("<odd>").replace(b'"logprobs": null', LOGPROB.replace(b'"x"', b'"<odd>"') % b"-1.5")
+    sent = role() + words("a") + odd + call('{"q": "<odd>"}', 0, "f", "c0") + finish("tool_calls")
+    sent = sent.replace(b"<odd>", b"\xf0\x9f")
+    events = await stack.stream(sent)
+    assert (text_of(events), finishes(events)) == ("a\ufffd", [(0, "tool_calls")])
+    assert [entry["token"] for entry in said_in(events)[2]["choices"][0]["logprobs"]["content"]] == ["\ufffd"]
+    choice = (await stack.whole(sent))["choices"][0]
+    assert choice["message"]["content"] == "a\ufffd"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"q": "\ufffd"}'
+
+
 async def test_padding_against_eavesdroppers_goes_through(stack: "Stack") -> None:
     """[21] To the client, who is the one it protects; it is no part of a whole reply; and it can be turned off."""
     sent = role() + event(chunk({"content": "a"}, obfuscation="kR3f9")) + finish()

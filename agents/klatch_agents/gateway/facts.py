@@ -1,63 +1,86 @@
 """What a gateway reads from a chunk beside passing its bytes on.
 
-Unknown members are skipped, never lost: the raw bytes travel. Typed decoding takes about a
-microsecond; what does not fit the types (a list as content, a lone surrogate, which msgspec
-refuses) is read again by the standard library, tolerantly. What is no JSON object at all is a
-ValueError.
+The raw bytes travel, and whatever is passed on can be read in the log. A chunk whose members are all known is read,
+and thereby looked through to its last number, in less than a microsecond. Any other (a member that is not named here,
+a list as content, a lone surrogate, which msgspec refuses) takes two more, or the standard library where need be. What
+the log could not hold is put right: bytes that are no UTF-8, and numbers that are none. What is no JSON object at all
+is a ValueError.
 """
 
 import json
+import math
 from typing import cast
 
 import msgspec
 
 from klatch_agents.gateway.errors import ErrorBody
 from klatch_agents.gateway.port import Chunk, Usage
+from klatch_schemas import codec
 
 _ABSENT = msgspec.Raw(b"")
 _SAYING_NOTHING = frozenset({b"", b"null", b"[]", b"{}", b'""'})
+_LONGEST_NOTHING = len(b"null")
 _SPEAKING = (
     *("content", "refusal", "reasoning_content", "reasoning"),
     *("tool_calls", "function_call", "audio"),
 )
 _ONLY_CHOICE_0 = (0,)
+_Members = dict[str, object]
+_List = list[object]
+_REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class _Delta(msgspec.Struct, gc=False):
+# At a member that a struct does not name nothing would look, and the log must hold no number past all bounds: what has
+# others is refused here, and read slowly. Those named are OpenAI's, Azure's, vLLM's, SGLang's and OpenRouter's.
+class _Delta(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    role: str | None = None
     content: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: msgspec.Raw = _ABSENT
-    function_call: msgspec.Raw = _ABSENT
-    audio: msgspec.Raw = _ABSENT
-
-    def calls(self) -> bool:
-        return self.tool_calls is not _ABSENT and _says(self.tool_calls)
-
-    def speaks(self) -> bool:
-        return bool(
-            self.content
-            or self.reasoning_content
-            or self.reasoning
-            or self.refusal
-            or self.calls()
-            or (self.function_call is not _ABSENT and _says(self.function_call))
-            or (self.audio is not _ABSENT and _says(self.audio))
-        )
+    tool_calls: object = None
+    function_call: object = None
+    audio: object = None
 
 
-class _Choice(msgspec.Struct, gc=False):
+class _Token(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    token: str
+    logprob: float | None = None
+    bytes: list[int] | None = None
+    top_logprobs: "list[_Token] | None" = None
+
+
+class _Logprobs(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    content: list[_Token] | None = None
+    refusal: list[_Token] | None = None
+
+
+class _Choice(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     index: int = 0
     delta: _Delta | None = None
     finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+    stop_reason: object = None
+    matched_stop: object = None
+    token_ids: object = None
+    native_finish_reason: str | None = None
+    content_filter_results: object = None
+    content_filter_offsets: object = None
 
 
-class _Wire(msgspec.Struct, gc=False):
+class _Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     choices: list[_Choice] | None = None
     usage: msgspec.Raw = _ABSENT
-    error: msgspec.Raw = _ABSENT
+    error: object = None
     object: str | None = None
+    id: str | None = None
+    created: int | float | None = None
+    model: str | None = None
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    obfuscation: str | None = None
+    provider: str | None = None
+    prompt_token_ids: "list[int] | None" = None
 
 
 class _EmbeddingsWire(msgspec.Struct):
@@ -82,6 +105,7 @@ class _UsageWire(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Wire).decode
+_decode_any = msgspec.json.Decoder().decode
 _decode_embeddings = msgspec.json.Decoder(_EmbeddingsWire).decode
 _decode_usage = msgspec.json.Decoder(_UsageWire).decode
 
@@ -91,11 +115,11 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
     member, or vLLM's older `object: "error"`). Raises ValueError for what is neither."""
     try:
         wire = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        usage = _usage(_looked_through(wire.usage)) if len(wire.usage) > _LONGEST_NOTHING else None
+    except _REFUSED:
         return _read_slowly(data, event)
-    if event == b"error" or wire.object == "error" or _says(wire.error):
+    if event == b"error" or wire.error or wire.object == "error":
         return read_error(data)
-    usage = _usage(bytes(wire.usage)) if _says(wire.usage) else None
     choices = wire.choices
     if not choices:
         return Chunk(data, usage_only=usage is not None, usage=usage)
@@ -103,19 +127,31 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
         choice = choices[0]
         return Chunk(
             data,
-            speaks=choice.delta is not None and choice.delta.speaks(),
+            speaks=choice.delta is not None and _speaks(choice.delta),
             choices=_ONLY_CHOICE_0,
             finishes=((0, choice.finish_reason),) if choice.finish_reason else (),
             usage=usage,
-            calls=_ONLY_CHOICE_0 if choice.delta is not None and choice.delta.calls() else (),
+            calls=_ONLY_CHOICE_0 if choice.delta is not None and choice.delta.tool_calls else (),
         )
     return Chunk(
         data,
-        speaks=any(c.delta is not None and c.delta.speaks() for c in choices),
+        speaks=any(c.delta is not None and _speaks(c.delta) for c in choices),
         choices=tuple(c.index for c in choices),
         finishes=tuple((c.index, c.finish_reason) for c in choices if c.finish_reason),
         usage=usage,
-        calls=tuple(c.index for c in choices if c.delta is not None and c.delta.calls()),
+        calls=tuple(c.index for c in choices if c.delta is not None and c.delta.tool_calls),
+    )
+
+
+def _speaks(delta: _Delta) -> bool:
+    return bool(
+        delta.content
+        or delta.tool_calls
+        or delta.reasoning_content
+        or delta.reasoning
+        or delta.refusal
+        or delta.function_call
+        or delta.audio
     )
 
 
@@ -144,7 +180,7 @@ def are_embeddings(answer: bytes) -> bool:
     """Whether a 200 holds a list of embeddings, and no error; what they are is the caller's to read."""
     try:
         wire = _decode_embeddings(answer)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _REFUSED:
         return False
     return not _says(wire.error)
 
@@ -154,6 +190,12 @@ _ERROR_MEMBERS = frozenset({"message", "type", "param", "code"})
 
 def _says(raw: msgspec.Raw) -> bool:
     return raw is not _ABSENT and bytes(raw) not in _SAYING_NOTHING
+
+
+def _looked_through(raw: msgspec.Raw) -> bytes:
+    said = bytes(raw)
+    _decode_any(said)
+    return said
 
 
 def _usage(raw: bytes) -> Usage | None:
@@ -177,34 +219,73 @@ def _usage(raw: bytes) -> Usage | None:
 
 def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
     try:
-        whole = _object(json.loads(data))
-    except RecursionError as error:
-        raise ValueError("a chunk that is nested past all bounds") from error
+        said: object = _decode_any(data)
+    except _REFUSED:
+        data, said = _as_logged(data)
+    whole = _object(said)
     if not whole:
         raise ValueError("a chunk is a JSON object with members")
     if event == b"error" or whole.get("object") == "error" or whole.get("error"):
         return read_error(data)
-    listed = whole.get("choices")
-    choices = [_object(c) for c in cast("list[object]", listed)] if isinstance(listed, list) else []
     usage = _usage(json.dumps(whole["usage"]).encode()) if whole.get("usage") else None
-    return Chunk(
-        data,
-        speaks=any(_object(c.get("delta")).get(m) for c in choices for m in _SPEAKING),
-        usage_only=usage is not None and not choices,
-        choices=tuple(_index(c) for c in choices),
-        finishes=tuple((_index(c), str(c["finish_reason"])) for c in choices if _finishes(c)),
-        usage=usage,
-        calls=tuple(_index(c) for c in choices if _object(c.get("delta")).get("tool_calls")),
-    )
+    listed = whole.get("choices")
+    if not listed or not isinstance(listed, list):
+        return Chunk(data, usage_only=usage is not None, usage=usage)
+    speaks = False
+    indexes: list[int] = []
+    finishes: list[tuple[int, str]] = []
+    calls: list[int] = []
+    for choice in map(_object, cast("_List", listed)):
+        index, delta = _index(choice), _object(choice.get("delta"))
+        speaks = speaks or any(map(delta.get, _SPEAKING))
+        indexes.append(index)
+        if reason := choice.get("finish_reason"):
+            finishes.append((index, str(reason)))
+        if delta.get("tool_calls"):
+            calls.append(index)
+    return Chunk(data, speaks, choices=tuple(indexes), finishes=tuple(finishes), usage=usage, calls=tuple(calls))
+
+
+def _as_logged(data: bytes) -> tuple[bytes, object]:
+    """A chunk as the log can hold it, and what it says: as it came, if `codec.loads` would read it there."""
+    try:
+        # Within a record: by itself it could be UTF-16, and in a record two chunks.
+        said: list[object] = codec.loads(b"[%b]" % data)
+    except codec.Unreadable:
+        whole = _put_right(data)
+        return codec.dumps(whole), whole
+    if len(said) != 1:
+        raise ValueError("a chunk is one JSON object")
+    return data, said[0]
+
+
+def _put_right(data: bytes) -> object:
+    text = data.decode("utf-8-sig", "replace")
+    try:
+        return json.loads(text, parse_constant=_nothing, parse_float=_finite, parse_int=_finite_integer)
+    except RecursionError as error:
+        raise ValueError("a chunk that is nested past all bounds") from error
+
+
+def _nothing(_: str) -> None:
+    """What NaN and Infinity are."""
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return None if math.isinf(number) else number
+
+
+def _finite_integer(digits: str) -> int | None:
+    try:
+        return int(digits)
+    except ValueError:  # longer than Python reads
+        return None
 
 
 def _object(value: object) -> dict[str, object]:
     """The members of a JSON object; none of what is no object."""
-    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
-
-
-def _finishes(choice: dict[str, object]) -> bool:
-    return bool(choice.get("finish_reason"))
+    return cast("_Members", value) if isinstance(value, dict) else {}
 
 
 def _index(choice: dict[str, object]) -> int:

@@ -1,12 +1,12 @@
 """The port to models: what a stage may ask of a gateway and what it can rely on.
 
 A reply arrives as batches of chunks, one batch a socket read, each chunk the upstream's own bytes
-with a few facts beside it. Where a vendor departs from OpenAI's API in what clients act on, a chunk
-is put right: a choice that called tools finishes with `tool_calls`, and a counted total is told
-once, on a chunk of its own at the end. A reply ends in exactly one of three ways: the iteration ends and
-`finished` says how, a `ModelError` is raised, or the caller leaves, which closes the upstream
-connection at once. No finish_reason is ever invented, and nothing is retried behind the caller's
-back once a byte of the reply has come.
+with a few facts beside it, but for what the log could not hold (`facts.py`). Where a vendor departs
+from OpenAI's API in what clients act on, a chunk is put right: a choice that called tools finishes
+with `tool_calls`, and a counted total is told once, on a chunk of its own at the end. A reply ends
+in exactly one of three ways: the iteration ends and `finished` says how, a `ModelError` is raised,
+or the caller leaves, which closes the upstream connection at once. No finish_reason is ever
+invented, and nothing is retried behind the caller's back once a byte of the reply has come.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
