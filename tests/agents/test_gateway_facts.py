@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klatch_agents.gateway.errors import ErrorBody, StreamError
+from klatch_agents.gateway.errors import ErrorBody, RefusedError, StreamError, told_in_a_good_answer
 from klatch_agents.gateway.facts import read_chunk, read_error
 from klatch_agents.gateway.port import Chunk
 from klatch_schemas import codec
@@ -133,6 +133,19 @@ def test_an_error_in_the_stream_is_told_from_a_chunk(raw: bytes, event: bytes, e
 def test_an_error_that_an_event_tells_is_an_error_whatever_its_code(code: str, transient: bool) -> None:
     """[34] What is no status is a name."""
     assert StreamError(ErrorBody("m", code=code)).transient is transient
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(400, 400), ("404", 404), (599, 599), (200, None), (600, None), (True, None)]
+)
+def test_a_status_as_code_is_one_before_a_word_was_said(code: str | int, status: int | None) -> None:
+    """[9, 34]"""
+    body = ErrorBody("m", code=code)
+    told = told_in_a_good_answer(body, upstream_request_id="u")
+    assert (told.body, told.upstream_request_id, told.retry_after) == (body, "u", None)
+    assert told.status == (status or 502)
+    assert isinstance(told, RefusedError if status else StreamError)
+    assert isinstance(told_in_a_good_answer(body, spoke=True), StreamError)
 
 
 def test_a_null_error_is_no_error() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from tests.fidelity.conftest import PATIENCE, deltas, finishes, is_cut, said_in, text_of, until_left
-from tests.fidelity.wire import Talk, event, finish, role, sends, whole, words
+from tests.fidelity.wire import DONE, Script, Talk, event, finish, role, sends, whole, words
 
 from klatch_schemas.events import RouteTimeouts, StreamEnd
 from klatch_streams.generation import TRIES
@@ -35,6 +35,58 @@ async def test_an_error_in_mid_stream_is_the_last_event_in_its_own_words(stack: 
     error = is_cut(events)
     assert {name: error[name] for name in ERROR} == ERROR
     assert error["klatch"]["resume"].startswith("/v1/streams/")
+
+
+def _in_an_event(error: dict[str, Any]) -> Script:
+    return sends(role() + event({"error": error}) + DONE)
+
+
+def _in_a_good_answer(error: dict[str, Any]) -> Script:
+    async def script(talk: Talk) -> None:
+        talk.refuse(200, {"error": error})
+
+    return script
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("tell", [_in_an_event, _in_a_good_answer])
+@pytest.mark.parametrize(("code", "status", "calls"), [(400, 400, 1), ("422", 422, 1), (429, 429, 3), (503, 503, 3)])
+async def test_a_status_as_the_code_of_an_error_counts_as_one_before_a_word_was_said(
+    stack: "Stack", tell: Any, stream: bool, code: str | int, status: int, calls: int
+) -> None:
+    """[9, 34] SGLang says so that a prompt is too long. It is tried again, or not, as such a status would be."""
+    said = {"message": "the prompt is too long", "type": "BadRequestError", "param": None, "code": code}
+    model = stack.model(tell(said))
+    answer = await stack.door.chat(model=model, stream=stream)
+    error = (await answer.json())["error"]
+    assert (answer.status, {name: error[name] for name in said}) == (status, said)
+    assert answer.headers["x-should-retry"] == ("true" if calls > 1 else "false")
+    assert "retry-after" not in answer.headers
+    assert len(stack.wire.talks[model]) == calls
+
+
+async def test_a_clients_own_fault_that_an_event_tells_takes_the_server_from_nobody(stack: "Stack") -> None:
+    """[34] However often it asks: nothing is learnt of the server's health."""
+
+    async def script(talk: Talk) -> None:
+        if "guided_grammar" in talk.body:
+            talk.begin().send(event({"error": {"message": "no grammar", "code": 400}}), DONE).end()
+        else:
+            talk.begin().send(whole("fine")).end()
+
+    model = stack.model(script)
+    for _ in range(8):
+        assert (await stack.door.chat(model=model, guided_grammar="(")).status == 400
+    assert text_of(await (await stack.door.chat(model=model)).events()) == "fine"
+
+
+@pytest.mark.parametrize("code", [400, 429])
+async def test_a_status_as_the_code_of_an_error_is_only_told_once_a_word_was_said(stack: "Stack", code: int) -> None:
+    """[34]"""
+    model = stack.model(HALF + event({"error": {**ERROR, "code": code}}))
+    events = await (await stack.door.chat(model=model)).events()
+    assert (text_of(events), is_cut(events)["code"]) == ("half an ans", code)
+    assert len(stack.wire.talks[model]) == 1
 
 
 @pytest.mark.parametrize("cut", [Talk.drop, Talk.reset, Talk.end], ids=["drop", "reset", "clean-end"])

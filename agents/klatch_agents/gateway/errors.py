@@ -2,7 +2,7 @@
 
     ModelError
     ├── ConnectError       no answer at all: refused, unresolved, closed before the status line
-    ├── RefusedError       an HTTP status of 400 or more, with the server's own error body
+    ├── RefusedError       an HTTP status of 400 or more, or one that an error event told in place of a first word
     ├── MisconfiguredError the call cannot even be made: a key is missing, a URL is none
     ├── UnroutableError    no deployment may be called: no route, or all of it cools down
     ├── ExpiredError       the deadline passed while the call waited for its turn
@@ -79,7 +79,7 @@ class ConnectError(ModelError):
 
 
 class RefusedError(ModelError):
-    """The server answered with an error status; nothing was generated.
+    """The server answered with an error status, or told of one within a 200; nothing was generated.
 
     `status`, `retry_after` and `body` are the server's own and `code` is the body's where it has
     one, so that a client can be told the same. Statuses 408, 409, 425, 429 and 5xx are retriable.
@@ -174,6 +174,17 @@ class StreamError(BrokenReplyError):
             self.status, self.retriable = 400, False
 
 
+def told_in_a_good_answer(
+    body: ErrorBody, *, upstream_request_id: str | None = None, spoke: bool = False
+) -> RefusedError | StreamError:
+    """The error that an event told, or a 200 that is no stream. Before a word was said, a status as its code is as good
+    as one on the status line: servers that have begun their answer before they looked at the request have no other."""
+    status = _status_of(body)
+    if spoke or status is None or not 400 <= status < 600:
+        return StreamError(body, upstream_request_id=upstream_request_id, spoke=spoke)
+    return RefusedError(status, body, upstream_request_id=upstream_request_id)
+
+
 class MalformedError(BrokenReplyError):
     """What came is no Chat Completions reply. The server, or its URL, is the wrong one."""
 
@@ -189,11 +200,18 @@ _SERVERS_FAULTS = frozenset(
 )
 
 
+def _status_of(body: ErrorBody) -> int | None:
+    """The number that stands as an error's code, if one does. As text, what is not three digits is a name."""
+    if isinstance(body.code, str):
+        return int(body.code) if _STATUS.fullmatch(body.code) else None
+    return body.code
+
+
 def _is_servers_fault(body: ErrorBody) -> bool:
     """Whether an error event tells of a server in trouble: by a status as code, else by its type. What
     says neither came from a server that could not say more."""
-    code = int(body.code) if isinstance(body.code, str) and _STATUS.fullmatch(body.code) else body.code
-    if isinstance(code, int):
-        return code >= 500 or code in _RETRIABLE
-    named = [name.lower() for name in (code, body.type) if name]
+    status = _status_of(body)
+    if status is not None:
+        return status >= 500 or status in _RETRIABLE
+    named = [str(name).lower() for name in (body.code, body.type) if name]
     return not named or any(name in _SERVERS_FAULTS for name in named)

@@ -21,8 +21,8 @@ from klatch_agents.gateway.errors import (
     ModelError,
     RefusedError,
     StalledError,
-    StreamError,
     TruncatedError,
+    told_in_a_good_answer,
 )
 from klatch_agents.gateway.facts import read_error
 from klatch_agents.gateway.port import KeyOf, Timeouts
@@ -146,7 +146,7 @@ class Client:
         server of OpenAI's API."""
         upstream = request_id(response)
         if b'"error"' in body:
-            return StreamError(read_error(self._without_key(body)), upstream_request_id=upstream)
+            return told_in_a_good_answer(read_error(self._without_key(body)), upstream_request_id=upstream)
         return MalformedError(
             f"{response.url} answered {response.content_type} where {asked} was asked for; "
             "is the URL that of an OpenAI-compatible API, ending in /v1?",

@@ -18,8 +18,8 @@ from klatch_agents.gateway.errors import (
     MalformedError,
     ModelError,
     StalledError,
-    StreamError,
     TruncatedError,
+    told_in_a_good_answer,
 )
 from klatch_agents.gateway.facts import read_chunk
 from klatch_agents.gateway.port import Chunk, Finished, Timeouts, Usage
@@ -136,7 +136,7 @@ class StreamedReply:
                 self._spoil(MalformedError(what, **self._named()))
             return None
         if isinstance(chunk, ErrorBody):
-            self._spoil(StreamError(chunk, **self._named()))
+            self._spoil(told_in_a_good_answer(chunk, **self._named()))
             return None
         return chunk
 
