@@ -7,7 +7,7 @@ Over 400 lines on purpose: one behaviour after the other, each a few lines, of o
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -231,6 +231,18 @@ async def test_a_server_that_refuses_stream_options_is_asked_without_them_and_re
         assert heard.finished is not None
         assert heard.finished.usage is None
     assert ["stream_options" in c.body for c in upstream.calls] == [True, False, False]
+
+
+async def test_a_server_that_refuses_stream_options_at_all_is_learnt_from_odd_ones_too(
+    gateway: OpenAICompatible, upstream: Upstream
+) -> None:
+    """[26] By the usage alone, which it refused as well."""
+    for _ in range(2):
+        asked = call(reject_stream_options=True)
+        heard = await hear(gateway, replace(asked, body={**asked.body, "stream_options": {"odd": 1}}))
+        assert heard.finished is not None
+    sent = [c.body.get("stream_options") for c in upstream.calls]
+    assert sent == [{"odd": 1, "include_usage": True}, {"include_usage": True}, None, None]
 
 
 @pytest.mark.parametrize("status", [400, 422])

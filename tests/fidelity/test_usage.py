@@ -86,6 +86,25 @@ async def test_a_model_server_that_rejects_stream_options_is_asked_without_them(
     assert said[-1]["usage"]["completion_tokens"] >= 2
 
 
+async def test_one_clients_odd_option_turns_usage_off_for_nobody(stack: "Stack") -> None:
+    """[26] It is left out, and what tells the usage is asked for alone; for others nothing changes."""
+
+    async def script(talk: Talk) -> None:
+        if odd := talk.body.get("stream_options", {}).keys() - {"include_usage"}:
+            message = f"Unknown parameter: 'stream_options.{odd.pop()}'."
+            talk.refuse(400, {"error": {"message": message, "code": "unknown_parameter"}})
+        else:
+            talk.begin().send(whole("a")).end()
+
+    model = stack.model(script)
+    for options in ({"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True}):
+        answer = await stack.door.chat(model=model, stream_options=options)
+        assert said_in(await answer.events())[-1]["usage"] == usage()
+        assert not (await stack.told(answer, UsageSettled)).usage.estimated
+    sent = [talk.body["stream_options"].keys() for talk in stack.wire.talks[model]]
+    assert sent == [{"include_usage", "continuous_usage_stats"}, {"include_usage"}, {"include_usage"}]
+
+
 def running(*, last: bool) -> bytes:
     """A reply with a running total on every chunk, as vLLM sends it; `last`: and the usage chunk at its end."""
     sent = b"".join(event(chunk({"content": f"w{n} "}, usage=usage(9, n))) for n in range(1, 6))

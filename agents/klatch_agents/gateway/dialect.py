@@ -14,6 +14,9 @@ from urllib.parse import quote
 
 Kind = Literal["openai", "azure", "vllm", "openai-compatible"]
 
+Options = Literal["all", "usage", "none"]
+"""Which `stream_options` are sent: the caller's and klatch's, the one that tells the usage, or none."""
+
 AZURE_VERSION = "2024-10-21"
 """The API version asked of Azure unless a deployment names another: the latest that is generally available."""
 
@@ -43,26 +46,26 @@ class Dialect:
             return {"api-key": key}
         return {"Authorization": f"Bearer {key}"}
 
-    def streaming(self, body: Mapping[str, object], model: str, priority: int, *, options: bool) -> dict[str, object]:
-        """The body of a streamed chat completion; `options`: with `stream_options`."""
+    def streaming(self, body: Mapping[str, object], model: str, priority: int, options: Options) -> dict[str, object]:
+        """The body of a streamed chat completion."""
         sent = {**body, "stream": True}
         if model:
             sent["model"] = model
         asked = sent.pop("stream_options", None)
-        if options:
-            given = cast("dict[str, object]", asked) if isinstance(asked, dict) else {}
+        if options != "none":
+            given = cast("dict[str, object]", asked) if isinstance(asked, dict) and options == "all" else {}
             sent["stream_options"] = {**given, "include_usage": True}
         match self.kind:
             case "vllm":
-                return self._vllm(sent, priority)
+                return self._vllm(sent, priority, running_usage=options == "all")
             case "openai":
                 return _newer_limit(sent)
             case "azure" | "openai-compatible":
                 return sent
 
-    def _vllm(self, sent: dict[str, object], priority: int) -> dict[str, object]:
+    def _vllm(self, sent: dict[str, object], priority: int, *, running_usage: bool) -> dict[str, object]:
         options = sent.get("stream_options")
-        if isinstance(options, dict):
+        if running_usage and isinstance(options, dict):
             # A running total on every chunk: what a stream has cost is known wherever it is cut.
             sent["stream_options"] = {**cast("dict[str, object]", options), "continuous_usage_stats": True}
         if self.priority:

@@ -2,8 +2,8 @@
 
 What differs between them is in `dialect.py`. One aiohttp session with an unbounded pool, no limit
 on a whole reply. The request body goes up as the caller wrote it, but for what the dialect changes;
-`stream` and `stream_options.include_usage` are added. One thing is tried twice: a call that the
-server refused for `stream_options` is made once more without them.
+`stream` and `stream_options.include_usage` are added. One thing is tried again: a call that the
+server refused for `stream_options` is made with `include_usage` alone, then without them.
 """
 
 import json
@@ -19,7 +19,7 @@ import msgspec
 
 from klatch_agents.gateway import http
 from klatch_agents.gateway.continuing import Continues, continuing_body
-from klatch_agents.gateway.dialect import Dialect
+from klatch_agents.gateway.dialect import Dialect, Options
 from klatch_agents.gateway.errors import MalformedError, RefusedError
 from klatch_agents.gateway.facts import are_embeddings
 from klatch_agents.gateway.port import DEFAULT_TIMEOUTS, KeyOf, ModelCall, ModelReply, Timeouts
@@ -138,18 +138,26 @@ class OpenAICompatible:
         url, dialect = self._endpoint.url("chat/completions", model), self._endpoint.dialect
         headers = {**call.headers, **self._endpoint.headers, **_STREAMING}
         look = partial(call.before_send, call.deployment) if call.before_send else None
-        with_options = model not in self._refuse_stream_options
         asked = continuing_body(call.body, call.prefix, self._endpoint.continues) if call.prefix else call.body
-        try:
-            body = dialect.streaming(asked, model, call.priority, options=with_options)
-            return await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
-        except RefusedError as refused:
-            if not (with_options and refused.status in _WRONG_REQUEST and b"stream_options" in refused.said):
-                raise
-        body = dialect.streaming(asked, model, call.priority, options=False)
-        response = await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
-        self._refuse_stream_options.add(model)
-        return response
+        sent = None
+        for options in self._options(model):
+            body = dialect.streaming(asked, model, call.priority, options)
+            if body == sent:
+                continue  # the usage was all that was asked for
+            sent = body
+            try:
+                response = await self._http.open("POST", url, headers, call.timeouts, _encode(body), look)
+            except RefusedError as refused:
+                if options == "none" or not _are_stream_options(refused):
+                    raise
+            else:
+                if options == "none":
+                    self._refuse_stream_options.add(model)
+                return response
+        raise AssertionError("the last of the options is none")
+
+    def _options(self, model: str) -> tuple[Options, ...]:
+        return ("none",) if model in self._refuse_stream_options else ("all", "usage", "none")
 
     async def _expect_events(self, response: aiohttp.ClientResponse) -> None:
         if response.content_type not in ("application/json", "text/html"):
@@ -170,6 +178,11 @@ _WRONG_REQUEST = (400, 422)
 """How a server refuses a member that it does not know; FastAPI's say 422."""
 # Compression buffers what should flow.
 _STREAMING = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+
+
+def _are_stream_options(refused: RefusedError) -> bool:
+    """Whether they are what a call was refused for."""
+    return refused.status in _WRONG_REQUEST and b"stream_options" in refused.said
 
 
 def _asked_choices(body: Mapping[str, object]) -> int:
