@@ -1,7 +1,6 @@
 """Counting tokens: [24] to [29]. What the client sees, and what is settled against the tenant's quota."""
 
 import asyncio
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -185,11 +184,40 @@ async def test_usage_is_the_same_thing_however_a_reply_ends(stack: "Stack", sent
     assert (settled.status, settled.usage.total_tokens) == ("completed", 150)
 
 
-async def test_a_usage_object_of_the_wrong_shape_costs_nobody_a_reply(stack: "Stack") -> None:
-    """[24] Klatch counts for itself then."""
-    answer = await stack.chat(role() + words("a") + finish("stop", usage_chunk({"prompt_tokens": "many"})))
-    assert json.loads((await answer.events())[1].data)["choices"][0]["delta"] == {"content": "a"}
-    assert (await stack.told(answer, UsageSettled)).usage.estimated
+NO_COUNTS: list[dict[str, Any]] = [
+    {"prompt_tokens": "many"},
+    usage(-1, -1),
+    usage(5, 2**62),
+    usage(5, 2**53 + 1),
+    usage(5, 2, total_tokens=-1),
+    usage(5.5, 2),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    usage(5, 2, prompt_tokens_details={"cached_tokens": -1}),
+]
+
+
+@pytest.mark.parametrize("said", NO_COUNTS)
+async def test_a_usage_that_is_no_count_of_tokens_costs_nobody_a_reply(stack: "Stack", said: dict[str, Any]) -> None:
+    """[24] Klatch counts for itself then, and nobody sees the other one: in a chunk of its own, and beside text."""
+    sent = role() + event(chunk({"content": "a"}, usage=said)) + finish("stop", usage_chunk(said))
+    for asked in (ASKING, {}):
+        answer = await stack.chat(sent, **asked)
+        events = await answer.events()
+        seen = said_in(events)
+        assert (seen[1]["choices"][0]["delta"], events[-1].data) == ({"content": "a"}, "[DONE]")
+        settled = await stack.told(answer, UsageSettled)
+        assert (settled.status, settled.usage.estimated) == ("completed", True)
+        assert 1 <= settled.usage.completion_tokens <= 3
+        told = [one["usage"]["completion_tokens"] for one in seen if one["usage"]]
+        assert told == ([settled.usage.completion_tokens] if asked else [])
+
+
+async def test_the_largest_count_is_one(stack: "Stack") -> None:
+    """[24]"""
+    answer = await stack.chat(
+        role() + words("a") + finish("stop", usage_chunk(usage(0, 2**53 - 1, total_tokens=2**53)))
+    )
+    await answer.events()
+    assert (await stack.told(answer, UsageSettled)).usage.completion_tokens == 2**53 - 1
 
 
 async def test_a_cancelled_stream_is_settled_once(stack: "Stack") -> None:

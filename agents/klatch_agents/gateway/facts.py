@@ -3,16 +3,17 @@
 The raw bytes travel, and whatever is passed on can be read in the log. A chunk whose members are all known is read,
 and thereby looked through to its last number, in less than a microsecond. Any other (a member that is not named here,
 a list as content, a lone surrogate, which msgspec refuses) takes two more, or the standard library where need be. What
-the log could not hold is put right: bytes that are no UTF-8, and numbers that are none. What is no JSON object at all
-is a ValueError.
+the log could not hold is put right: bytes that are no UTF-8, and numbers that are none; and a usage that is no count of
+tokens is null. What is no JSON object at all is a ValueError.
 """
 
 import json
 import math
-from typing import cast
+from typing import Annotated, cast
 
 import msgspec
 
+from klatch_agents.gateway.amend import without_usage
 from klatch_agents.gateway.errors import ErrorBody
 from klatch_agents.gateway.port import Chunk, Usage
 from klatch_schemas import codec
@@ -88,18 +89,21 @@ class _EmbeddingsWire(msgspec.Struct):
     error: msgspec.Raw = _ABSENT
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
 class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _CompletionDetails(msgspec.Struct):
-    reasoning_tokens: int | None = None
+    reasoning_tokens: _Count | None = None
 
 
 class _UsageWire(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    total_tokens: _Count | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
@@ -115,11 +119,14 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
     member, or vLLM's older `object: "error"`). Raises ValueError for what is neither."""
     try:
         wire = _decode(data)
-        usage = _usage(_looked_through(wire.usage)) if len(wire.usage) > _LONGEST_NOTHING else None
+        said = _looked_through(wire.usage) if len(wire.usage) > _LONGEST_NOTHING else b""
     except _REFUSED:
         return _read_slowly(data, event)
     if event == b"error" or wire.error or wire.object == "error":
         return read_error(data)
+    usage = _usage(said) if said else None
+    if said and usage is None:
+        data = without_usage(data, said)
     choices = wire.choices
     if not choices:
         return Chunk(data, usage_only=usage is not None, usage=usage)
@@ -199,10 +206,12 @@ def _looked_through(raw: msgspec.Raw) -> bytes:
 
 
 def _usage(raw: bytes) -> Usage | None:
-    """Wrong types in a usage object are worth no reply: such an object counts as absent."""
+    """None if it counts nothing, or what is no number of tokens: that is worth no reply."""
     try:
         wire = _decode_usage(raw)
     except msgspec.DecodeError:
+        return None
+    if wire.prompt_tokens is None and wire.completion_tokens is None:
         return None
     prompt, completion = wire.prompt_tokens or 0, wire.completion_tokens or 0
     cached = wire.prompt_tokens_details and wire.prompt_tokens_details.cached_tokens
@@ -227,7 +236,10 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
         raise ValueError("a chunk is a JSON object with members")
     if event == b"error" or whole.get("object") == "error" or whole.get("error"):
         return read_error(data)
-    usage = _usage(json.dumps(whole["usage"]).encode()) if whole.get("usage") else None
+    said_usage = json.dumps(whole["usage"]).encode() if whole.get("usage") else b""
+    usage = _usage(said_usage) if said_usage else None
+    if said_usage and usage is None:
+        data = without_usage(data, said_usage)
     listed = whole.get("choices")
     if not listed or not isinstance(listed, list):
         return Chunk(data, usage_only=usage is not None, usage=usage)
