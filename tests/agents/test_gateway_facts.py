@@ -36,6 +36,10 @@ def delta(**members: object) -> Chunk:
         {"function_call": {"name": "f", "arguments": ""}},
         {"audio": {"data": "AAAA"}},
         {"content": [{"type": "text", "text": "a"}]},
+        {"annotations": [{"type": "url_citation"}]},
+        {"reasoning_details": [{"text": "hm"}]},
+        {"thinking": "hm"},
+        {"nobody_knows": {"a": 1}},
     ],
 )
 def test_every_kind_of_answer_speaks(members: dict[str, object]) -> None:
@@ -52,6 +56,7 @@ def test_every_kind_of_answer_speaks(members: dict[str, object]) -> None:
         {},
         {"content": "", "tool_calls": [], "reasoning_content": None},
         {"annotations": []},
+        {"role": "assistant", "thinking": "", "vendor": {}, "more": None, "partial": False},
     ],
 )
 def test_a_role_or_an_empty_delta_does_not_speak(members: dict[str, object]) -> None:

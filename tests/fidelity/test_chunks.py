@@ -1,11 +1,12 @@
 """What stands in chunks: [12] to [23]. Streamed, they pass as they came; asked for whole, they are put together."""
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.fidelity.conftest import deltas, finishes, said_in, text_of
-from tests.fidelity.wire import chunk, event, finish, role, sends, usage_chunk, whole, words
+from tests.fidelity.wire import Talk, chunk, event, finish, role, sends, usage_chunk, whole, words
 
 from klatch_schemas.events import StreamEnd
 
@@ -186,6 +187,33 @@ async def test_deltas_that_nobody_foresaw_survive(stack: "Stack") -> None:
     assert (message["reasoning_content"], message["reasoning"]) == ("hm ", "let me see")
     for delta in (ODD[0], *ODD[5:]):
         assert delta.items() <= message.items()
+
+
+@pytest.mark.parametrize(
+    "delta", [{"thinking": "hm"}, {"annotations": [{"type": "url_citation"}]}, {"vendor": {"a": 1}}]
+)
+async def test_a_delta_that_nobody_foresaw_is_a_word(stack: "Stack", delta: dict[str, Any]) -> None:
+    """[19, 38] The client gets it at once, and after it nothing is tried again."""
+    seen = asyncio.Event()
+
+    async def script(talk: Talk) -> None:
+        talk.begin().send(role(), event(chunk(delta)))
+        await seen.wait()
+        talk.drop()
+
+    model = stack.model(script)
+    spare = stack.spare(model, whole("from the spare"))
+    try:
+        async with asyncio.timeout(5):
+            answer = await stack.door.chat(model=model)
+            parts = answer.parts()
+            while json.dumps(delta).encode() not in await anext(parts):
+                pass
+    finally:
+        seen.set()
+    last = b"".join([part async for part in parts])
+    assert b"model_reply_truncated" in last
+    assert (len(stack.wire.talks[model]), len(stack.wire.talks[spare])) == (1, 0)
 
 
 async def test_logprobs_pass_and_add_up(stack: "Stack") -> None:

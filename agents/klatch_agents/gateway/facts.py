@@ -21,10 +21,6 @@ from klatch_schemas import codec
 _ABSENT = msgspec.Raw(b"")
 _SAYING_NOTHING = frozenset({b"", b"null", b"[]", b"{}", b'""'})
 _LONGEST_NOTHING = len(b"null")
-_SPEAKING = (
-    *("content", "refusal", "reasoning_content", "reasoning"),
-    *("tool_calls", "function_call", "audio"),
-)
 _ONLY_CHOICE_0 = (0,)
 _Members = dict[str, object]
 _List = list[object]
@@ -42,6 +38,8 @@ class _Delta(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     tool_calls: object = None
     function_call: object = None
     audio: object = None
+    annotations: object = None
+    reasoning_details: object = None
 
 
 class _Token(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -151,6 +149,7 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
 
 
 def _speaks(delta: _Delta) -> bool:
+    """Whether anything but a role is said."""
     return bool(
         delta.content
         or delta.tool_calls
@@ -159,6 +158,8 @@ def _speaks(delta: _Delta) -> bool:
         or delta.refusal
         or delta.function_call
         or delta.audio
+        or delta.annotations
+        or delta.reasoning_details
     )
 
 
@@ -249,7 +250,7 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
     calls: list[int] = []
     for choice in map(_object, cast("_List", listed)):
         index, delta = _index(choice), _object(choice.get("delta"))
-        speaks = speaks or any(map(delta.get, _SPEAKING))
+        speaks = speaks or any(value for member, value in delta.items() if member != "role")
         indexes.append(index)
         if reason := choice.get("finish_reason"):
             finishes.append((index, str(reason)))

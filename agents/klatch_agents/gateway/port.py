@@ -90,8 +90,8 @@ class Usage(msgspec.Struct, frozen=True):
 class Chunk(msgspec.Struct, frozen=True, gc=False):
     """One `chat.completion.chunk`: the upstream's bytes, and what was read from them beside.
 
-    `speaks`: it carries something of the answer (content, refusal, reasoning, a tool or function
-    call, audio) and not only a role, an annotation or a finish. `usage_only`: the accounting chunk
+    `speaks`: its delta carries something of the answer (content, refusal, reasoning, a call, audio,
+    what a vendor has thought of) and not only a role. `usage_only`: the accounting chunk
     after the last finish, to be hidden from a client that did not ask for it. `choices` are the
     indexes it tells of; `finishes` gives `(index, finish_reason)` of those that end here, `calls` the
     indexes of those that call tools here.
