@@ -122,6 +122,8 @@ def test_a_lone_surrogate_does_not_stop_a_reply(half: bytes) -> None:
         (b'{"error":"overloaded"}', b"", ErrorBody("overloaded", extra={})),
         (b'{"object":"error","message":"m","code":400}', b"", ErrorBody("m", code=400, extra={"object": "error"})),
         (b'{"message":"m"}', b"error", ErrorBody("m", extra={})),
+        (b"over\xffloaded", b"error", ErrorBody("over\ufffdloaded")),
+        (b'{"error":{"message":"m\xff","x":[NaN,1e999,1]}}', b"", ErrorBody("m\ufffd", extra={"x": [None, None, 1]})),
         (
             b'{"error":{"message":"\\ud83d"},"choices":[{"delta":{"content":"\\ud83d"}}]}',
             b"",
@@ -279,6 +281,7 @@ def test_whatever_is_passed_on_can_be_read_in_the_log(at: int, instead: int, pie
         (b'{"detail":"Not Found"}', "Not Found"),
         (b"<html>502 Bad Gateway</html>", "<html>502 Bad Gateway</html>"),
         (b"", "no explanation was given"),
+        (b'{"error":{"message":"half a \xf0\x9f","x":NaN}}', "half a \ufffd"),
         (b'{"detail":[{"loc":["body"]}]}', '[{"loc": ["body"]}]'),
     ],
 )

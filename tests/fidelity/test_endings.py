@@ -37,6 +37,31 @@ async def test_an_error_in_mid_stream_is_the_last_event_in_its_own_words(stack: 
     assert error["klatch"]["resume"].startswith("/v1/streams/")
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"upstream overloaded", "upstream overloaded"),
+        (b"<html>\ndata: 502 \xff</html>", "<html>\n502 \ufffd</html>"),
+        (b'"overloaded"', "overloaded"),
+        (b"", "no explanation was given"),
+        (b"x" * 100_000, "x" * 500),
+        (b'{"message": "overloaded", "load": NaN}', "overloaded"),
+    ],
+    ids=["text", "page", "string", "nothing", "long", "number-that-is-none"],
+)
+async def test_an_error_event_that_is_no_object_is_an_error_in_its_own_words(
+    stack: "Stack", said: bytes, message: str
+) -> None:
+    """[34] Behind a word, where it is the last event, and before, where it is the status's."""
+    sent = b"event: error\ndata: %b\n\n" % said
+    error = is_cut(await stack.stream(HALF + sent))
+    assert (error["message"], error["code"]) == (message, "model_error")
+    answer = await stack.chat(role() + sent)
+    assert answer.status == 502
+    assert (await answer.json())["error"]["message"] == message
+    assert (await stack.told(answer, StreamEnd)).status == "failed"
+
+
 def _in_an_event(error: dict[str, Any]) -> Script:
     return sends(role() + event({"error": error}) + DONE)
 

@@ -113,8 +113,8 @@ _decode_usage = msgspec.json.Decoder(_UsageWire).decode
 
 
 def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
-    """One event's data as a chunk, or as the error that it reports (`event: error`, an `error`
-    member, or vLLM's older `object: "error"`). Raises ValueError for what is neither."""
+    """One event's data as a chunk, or as the error that it reports (`event: error`, whose data may be any text, an
+    `error` member, or vLLM's older `object: "error"`). Raises ValueError for what is neither."""
     try:
         wire = _decode(data)
         said = _looked_through(wire.usage) if len(wire.usage) > _LONGEST_NOTHING else b""
@@ -167,8 +167,8 @@ def read_error(raw: bytes) -> ErrorBody:
     """The error in a body or an event, in whichever of the shapes in use: OpenAI's `error` object,
     a bare string there, FastAPI's `detail`, or an object with a `message`. Else the text itself."""
     try:
-        whole: object = json.loads(raw)
-    except (ValueError, RecursionError):
+        whole = _put_right(raw)
+    except ValueError:
         return ErrorBody(raw[:500].decode("utf-8", "replace").strip() or "no explanation was given")
     outer = _object(whole)
     said = outer.get("error") or outer.get("detail") or whole
@@ -228,6 +228,8 @@ def _usage(raw: bytes) -> Usage | None:
 
 
 def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
+    if event == b"error":
+        return read_error(data)
     try:
         said: object = _decode_any(data)
     except _REFUSED:
@@ -235,7 +237,7 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
     whole = _object(said)
     if not whole:
         raise ValueError("a chunk is a JSON object with members")
-    if event == b"error" or whole.get("object") == "error" or whole.get("error"):
+    if whole.get("object") == "error" or whole.get("error"):
         return read_error(data)
     said_usage = json.dumps(whole["usage"]).encode() if whole.get("usage") else b""
     usage = _usage(said_usage) if said_usage else None
