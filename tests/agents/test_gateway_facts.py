@@ -209,6 +209,23 @@ def test_what_is_no_utf_8_is_put_right_before_it_is_logged(odd: bytes) -> None:
     assert (read.speaks, read.calls, read.choices) == (True, (0,), (0,))
 
 
+def test_a_character_in_two_halves_is_one() -> None:
+    """[2] As those write it who take UTF-16 for text; half of it stays half."""
+    assert isinstance(read := read_chunk(b'{"x":"\xed\xa0\xbd\xed\xb8\x80","y":"\xed\xa0\xbd"}'), Chunk)
+    assert read.raw.isascii()
+    assert logged(read.raw) == {"x": "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), "y": "\ud83d"}
+
+
+@pytest.mark.parametrize("beside", ["", ',"nobody_knows":1', ',"x":"\\ud83d"'], ids=["known", "unknown", "half"])
+def test_a_running_total_is_told_in_its_own_bytes(beside: str) -> None:
+    """[27] They are what clients are not shown."""
+    raw = b'{"choices":[{"delta":{"content":"a"}}],"usage": {"prompt_tokens" : 9}%b}' % beside.encode()
+    assert isinstance(read := read_chunk(raw), Chunk)
+    assert read.usage is not None
+    half = "ud83d" in beside
+    assert (read.raw, read.usage.raw) == (raw, b'{"prompt_tokens": 9}' if half else b'{"prompt_tokens" : 9}')
+
+
 @pytest.mark.parametrize(
     "number",
     [b"NaN", b"-Infinity", b"1e999", b"-1e999", b"9" * 400 + b".5", b"9" * 5_000, b"1E+0000400"],

@@ -82,6 +82,10 @@ class _Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     prompt_token_ids: "list[int] | None" = None
 
 
+class _UsageOf(msgspec.Struct):
+    usage: msgspec.Raw
+
+
 class _EmbeddingsWire(msgspec.Struct):
     data: list[msgspec.Raw]
     error: msgspec.Raw = _ABSENT
@@ -109,6 +113,7 @@ class _UsageWire(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Wire).decode
 _decode_any = msgspec.json.Decoder().decode
 _decode_embeddings = msgspec.json.Decoder(_EmbeddingsWire).decode
+_decode_usage_of = msgspec.json.Decoder(_UsageOf).decode
 _decode_usage = msgspec.json.Decoder(_UsageWire).decode
 
 
@@ -239,7 +244,7 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
         raise ValueError("a chunk is a JSON object with members")
     if whole.get("object") == "error" or whole.get("error"):
         return read_error(data)
-    said_usage = json.dumps(whole["usage"]).encode() if whole.get("usage") else b""
+    said_usage = _usage_in(data, whole)
     usage = _usage(said_usage) if said_usage else None
     if said_usage and usage is None:
         data = without_usage(data, said_usage)
@@ -261,12 +266,23 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
     return Chunk(data, speaks, choices=tuple(indexes), finishes=tuple(finishes), usage=usage, calls=tuple(calls))
 
 
+def _usage_in(data: bytes, whole: dict[str, object]) -> bytes:
+    """The usage object as it stands in a chunk; empty if there is none."""
+    if not whole.get("usage"):
+        return b""
+    try:
+        return bytes(_decode_usage_of(data).usage)
+    except _REFUSED:
+        return json.dumps(whole["usage"]).encode()
+
+
 def _as_logged(data: bytes) -> tuple[bytes, object]:
     """A chunk as the log can hold it, and what it says: as it came, if `codec.loads` would read it there."""
     try:
+        str(data, "utf-8")
         # Within a record: by itself it could be UTF-16, and in a record two chunks.
         said: list[object] = codec.loads(b"[%b]" % data)
-    except codec.Unreadable:
+    except (UnicodeDecodeError, codec.Unreadable):
         whole = _put_right(data)
         return codec.dumps(whole), whole
     if len(said) != 1:
@@ -275,7 +291,10 @@ def _as_logged(data: bytes) -> tuple[bytes, object]:
 
 
 def _put_right(data: bytes) -> object:
-    text = data.decode("utf-8-sig", "replace")
+    try:
+        text = data.decode("utf-8-sig", "surrogatepass")  # pairs of halves, as some write them, are a character
+    except UnicodeDecodeError:
+        text = data.decode("utf-8-sig", "replace")
     try:
         return json.loads(text, parse_constant=_nothing, parse_float=_finite, parse_int=_finite_integer)
     except RecursionError as error:
