@@ -97,6 +97,15 @@ def test_the_first_event_of_azure_is_neither_usage_nor_speech() -> None:
     assert (read.usage_only, read.speaks, read.choices, read.finishes) == (False, False, (), ())
 
 
+@pytest.mark.parametrize("said", [True, False, 12_345_678, "a text", [1, 2]])
+@pytest.mark.parametrize("beside", ["x", "id"], ids=["unknown", "known"])
+def test_what_is_no_object_is_no_usage_and_stays(said: object, beside: str) -> None:
+    """[24]"""
+    members: dict[str, object] = {"choices": [], "usage": said, beside: "a"}
+    read = chunk(**members)
+    assert (read.usage, read.usage_only, json.loads(read.raw)) == (None, False, members)
+
+
 def test_an_annotation_without_a_delta_is_read() -> None:
     """[31]"""
     read = chunk(choices=[{"index": 0, "finish_reason": None, "content_filter_offsets": {"end_offset": 9}}])
@@ -180,7 +189,8 @@ def test_any_json_object_is_a_chunk_or_an_error_and_its_bytes_are_kept(members: 
     """[19, 22] Unknown and misshapen members pass. Only what is no object is refused, and a usage that is none null."""
     raw = json.dumps(members).encode()
     read = read_chunk(raw)
-    if isinstance(read, Chunk) and read.usage is None and members.get("usage"):
+    counted = members.get("usage")
+    if isinstance(read, Chunk) and read.usage is None and counted and isinstance(counted, dict):
         assert json.loads(read.raw) == {**members, "usage": None}
     else:
         assert isinstance(read, ErrorBody) or read.raw == raw

@@ -127,9 +127,11 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
         return _read_slowly(data, event)
     if event == b"error" or wire.error or wire.object == "error":
         return read_error(data)
-    usage = _usage(said) if said else None
-    if said and usage is None:
-        data = without_usage(data, said)
+    usage = None
+    if said:
+        usage = _usage(said)
+        if usage is None and said.startswith(b"{"):
+            data = without_usage(data, said)
     choices = wire.choices
     if not choices:
         return Chunk(data, usage_only=usage is not None, usage=usage)
@@ -268,7 +270,7 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
 
 def _usage_in(data: bytes, whole: dict[str, object]) -> bytes:
     """The usage object as it stands in a chunk; empty if there is none."""
-    if not whole.get("usage"):
+    if not _object(whole.get("usage")):
         return b""
     try:
         return bytes(_decode_usage_of(data).usage)
