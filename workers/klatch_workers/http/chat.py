@@ -78,11 +78,11 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
     start = await _window_start(runtime, partition) if call.keyed else None
     reader = await _opened(runtime, call, stream, partition, start)
     try:
-        began = reader.position
         if not (call.keyed and await reader.find()):
             await _publish(runtime, call, asked, large=large)
+            # Also if another door publishes it just now: what stands before this place was looked through.
+            runtime.recent.put(stream, Place(partition.number, reader.position, call.conversation))
         call.accepted = True
-        runtime.recent.put(stream, Place(partition.number, began, call.conversation))
     except BaseException:
         await reader.close()
         raise
@@ -91,7 +91,7 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
 
 async def _opened(runtime: Runtime, call: Call, stream: Stream, partition: Partition, start: int | None) -> Reader:
     async with runtime.intake.turn(partition):
-        reader = await runtime.hub.open(stream, partition, start)
+        reader = await runtime.open(stream, partition, start)
     call.watch(reader.abandon)
     return reader
 

@@ -18,7 +18,6 @@ from klatch_schemas.ids import Conversation
 from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import DAY_MS
 from klatch_workers.http.reader import Reader, Stream
-from klatch_workers.http.recent import Place
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of
 from klatch_workers.http.runtime import Runtime
 
@@ -63,7 +62,7 @@ async def find(runtime: Runtime, stream: Stream, hints: Hints) -> Found:
     """The stream of `stream.tenant` that has this id. Raises NotFound, LogError."""
     if place := runtime.recent.get(stream):
         partition = Partition(runtime.stream_topic, place.number)
-        return Found(await runtime.hub.open(stream, partition, place.start), place.conversation)
+        return Found(await runtime.open(stream, partition, place.start), place.conversation)
     tried = set[Partition]()
     async for partition, start in _guesses(runtime, stream, hints):
         if partition not in tried and (found := await _look(runtime, stream, partition, start)):
@@ -104,7 +103,7 @@ def _now_ms() -> int:
 
 
 async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: int) -> Found | None:
-    reader = await runtime.hub.open(stream, partition, start)
+    reader = await runtime.open(stream, partition, start)
     try:
         conversation = await reader.find()
     except BaseException:
@@ -113,7 +112,6 @@ async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: i
     if conversation is None:
         await reader.close()
         return None
-    runtime.recent.put(stream, Place(partition.number, start, conversation))
     return Found(reader, conversation)
 
 
@@ -129,8 +127,7 @@ async def _from_requests(runtime: Runtime, stream: Stream) -> Found:
     partition = runtime.partition(conversation)
     start = await runtime.door.log.offset_at(partition, timestamp_ms - runtime.door.terms.clock_skew_ms)
     # It may have no record yet: then it has not begun.
-    runtime.recent.put(stream, Place(partition.number, start, conversation))
-    return Found(await runtime.hub.open(stream, partition, start), conversation)
+    return Found(await runtime.open(stream, partition, start), conversation)
 
 
 async def _request(runtime: Runtime, stream: Stream, since: int) -> tuple[Conversation, int] | None:

@@ -7,7 +7,7 @@ the log has lost what comes next by then, it says so (`LogMoved`); and also if i
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from klatch_schemas import codec
@@ -83,6 +83,10 @@ class Reader:
         self._left_at: int | None = None
         self._past: Tail | None = None
         self._error: KlatchError | None = None
+        self.conversation: Conversation | None = None
+        """The stream's, once a record was read that names it."""
+        self.on_found: Callable[[int, Conversation], None] | None = None
+        """Called with the offset of that record."""
         self._nudged = False
         self._abandoned = False
         self._waiting: asyncio.Future[None] | None = None
@@ -150,7 +154,7 @@ class Reader:
         Raises LogMoved, LogError, and what `fail` was given.
         """
         while True:
-            heard, self._peeked = self._peeked or await self._read(), []
+            heard, self._peeked = self._peeked or await self._read_on(), []
             if self._start is None:
                 return heard
             kept = self._beginning.sift(heard)
@@ -173,7 +177,7 @@ class Reader:
             raise LogMoved("the log no longer holds the beginning of this stream")
         await self._close_past()
         self._start = self._next = first
-        self._peeked, self._beginning = [], Beginning()
+        self._peeked, self._beginning, self.conversation = [], Beginning(), None
 
     async def find(self) -> Conversation | None:
         """The stream's conversation, or None if the stream has no record before the place where it joined.
@@ -181,20 +185,32 @@ class Reader:
         Only a record that names the tenant proves that the stream is there: deltas name none. What was read on the
         way comes out of the next `read`. Raises NotFound for embeddings: after their admission nothing more is said.
         """
-        while self._next < self._joined and not self._abandoned:
-            heard = await self._read()
+        while self._next < self._joined and not (self._abandoned or self.conversation):
+            try:
+                heard = await self._read()
+            except OffsetGone as gone:
+                # Retention was faster: nothing stands there any more, and `Beginning` sees if it was of this stream.
+                await self._close_past()
+                self._start = self._next = gone.first
+                continue
             self._peeked += heard
             for _, said in heard:
                 if isinstance(said, EmbeddingAdmitted):
                     raise NotFound(f"{said.request} asked for embeddings, which have no stream to read or to cancel")
-                if not isinstance(said, Delta):
-                    return said.conversation
-        return None
+        return self.conversation
 
     async def close(self) -> None:
         """Read no more."""
         self._registry.closed(self)
         await self._close_past()
+
+    async def _read_on(self) -> Sequence[Heard]:
+        try:
+            return await self._read()
+        except OffsetGone as gone:
+            raise LogMoved(
+                f"the log has moved on: it begins at offset {gone.first} of this partition, and {gone.offset} was next"
+            ) from gone
 
     async def _read(self) -> Sequence[Heard]:
         while not self._nudged:
@@ -203,10 +219,10 @@ class Reader:
             if self._next < self._joined:
                 # Having caught up is news too: a reply that is complete so far is shown then.
                 if (heard := await self._read_past()) or self._next >= self._joined:
-                    return heard
+                    return self._noted(heard)
             elif self._buffer:
                 heard, self._buffer, self._room = self._buffer, [], self._buffer_bytes
-                return heard
+                return self._noted(heard)
             elif self._left_at is not None:
                 # Registering comes first: whatever is written while the past is read is in the buffer then.
                 start, self._left_at = self._left_at, None
@@ -222,14 +238,8 @@ class Reader:
         if past is None:
             past = self._past = await self._registry.log.tail()
             past.follow(self.partition, self._next)
-        try:
-            records = await past.read(_PAST_WAIT_MS)
-        except OffsetGone as gone:
-            raise LogMoved(
-                f"the log has moved on: it begins at offset {gone.first} of this partition, and {gone.offset} was next"
-            ) from gone
         heard: list[Heard] = []
-        for record in records:
+        for record in await past.read(_PAST_WAIT_MS):
             if record.offset >= self._joined:
                 break
             # Nearly all are other streams' records: decoding them would be most of what the past costs.
@@ -241,6 +251,16 @@ class Reader:
         self._next = max(self._next, min(self._joined, past.position(self.partition) or 0))
         if self._next >= self._joined:
             await self._close_past()
+        return heard
+
+    def _noted(self, heard: list[Heard]) -> list[Heard]:
+        if not self.conversation:
+            for offset, said in heard:
+                if not isinstance(said, Delta):
+                    self.conversation = said.conversation
+                    if self.on_found:
+                        self.on_found(offset, said.conversation)
+                    break
         return heard
 
     def _is_mine(self, said: Spoken) -> bool:

@@ -11,8 +11,8 @@ from klatch_workers.http.door import Door
 from klatch_workers.http.hub import Hub
 from klatch_workers.http.intake import Intake
 from klatch_workers.http.pulse import Pulse
-from klatch_workers.http.reader import Stream
-from klatch_workers.http.recent import Recent
+from klatch_workers.http.reader import Reader, Stream
+from klatch_workers.http.recent import Place, Recent
 from klatch_workers.http.request_ids import MAX_PARTITIONS
 
 
@@ -47,6 +47,12 @@ class Runtime:
         self.hub.start()
         self.pulse.members.add(self)
         self.pulse.start()
+
+    async def open(self, stream: Stream, partition: Partition, start: int | None = None) -> Reader:
+        """See `Hub.open`; where the reader finds the stream to begin is remembered. Raises LogError."""
+        reader = await self.hub.open(stream, partition, start)
+        reader.on_found = lambda offset, named: self.recent.put(stream, Place(partition.number, offset, named))
+        return reader
 
     async def close(self) -> None:
         """Stop; the log is its owner's to close."""
