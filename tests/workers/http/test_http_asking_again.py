@@ -12,6 +12,7 @@ from klatch_schemas import codec
 from klatch_schemas.errors import Cancelled, KlatchError, LimitExceeded, LogMoved, Unavailable
 from klatch_schemas.events import ChatRequested, Status, StreamAttempt, StreamError
 from klatch_schemas.ids import Tenant
+from klatch_schemas.topics import HOUR_MS
 from klatch_workers.http.errors import Answered
 
 if TYPE_CHECKING:
@@ -126,3 +127,17 @@ async def test_what_retention_took_before_a_stream_that_is_asked_for_again_is_no
         go.set()
         assert [kit.text_of(await answer.events()) for answer in again] == ["one two "] * 4
         assert len(kit.said(ChatRequested, "chat.requests")) == 2
+
+
+async def test_a_late_cancel_of_what_is_a_day_old_is_no_stream(kits: "Kits") -> None:
+    key = {"Idempotency-Key": "k"}
+    async with asyncio.timeout(10), kits.serving(partitions=1) as kit:
+        kits.ago_ms = 26 * HOUR_MS
+        first = await kit.chat(headers=key)
+        assert kit.text_of(await first.events()) == "Hello wörld"
+        kits.ago_ms = 23 * HOUR_MS
+        assert (await kit.call("DELETE", f"/v1/streams/{first.headers['x-request-id']}")).status == 202
+        kits.ago_ms = 0
+        kit.stages.tellers.clear()
+        async with kits.serving(beside=kit) as other:
+            assert kit.text_of(await (await other.chat(headers=key)).events()) == "Hello wörld"

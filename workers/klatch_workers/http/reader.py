@@ -84,9 +84,10 @@ class Reader:
         self._past: Tail | None = None
         self._error: KlatchError | None = None
         self.conversation: Conversation | None = None
-        """The stream's, once a record was read that names it."""
+        """The stream's, once a record was read that proves that it is there."""
+        self._first: int | None = None
         self.on_found: Callable[[int, Conversation], None] | None = None
-        """Called with the offset of that record."""
+        """Called then, with the offset of the first record that was read."""
         self._nudged = False
         self._abandoned = False
         self._waiting: asyncio.Future[None] | None = None
@@ -177,13 +178,14 @@ class Reader:
             raise LogMoved("the log no longer holds the beginning of this stream")
         await self._close_past()
         self._start = self._next = first
-        self._peeked, self._beginning, self.conversation = [], Beginning(), None
+        self._peeked, self._beginning, self.conversation, self._first = [], Beginning(), None, None
 
     async def find(self) -> Conversation | None:
         """The stream's conversation, or None if the stream has no record before the place where it joined.
 
-        Only a record that names the tenant proves that the stream is there: deltas name none. What was read on the
-        way comes out of the next `read`. Raises NotFound for embeddings: after their admission nothing more is said.
+        Only a record that names the tenant proves that the stream is there: deltas name none, and a cancel may be of
+        an earlier day's. What was read on the way comes out of the next `read`, if there is a stream. Raises NotFound
+        for embeddings: after their admission nothing more is said.
         """
         while self._next < self._joined and not (self._abandoned or self.conversation):
             try:
@@ -197,6 +199,8 @@ class Reader:
             for _, said in heard:
                 if isinstance(said, EmbeddingAdmitted):
                     raise NotFound(f"{said.request} asked for embeddings, which have no stream to read or to cancel")
+        if not self.conversation:
+            self._start, self._peeked, self._first = self._next, [], None
         return self.conversation
 
     async def close(self) -> None:
@@ -254,13 +258,14 @@ class Reader:
         return heard
 
     def _noted(self, heard: list[Heard]) -> list[Heard]:
-        if not self.conversation:
-            for offset, said in heard:
-                if not isinstance(said, Delta):
-                    self.conversation = said.conversation
-                    if self.on_found:
-                        self.on_found(offset, said.conversation)
-                    break
+        if heard and not self.conversation:
+            # What is no proof that the stream is there is part of it all the same: a cancel may come before all else.
+            self._first = heard[0][0] if self._first is None else self._first
+            proof = next((said for _, said in heard if not isinstance(said, Delta | StreamCancel)), None)
+            if proof:
+                self.conversation = proof.conversation
+                if self.on_found:
+                    self.on_found(self._first, proof.conversation)
         return heard
 
     def _is_mine(self, said: Spoken) -> bool:
