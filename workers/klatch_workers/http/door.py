@@ -47,6 +47,8 @@ class Terms:
     """The silence after which a comment is sent: load balancers cut idle connections after 60."""
     write_timeout_s: float = 30.0
     """A client that takes nothing for so long is dead."""
+    doubt_s: float = 5.0
+    """The silence after which it is asked whether an `Idempotency-Key` named another request before: see `repeats`."""
     silence_s: float = 900.0
     """A stream that says nothing for so long is given up with an error, and stays resumable."""
     append_timeout_s: float = 15.0

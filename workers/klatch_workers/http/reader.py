@@ -203,6 +203,16 @@ class Reader:
             self._start, self._peeked, self._first = self._next, [], None
         return self.conversation
 
+    async def find_from(self, start: int) -> Conversation | None:
+        """`find`, from further back: for who has found nothing, and read nothing yet."""
+        self._start = self._next = min(start, self._next)
+        return await self.find()
+
+    async def speaks(self) -> bool:
+        """Wait until the stream says something, which comes out of the next `read`. False: it was nudged before."""
+        self._peeked += await self._read_on()
+        return bool(self._peeked)
+
     async def close(self) -> None:
         """Read no more."""
         self._registry.closed(self)

@@ -45,7 +45,7 @@ class Watch:
         self._terms = terms
         self._pulse = pulse
         self._task = asyncio.current_task()
-        self.heard_at = self.wrote_at = asyncio.get_running_loop().time()
+        self.heard_at = self.wrote_at = call.waits_since or asyncio.get_running_loop().time()
         """When the last write began."""
         self.stuck = False
 

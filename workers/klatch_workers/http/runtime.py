@@ -1,5 +1,6 @@
 """What the handlers of one door process share: what it was given, its hub, its clockwork, and its memory."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from klatch_schemas import codec
@@ -29,6 +30,8 @@ class Runtime:
     intake: Intake = field(init=False)
     pulse: Pulse = field(default_factory=Pulse)
     recent: Recent = field(default_factory=Recent)
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who looks through a tenant's requests of a day because a stream is silent."""
     streams: int = 0
     """How many partitions `chat.stream` has."""
     requests: int = 0
