@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from klatch_schemas import codec
-from klatch_schemas.events import ChatRequested, StreamCancel, Usage, UsageSettled
-from klatch_schemas.ids import Conversation, RequestId, Tenant
+from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel, Usage, UsageSettled
+from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import HOUR_MS
 from klatch_streams.memory_log import MemoryLog
+from klatch_streams.seen import LONGEST_MS
 from klatch_workers.http.call import Call
 from klatch_workers.http.door import Door, Terms
 from klatch_workers.http.reader import Stream
+from klatch_workers.http.recent import Place, Recent
 from klatch_workers.http.repeats import doubt, turn
 from klatch_workers.http.replies import Watch
 from klatch_workers.http.runtime import Runtime
@@ -159,3 +161,36 @@ async def test_looks_pause_for_nine_times_as_long_as_they_took() -> None:
         await looked.wait()
     async with asyncio.timeout(5), turn(looking):
         assert loop.time() - began >= 0.19
+
+
+async def test_a_key_is_looked_for_as_long_as_admission_may_know_it(kits: "Kits") -> None:
+    async with asyncio.timeout(20), kits.serving(partitions=1) as kit:
+        await answered_before(kits, kit, LONGEST_MS - HOUR_MS // 2)
+        async with kits.serving(beside=kit) as other:
+            assert kit.text_of(await (await other.chat(headers=KEY)).events()) == "Hello wörld"
+        assert len(kit.said(ChatRequested, "chat.requests")) == 1
+
+
+def test_a_door_does_not_remember_a_stream_for_longer_than_admission_its_key() -> None:
+    recent, stream = Recent(), Stream(Tenant("acme"), RequestId("r"))
+    place = Place(0, 7, 1_000, Conversation("c"))
+    recent.put(stream, place)
+    assert recent.under_key(stream, 1_000 + LONGEST_MS) == recent.get(stream) == place
+    assert recent.under_key(stream, 1_001 + LONGEST_MS) is None
+    assert recent.get(stream) is None
+
+
+async def test_what_is_read_of_the_past_is_as_old_as_it_says() -> None:
+    log = MemoryLog({"chat.requests": 1, "chat.stream": 1}, now_ms=lambda: 5)
+    runtime = Runtime(Door(log=log, keys={}))
+    await runtime.start()
+    stream = Stream(Tenant("acme"), RequestId("r"))
+    opening = StreamAttempt(
+        request=stream.request, tenant=stream.tenant, conversation=Conversation("c"), attempt=1, writer=Writer("w")
+    )
+    await log.append([codec.draft("chat.stream", "c", opening)])
+    reader = await runtime.open(stream, Partition("chat.stream", 0), 0)
+    assert await reader.find() == "c"
+    assert runtime.recent.get(stream) == Place(0, 0, 5, Conversation("c"))
+    await reader.close()
+    await runtime.close()

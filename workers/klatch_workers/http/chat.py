@@ -66,7 +66,7 @@ def _name(runtime: Runtime, call: Call, asked: Asked) -> Stream:
 
 async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *, large: bool) -> Reader:
     """A reader of the stream: of the one that exists already under this key, else of the one that is asked for."""
-    if call.keyed and (place := runtime.recent.get(stream)):
+    if call.keyed and (place := runtime.recent.under_key(stream, _now_ms())):
         call.accepted = True
         must_name(call, place.conversation)
         partition = Partition(runtime.stream_topic, place.number)
@@ -84,7 +84,7 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
             must_name(call, named)
         elif not call.keyed:
             # One with a key may stand elsewhere: `Runtime.open` sees to it that it is remembered once it was read here.
-            runtime.recent.put(stream, Place(partition.number, reader.position, call.conversation))
+            runtime.recent.put(stream, Place(partition.number, reader.position, _now_ms(), call.conversation))
     except BaseException:
         await reader.close()
         raise
@@ -99,9 +99,12 @@ async def _opened(runtime: Runtime, call: Call, stream: Stream, partition: Parti
 
 
 async def _window_start(runtime: Runtime, partition: Partition) -> int:
-    now = time.time_ns() // 1_000_000
     async with runtime.intake.turn(partition):
-        return await runtime.door.log.offset_at(partition, now - runtime.door.terms.idempotency_window_ms)
+        return await runtime.door.log.offset_at(partition, _now_ms() - runtime.door.terms.idempotency_window_ms)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -> None:

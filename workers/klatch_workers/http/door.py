@@ -11,8 +11,9 @@ from typing import Protocol
 from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas.events import Prices
 from klatch_schemas.ids import Tenant
-from klatch_schemas.topics import DAY_MS, MAX_BODY_BYTES, Namespace
+from klatch_schemas.topics import MAX_BODY_BYTES, Namespace
 from klatch_streams.log import Log
+from klatch_streams.seen import LONGEST_MS
 
 
 class Embeddings(Protocol):
@@ -59,8 +60,8 @@ class Terms:
     """How long admission may take to decide on embeddings, whose client waits without a sign of life."""
     linger_s: float = 60.0
     """How long a partition is followed after its last reader left."""
-    idempotency_window_ms: int = DAY_MS
-    """How far back a stream is looked for that an `Idempotency-Key` names: the retention of `chat.stream`.
+    idempotency_window_ms: int = LONGEST_MS
+    """How far back a stream is looked for that an `Idempotency-Key` names: as far as admission may know the key.
 
     Looking costs a read of the conversation's partition over this time, unless this door remembers the key.
     """

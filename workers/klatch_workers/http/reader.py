@@ -7,6 +7,7 @@ the log has lost what comes next by then, it says so (`LogMoved`); and also if i
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -85,9 +86,9 @@ class Reader:
         self._error: KlatchError | None = None
         self.conversation: Conversation | None = None
         """The stream's, once a record was read that proves that it is there."""
-        self._first: int | None = None
-        self.on_found: Callable[[int, Conversation], None] | None = None
-        """Called then, with the offset of the first record that was read."""
+        self._first: tuple[int, int] | None = None
+        self.on_found: Callable[[int, int, Conversation], None] | None = None
+        """Called then, with offset and timestamp of the first record that was read, or now if it comes just now."""
         self._nudged = False
         self._abandoned = False
         self._waiting: asyncio.Future[None] | None = None
@@ -233,10 +234,13 @@ class Reader:
             if self._next < self._joined:
                 # Having caught up is news too: a reply that is complete so far is shown then.
                 if (heard := await self._read_past()) or self._next >= self._joined:
-                    return self._noted(heard)
+                    return heard
             elif self._buffer:
                 heard, self._buffer, self._room = self._buffer, [], self._buffer_bytes
-                return self._noted(heard)
+                if not self.conversation:
+                    for offset, said in heard:
+                        self._note(offset, said, time.time_ns() // 1_000_000)
+                return heard
             elif self._left_at is not None:
                 # Registering comes first: whatever is written while the past is read is in the buffer then.
                 start, self._left_at = self._left_at, None
@@ -262,21 +266,21 @@ class Reader:
             said = said_in(record)
             if said and said.request == self.stream.request and self._is_mine(said):
                 heard.append((record.offset, said))
+                self._note(record.offset, said, record.timestamp_ms)
         self._next = max(self._next, min(self._joined, past.position(self.partition) or 0))
         if self._next >= self._joined:
             await self._close_past()
         return heard
 
-    def _noted(self, heard: list[Heard]) -> list[Heard]:
-        if heard and not self.conversation:
-            # What is no proof that the stream is there is part of it all the same: a cancel may come before all else.
-            self._first = heard[0][0] if self._first is None else self._first
-            proof = next((said for _, said in heard if not isinstance(said, Delta | StreamCancel)), None)
-            if proof:
-                self.conversation = proof.conversation
-                if self.on_found:
-                    self.on_found(self._first, proof.conversation)
-        return heard
+    def _note(self, offset: int, said: Spoken, timestamp_ms: int) -> None:
+        if self.conversation:
+            return
+        # What is no proof that the stream is there is part of it all the same: a cancel may come before all else.
+        self._first = self._first or (offset, timestamp_ms)
+        if not isinstance(said, Delta | StreamCancel):
+            self.conversation = said.conversation
+            if self.on_found:
+                self.on_found(*self._first, said.conversation)
 
     def _is_mine(self, said: Spoken) -> bool:
         # A delta names no tenant: it counts only under the opening of the right one, which the fold sees to.

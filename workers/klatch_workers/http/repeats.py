@@ -21,7 +21,7 @@ from klatch_schemas.events import ChatRequested
 from klatch_schemas.ids import Conversation
 from klatch_schemas.topics import DAY_MS
 from klatch_streams.log import LogError
-from klatch_streams.seen import HOUR_MS, MEMORY_MS
+from klatch_streams.seen import LONGEST_MS
 from klatch_workers.http.call import Call
 from klatch_workers.http.finding import said_of
 from klatch_workers.http.reader import Reader, Stream
@@ -100,7 +100,7 @@ async def _look_back(runtime: Runtime, reader: Reader, asked: _Asked) -> None:
 
 
 async def _look(runtime: Runtime, stream: Stream) -> _Asked | None:
-    since = time.time_ns() // 1_000_000 - MEMORY_MS - HOUR_MS - runtime.door.terms.clock_skew_ms
+    since = time.time_ns() // 1_000_000 - LONGEST_MS - runtime.door.terms.clock_skew_ms
     try:
         async with turn(runtime.looking), aclosing(said_of(runtime, stream, since)) as facts:
             asked: _Asked | None = None

@@ -54,7 +54,11 @@ class Runtime:
     async def open(self, stream: Stream, partition: Partition, start: int | None = None) -> Reader:
         """See `Hub.open`; where the reader finds the stream to begin is remembered. Raises LogError."""
         reader = await self.hub.open(stream, partition, start)
-        reader.on_found = lambda offset, named: self.recent.put(stream, Place(partition.number, offset, named))
+
+        def remember(offset: int, timestamp_ms: int, conversation: Conversation) -> None:
+            self.recent.put(stream, Place(partition.number, offset, timestamp_ms, conversation))
+
+        reader.on_found = remember
         return reader
 
     async def close(self) -> None:
