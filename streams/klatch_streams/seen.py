@@ -12,6 +12,8 @@ from rpds import HashTrieMap, HashTrieSet
 
 HOUR_MS = 3_600_000
 MEMORY_MS = 24 * HOUR_MS
+LONGEST_MS = MEMORY_MS + HOUR_MS
+"""For how long an id may be known, as the first of its bucket."""
 BUCKET = 256
 """Keeps a bucket's snapshot under 40 kB, whatever the ids."""
 

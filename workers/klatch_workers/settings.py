@@ -131,9 +131,10 @@ class Settings(BaseModel):
     """How long a request whose turn it is waits for trust's verdict before it ends `failed` (`unavailable`)."""
     drain_s: Annotated[float, Field(ge=0)] = 10.0
     """How long work in flight may go on after a stop or a rebalance."""
-    idempotency_s: Annotated[float, Field(ge=60)] = 86_400.0
-    """How far back a door looks for the stream of an `Idempotency-Key` that it does not remember. To look is to read
-    the conversation's partition over this time, so on a busy cluster it should be what clients retry within."""
+    idempotency_s: Annotated[float, Field(ge=60)] = 90_000.0
+    """How far back a door looks at once for the stream of an `Idempotency-Key` that it does not remember: by default
+    25 hours, for which admission may know a key. To look is to read the conversation's partition over this time, so on
+    a busy cluster it should be what clients retry within: an older stream is found once its repeat stays silent."""
     log_level: Annotated[str, AfterValidator(_level)] = "info"
 
     tenant: str | None = None

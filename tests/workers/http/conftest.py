@@ -7,6 +7,7 @@ same codec, that generation appends. A test hands it a script: what to say, when
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -361,6 +362,8 @@ class Kits:
             log=MemoryLog({}),
             keys={hashlib.sha256(key.encode()).hexdigest(): tenant for tenant, key in KEYS.items()},
         )
+        self.ago_ms = 0
+        """How far back the clock of its logs is set."""
 
     @asynccontextmanager
     async def serving(
@@ -378,7 +381,8 @@ class Kits:
             async with _serving(replace(made, log=beside.log), beside.stages, drain_s) as kit:
                 yield kit
             return
-        log = MemoryLog({CHAT_REQUESTS.name: 2, CHAT_STREAM.name: partitions}, appending=appending)
+        topics: dict[str, int] = {CHAT_REQUESTS.name: 2, CHAT_STREAM.name: partitions}
+        log = MemoryLog(topics, now_ms=lambda: time.time_ns() // 1_000_000 - self.ago_ms, appending=appending)
         async with _staged(Stages(log, partitions)) as stages, _serving(replace(made, log=log), stages, drain_s) as kit:
             yield kit
 

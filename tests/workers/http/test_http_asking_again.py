@@ -8,9 +8,11 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from tests.workers.http.conftest import KEYS, hello
 
+from klatch_schemas import codec
 from klatch_schemas.errors import Cancelled, KlatchError, LimitExceeded, LogMoved, Unavailable
-from klatch_schemas.events import ChatRequested, Status, StreamError
+from klatch_schemas.events import ChatRequested, Status, StreamAttempt, StreamError
 from klatch_schemas.ids import Tenant
+from klatch_schemas.topics import HOUR_MS
 from klatch_workers.http.errors import Answered
 
 if TYPE_CHECKING:
@@ -97,3 +99,45 @@ async def test_an_end_is_told_for_good_to_whoever_asks_under_a_key(kits: "Kits")
         kit.stages.script = script
         assert await refused(kit) == "true"
         assert [await refused(door, **{"Idempotency-Key": "k"}) for door in (kit, kit, other)] == ["false"] * 3
+
+
+async def test_what_retention_took_before_a_stream_that_is_asked_for_again_is_not_missed(kits: "Kits") -> None:
+    key, go = {"Idempotency-Key": "k"}, asyncio.Event()
+
+    async def script(teller: "Teller") -> None:
+        await teller.open()
+        await teller.say("one ", "two ")
+        await go.wait()
+        await teller.end()
+
+    async with asyncio.timeout(10), kits.serving(partitions=1) as kit, kits.serving(beside=kit) as other:
+        await (await kit.chat()).events()
+        kit.stages.script = script
+        first = await kit.chat(headers=key)
+        link = f"/v1/streams/{first.headers['x-request-id']}"
+        # Once a door remembers it because it was asked there, once because it was looked for.
+        seen = await other.call("GET", link)
+        for answer in (first, seen):
+            while b"two" not in await answer.part():
+                pass
+        openings = [one for one in kit.log.records("chat.stream") if isinstance(codec.decode(one.value), StreamAttempt)]
+        kit.log.truncate_before(openings[1].partition, openings[1].offset)
+        again = [await door.chat(headers=key) for door in (kit, other)]
+        again += [await door.call("GET", link) for door in (kit, other)]
+        go.set()
+        assert [kit.text_of(await answer.events()) for answer in again] == ["one two "] * 4
+        assert len(kit.said(ChatRequested, "chat.requests")) == 2
+
+
+async def test_a_late_cancel_of_what_is_a_day_old_is_no_stream(kits: "Kits") -> None:
+    key = {"Idempotency-Key": "k"}
+    async with asyncio.timeout(10), kits.serving(partitions=1) as kit:
+        kits.ago_ms = 26 * HOUR_MS
+        first = await kit.chat(headers=key)
+        assert kit.text_of(await first.events()) == "Hello wörld"
+        kits.ago_ms = 23 * HOUR_MS
+        assert (await kit.call("DELETE", f"/v1/streams/{first.headers['x-request-id']}")).status == 202
+        kits.ago_ms = 0
+        kit.stages.tellers.clear()
+        async with kits.serving(beside=kit) as other:
+            assert kit.text_of(await (await other.chat(headers=key)).events()) == "Hello wörld"

@@ -314,3 +314,13 @@ async def test_a_stream_that_was_waited_for_from_its_beginning_on_has_one(told: 
     stray = await told.tell(StreamEnd, attempt=7, status="completed")
     opening = await told.tell(StreamAttempt, attempt=1, mode="restart")
     assert await told.heard(reader, opening) == [stray, opening]
+
+
+async def test_who_looks_for_a_stream_goes_on_behind_what_retention_took_meanwhile(told: Told) -> None:
+    await told.log.append([_delta("other", 0)])
+    opening = await told.tell(StreamAttempt, attempt=1, mode="restart")
+    there, nowhere = await told.read(0), await told.hub.open(Stream(MINE.tenant, RequestId("none")), PLACE, 0)
+    told.log.truncate_before(PLACE, opening)
+    assert await there.find() == "c"
+    assert await told.heard(there, opening) == [opening]
+    assert await nowhere.find() is None

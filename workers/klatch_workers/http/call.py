@@ -7,7 +7,7 @@ Every answer carries `x-request-id`. Nothing here wraps the response: a token go
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from starlette.types import Receive, Scope, Send
 
@@ -47,6 +47,8 @@ class Call:
         """Where a client that lost its answer may read on."""
         self.accepted = False
         """Whether its request is known to stand in the log."""
+        self.waits_since: float | None = None
+        """Since when its client waits for first words, in the event loop's time; None: since now."""
         self.keyed = b"idempotency-key" in self.headers
         """Whether asking again finds the same request."""
         self.rate_limits: Headers = []
@@ -87,6 +89,11 @@ class Call:
                 raise _too_large(limit)
             if not message.get("more_body"):
                 return b"".join(parts)
+
+    def place(self, conversation: Conversation) -> None:
+        """Note where its stream stands, and is read on."""
+        self.conversation = conversation
+        self.resume = f"/v1/streams/{self.request}?conversation={quote(conversation, safe='')}"
 
     def watch(self, on_gone: Callable[[], object]) -> None:
         """Call `on_gone` as soon as the client hangs up: only `receive` tells, a failed send never does."""

@@ -7,7 +7,6 @@ place is known before the request is published, so that no record can be missed 
 import asyncio
 import time
 from typing import Final
-from urllib.parse import quote
 
 import structlog
 from pydantic import ValidationError
@@ -22,6 +21,7 @@ from klatch_workers.http.call import Call, Disconnected
 from klatch_workers.http.envelope import Asked, asked_in, read_json
 from klatch_workers.http.reader import Reader, Stream
 from klatch_workers.http.recent import Place
+from klatch_workers.http.repeats import doubt, must_name
 from klatch_workers.http.replies import EventStream, WholeReply
 from klatch_workers.http.request_ids import new_request_id
 from klatch_workers.http.runtime import Runtime
@@ -41,6 +41,9 @@ async def complete(runtime: Runtime, call: Call) -> None:
     with runtime.intake.room_for(len(raw)):
         reader = await _attach(runtime, call, stream, asked, large=len(raw) > terms.off_loop_bytes)
     try:
+        # Of what was published under a key nothing is known until some of it was read.
+        if runtime.recent.get(stream) is None:
+            await doubt(runtime, call, stream, reader)
         over = await _answer(runtime, call, reader, asked)
     finally:
         await reader.close()
@@ -57,20 +60,15 @@ def _name(runtime: Runtime, call: Call, asked: Asked) -> Stream:
         call.request = request_id_for_key(call.tenant, key)
     elif conversation is not None:
         call.request = new_request_id(runtime.partition(conversation).number)
-    _place(call, conversation or Conversation(call.request))
+    call.place(conversation or Conversation(call.request))
     return Stream(call.tenant, call.request)
-
-
-def _place(call: Call, conversation: Conversation) -> None:
-    call.conversation = conversation
-    call.resume = f"/v1/streams/{call.request}?conversation={quote(conversation, safe='')}"
 
 
 async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *, large: bool) -> Reader:
     """A reader of the stream: of the one that exists already under this key, else of the one that is asked for."""
-    if call.keyed and (place := runtime.recent.get(stream)):
-        _place(call, place.conversation)
+    if call.keyed and (place := runtime.recent.under_key(stream, _now_ms())):
         call.accepted = True
+        must_name(call, place.conversation)
         partition = Partition(runtime.stream_topic, place.number)
         return await _opened(runtime, call, stream, partition, place.start)
     assert call.conversation is not None  # noqa: S101 - set by _name
@@ -78,11 +76,15 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
     start = await _window_start(runtime, partition) if call.keyed else None
     reader = await _opened(runtime, call, stream, partition, start)
     try:
-        began = reader.position
-        if not (call.keyed and await reader.find()):
+        named = await reader.find() if call.keyed else None
+        if named is None:
             await _publish(runtime, call, asked, large=large)
         call.accepted = True
-        runtime.recent.put(stream, Place(partition.number, began, call.conversation))
+        if named is not None:
+            must_name(call, named)
+        elif not call.keyed:
+            # One with a key may stand elsewhere: `Runtime.open` sees to it that it is remembered once it was read here.
+            runtime.recent.put(stream, Place(partition.number, reader.position, _now_ms(), call.conversation))
     except BaseException:
         await reader.close()
         raise
@@ -91,15 +93,18 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
 
 async def _opened(runtime: Runtime, call: Call, stream: Stream, partition: Partition, start: int | None) -> Reader:
     async with runtime.intake.turn(partition):
-        reader = await runtime.hub.open(stream, partition, start)
+        reader = await runtime.open(stream, partition, start)
     call.watch(reader.abandon)
     return reader
 
 
 async def _window_start(runtime: Runtime, partition: Partition) -> int:
-    now = time.time_ns() // 1_000_000
     async with runtime.intake.turn(partition):
-        return await runtime.door.log.offset_at(partition, now - runtime.door.terms.idempotency_window_ms)
+        return await runtime.door.log.offset_at(partition, _now_ms() - runtime.door.terms.idempotency_window_ms)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -> None:

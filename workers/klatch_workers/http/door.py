@@ -11,8 +11,9 @@ from typing import Protocol
 from klatch_agents.gateway.port import Embedded, ModelCall
 from klatch_schemas.events import Prices
 from klatch_schemas.ids import Tenant
-from klatch_schemas.topics import DAY_MS, MAX_BODY_BYTES, Namespace
+from klatch_schemas.topics import MAX_BODY_BYTES, Namespace
 from klatch_streams.log import Log
+from klatch_streams.seen import LONGEST_MS
 
 
 class Embeddings(Protocol):
@@ -47,6 +48,8 @@ class Terms:
     """The silence after which a comment is sent: load balancers cut idle connections after 60."""
     write_timeout_s: float = 30.0
     """A client that takes nothing of what waits for it for so long is dead (`connections.py`)."""
+    doubt_s: float = 5.0
+    """The silence after which it is asked whether an `Idempotency-Key` named another request before: see `repeats`."""
     silence_s: float = 900.0
     """A stream that says nothing for so long is given up with an error, and stays resumable."""
     append_timeout_s: float = 15.0
@@ -57,8 +60,8 @@ class Terms:
     """How long admission may take to decide on embeddings, whose client waits without a sign of life."""
     linger_s: float = 60.0
     """How long a partition is followed after its last reader left."""
-    idempotency_window_ms: int = DAY_MS
-    """How far back a stream is looked for that an `Idempotency-Key` names: the retention of `chat.stream`.
+    idempotency_window_ms: int = LONGEST_MS
+    """How far back a stream is looked for that an `Idempotency-Key` names: as far as admission may know the key.
 
     Looking costs a read of the conversation's partition over this time, unless this door remembers the key.
     """

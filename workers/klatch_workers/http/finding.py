@@ -7,18 +7,18 @@ Every stream begins with a request there, and one partition of requests is far l
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from klatch_schemas import codec
 from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import InvalidRequest, NotFound
-from klatch_schemas.events import ChatRequested
+from klatch_schemas.events import ChatRequested, UsageSettled
 from klatch_schemas.ids import Conversation
 from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import DAY_MS
 from klatch_workers.http.reader import Reader, Stream
-from klatch_workers.http.recent import Place
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of
 from klatch_workers.http.runtime import Runtime
 
@@ -63,7 +63,7 @@ async def find(runtime: Runtime, stream: Stream, hints: Hints) -> Found:
     """The stream of `stream.tenant` that has this id. Raises NotFound, LogError."""
     if place := runtime.recent.get(stream):
         partition = Partition(runtime.stream_topic, place.number)
-        return Found(await runtime.hub.open(stream, partition, place.start), place.conversation)
+        return Found(await runtime.open(stream, partition, place.start), place.conversation)
     tried = set[Partition]()
     async for partition, start in _guesses(runtime, stream, hints):
         if partition not in tried and (found := await _look(runtime, stream, partition, start)):
@@ -104,7 +104,7 @@ def _now_ms() -> int:
 
 
 async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: int) -> Found | None:
-    reader = await runtime.hub.open(stream, partition, start)
+    reader = await runtime.open(stream, partition, start)
     try:
         conversation = await reader.find()
     except BaseException:
@@ -113,7 +113,6 @@ async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: i
     if conversation is None:
         await reader.close()
         return None
-    runtime.recent.put(stream, Place(partition.number, start, conversation))
     return Found(reader, conversation)
 
 
@@ -129,31 +128,40 @@ async def _from_requests(runtime: Runtime, stream: Stream) -> Found:
     partition = runtime.partition(conversation)
     start = await runtime.door.log.offset_at(partition, timestamp_ms - runtime.door.terms.clock_skew_ms)
     # It may have no record yet: then it has not begun.
-    runtime.recent.put(stream, Place(partition.number, start, conversation))
-    return Found(await runtime.hub.open(stream, partition, start), conversation)
+    return Found(await runtime.open(stream, partition, start), conversation)
 
 
 async def _request(runtime: Runtime, stream: Stream, since: int) -> tuple[Conversation, int] | None:
+    async with aclosing(said_of(runtime, stream, since)) as facts:
+        async for said, timestamp_ms in facts:
+            if isinstance(said, ChatRequested):
+                return said.conversation, timestamp_ms
+    return None
+
+
+async def said_of(
+    runtime: Runtime, stream: Stream, since: int
+) -> AsyncGenerator[tuple[ChatRequested | UsageSettled, int]]:
+    """What the tenant's own log says of a request, with its times: when it was asked for, and that it has ended."""
     number = partition_of(stream.tenant.encode(), runtime.requests)
     partition = Partition(runtime.request_topic, number)
     position = await runtime.door.log.offset_at(partition, since)
     _, end = await runtime.door.log.bounds(partition)
     if position >= end:
-        return None
+        return
     tail = await runtime.door.log.tail()
     try:
         tail.follow(partition, position)
         while position < end:
             for record in await tail.read(_READ_MS):
-                if conversation := _asks_for(record, stream):
-                    return conversation, record.timestamp_ms
+                if said := _said_of(record, stream):
+                    yield said, record.timestamp_ms
             position = tail.position(partition) or position
-        return None
     finally:
         await tail.close()
 
 
-def _asks_for(record: Record, stream: Stream) -> Conversation | None:
+def _said_of(record: Record, stream: Stream) -> ChatRequested | UsageSettled | None:
     # Most records are other people's requests, and large: they are not decoded.
     if stream.request.encode() not in (record.value or b""):
         return None
@@ -161,5 +169,6 @@ def _asks_for(record: Record, stream: Stream) -> Conversation | None:
         said = codec.decode(record.value)
     except Unreadable:
         return None
-    mine = isinstance(said, ChatRequested) and (said.tenant, said.request) == stream
-    return said.conversation if mine else None  # type: ignore[union-attr]
+    if isinstance(said, ChatRequested | UsageSettled) and (said.tenant, said.request) == stream:
+        return said
+    return None

@@ -7,7 +7,8 @@ the log has lost what comes next by then, it says so (`LogMoved`); and also if i
 
 import asyncio
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from klatch_schemas import codec
@@ -83,6 +84,11 @@ class Reader:
         self._left_at: int | None = None
         self._past: Tail | None = None
         self._error: KlatchError | None = None
+        self.conversation: Conversation | None = None
+        """The stream's, once a record was read that proves that it is there."""
+        self._first: tuple[int, int] | None = None
+        self.on_found: Callable[[int, int, Conversation], None] | None = None
+        """Called then, with offset and timestamp of the first record that was read, or now if it comes just now."""
         self._nudged = False
         self._abandoned = False
         self._waiting: asyncio.Future[None] | None = None
@@ -150,7 +156,7 @@ class Reader:
         Raises LogMoved, LogError, and what `fail` was given.
         """
         while True:
-            heard, self._peeked = self._peeked or await self._read(), []
+            heard, self._peeked = self._peeked or await self._read_on(), []
             if self._start is None:
                 return heard
             kept = self._beginning.sift(heard)
@@ -173,28 +179,53 @@ class Reader:
             raise LogMoved("the log no longer holds the beginning of this stream")
         await self._close_past()
         self._start = self._next = first
-        self._peeked, self._beginning = [], Beginning[Spoken]()
+        self._peeked, self._beginning, self.conversation, self._first = [], Beginning[Spoken](), None, None
 
     async def find(self) -> Conversation | None:
         """The stream's conversation, or None if the stream has no record before the place where it joined.
 
-        Only a record that names the tenant proves that the stream is there: deltas name none. What was read on the
-        way comes out of the next `read`. Raises NotFound for embeddings: after their admission nothing more is said.
+        Only a record that names the tenant proves that the stream is there: deltas name none, and a cancel may be of
+        an earlier day's. What was read on the way comes out of the next `read`, if there is a stream. Raises NotFound
+        for embeddings: after their admission nothing more is said.
         """
-        while self._next < self._joined and not self._abandoned:
-            heard = await self._read()
+        while self._next < self._joined and not (self._abandoned or self.conversation):
+            try:
+                heard = await self._read()
+            except OffsetGone as gone:
+                # Retention was faster: nothing stands there any more, and `Beginning` sees if it was of this stream.
+                await self._close_past()
+                self._start = self._next = gone.first
+                continue
             self._peeked += heard
             for _, said in heard:
                 if isinstance(said, EmbeddingAdmitted):
                     raise NotFound(f"{said.request} asked for embeddings, which have no stream to read or to cancel")
-                if not isinstance(said, Delta):
-                    return said.conversation
-        return None
+        if not self.conversation:
+            self._start, self._peeked, self._first = self._next, [], None
+        return self.conversation
+
+    async def find_from(self, start: int) -> Conversation | None:
+        """`find`, from further back: for who has found nothing, and read nothing yet."""
+        self._start = self._next = min(start, self._next)
+        return await self.find()
+
+    async def speaks(self) -> bool:
+        """Wait until the stream says something, which comes out of the next `read`. False: it was nudged before."""
+        self._peeked += await self._read_on()
+        return bool(self._peeked)
 
     async def close(self) -> None:
         """Read no more."""
         self._registry.closed(self)
         await self._close_past()
+
+    async def _read_on(self) -> Sequence[Heard]:
+        try:
+            return await self._read()
+        except OffsetGone as gone:
+            raise LogMoved(
+                f"the log has moved on: it begins at offset {gone.first} of this partition, and {gone.offset} was next"
+            ) from gone
 
     async def _read(self) -> Sequence[Heard]:
         while not self._nudged:
@@ -206,6 +237,9 @@ class Reader:
                     return heard
             elif self._buffer:
                 heard, self._buffer, self._room = self._buffer, [], self._buffer_bytes
+                if not self.conversation:
+                    for offset, said in heard:
+                        self._note(offset, said, time.time_ns() // 1_000_000)
                 return heard
             elif self._left_at is not None:
                 # Registering comes first: whatever is written while the past is read is in the buffer then.
@@ -222,14 +256,8 @@ class Reader:
         if past is None:
             past = self._past = await self._registry.log.tail()
             past.follow(self.partition, self._next)
-        try:
-            records = await past.read(_PAST_WAIT_MS)
-        except OffsetGone as gone:
-            raise LogMoved(
-                f"the log has moved on: it begins at offset {gone.first} of this partition, and {gone.offset} was next"
-            ) from gone
         heard: list[Heard] = []
-        for record in records:
+        for record in await past.read(_PAST_WAIT_MS):
             if record.offset >= self._joined:
                 break
             # Nearly all are other streams' records: decoding them would be most of what the past costs.
@@ -238,10 +266,21 @@ class Reader:
             said = said_in(record)
             if said and said.request == self.stream.request and self._is_mine(said):
                 heard.append((record.offset, said))
+                self._note(record.offset, said, record.timestamp_ms)
         self._next = max(self._next, min(self._joined, past.position(self.partition) or 0))
         if self._next >= self._joined:
             await self._close_past()
         return heard
+
+    def _note(self, offset: int, said: Spoken, timestamp_ms: int) -> None:
+        if self.conversation:
+            return
+        # What is no proof that the stream is there is part of it all the same: a cancel may come before all else.
+        self._first = self._first or (offset, timestamp_ms)
+        if not isinstance(said, Delta | StreamCancel):
+            self.conversation = said.conversation
+            if self.on_found:
+                self.on_found(*self._first, said.conversation)
 
     def _is_mine(self, said: Spoken) -> bool:
         # A delta names no tenant: it counts only under the opening of the right one, which the fold sees to.

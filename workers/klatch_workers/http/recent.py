@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from klatch_schemas.ids import Conversation
+from klatch_streams.seen import LONGEST_MS
 from klatch_workers.http.reader import Stream
 
 
@@ -16,6 +17,8 @@ class Place:
 
     number: int
     start: int
+    began_ms: int
+    """When that record was written, or read at the latest."""
     conversation: Conversation
 
 
@@ -29,6 +32,14 @@ class Recent:
     def get(self, stream: Stream) -> Place | None:
         """Where the stream stands, if this door remembers."""
         return self._places.get(stream)
+
+    def under_key(self, stream: Stream, now_ms: int) -> Place | None:
+        """Where the stream of a key stands; None, and forgotten, if the key may name another by now."""
+        place = self.get(stream)
+        if place and place.began_ms < now_ms - LONGEST_MS:
+            del self._places[stream]
+            return None
+        return place
 
     def put(self, stream: Stream, place: Place) -> None:
         """Remember, and forget the oldest."""

@@ -39,7 +39,7 @@ class Watch:
         self._reader = reader
         self._terms = terms
         self._pulse = pulse
-        self.heard_at = self.wrote_at = asyncio.get_running_loop().time()
+        self.heard_at = self.wrote_at = call.waits_since or asyncio.get_running_loop().time()
         """When the last write began."""
 
     def beat(self, now: float) -> None:  # noqa: ARG002 - see `now` of the pulse

@@ -1,5 +1,6 @@
 """What the handlers of one door process share: what it was given, its hub, its clockwork, and its memory."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from klatch_schemas import codec
@@ -11,8 +12,8 @@ from klatch_workers.http.door import Door
 from klatch_workers.http.hub import Hub
 from klatch_workers.http.intake import Intake
 from klatch_workers.http.pulse import Pulse
-from klatch_workers.http.reader import Stream
-from klatch_workers.http.recent import Recent
+from klatch_workers.http.reader import Reader, Stream
+from klatch_workers.http.recent import Place, Recent
 from klatch_workers.http.request_ids import MAX_PARTITIONS
 
 
@@ -29,6 +30,8 @@ class Runtime:
     intake: Intake = field(init=False)
     pulse: Pulse = field(default_factory=Pulse)
     recent: Recent = field(default_factory=Recent)
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who looks through a tenant's requests of a day because a stream is silent."""
     streams: int = 0
     """How many partitions `chat.stream` has."""
     requests: int = 0
@@ -47,6 +50,16 @@ class Runtime:
         self.hub.start()
         self.pulse.members.add(self)
         self.pulse.start()
+
+    async def open(self, stream: Stream, partition: Partition, start: int | None = None) -> Reader:
+        """See `Hub.open`; where the reader finds the stream to begin is remembered. Raises LogError."""
+        reader = await self.hub.open(stream, partition, start)
+
+        def remember(offset: int, timestamp_ms: int, conversation: Conversation) -> None:
+            self.recent.put(stream, Place(partition.number, offset, timestamp_ms, conversation))
+
+        reader.on_found = remember
+        return reader
 
     async def close(self) -> None:
         """Stop; the log is its owner's to close."""

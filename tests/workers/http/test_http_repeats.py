@@ -1,0 +1,196 @@
+"""A key that has named a request before, at doors that do not remember it: nobody waits for what does not come."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from klatch_schemas import codec
+from klatch_schemas.events import ChatRequested, StreamAttempt, StreamCancel, Usage, UsageSettled
+from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
+from klatch_schemas.records import Partition
+from klatch_schemas.topics import HOUR_MS
+from klatch_streams.memory_log import MemoryLog
+from klatch_streams.seen import LONGEST_MS
+from klatch_workers.http.call import Call
+from klatch_workers.http.door import Door, Terms
+from klatch_workers.http.reader import Stream
+from klatch_workers.http.recent import Place, Recent
+from klatch_workers.http.repeats import doubt, turn
+from klatch_workers.http.replies import Watch
+from klatch_workers.http.runtime import Runtime
+
+if TYPE_CHECKING:
+    from tests.workers.http.conftest import Answer, Kit, Kits, Teller
+
+KEY = {"Idempotency-Key": "k"}
+SOON = Terms(doubt_s=0.05, hold_s=0.5)
+
+
+class Halves:
+    """A script that says half of its reply, and the rest when it may."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def __call__(self, teller: "Teller") -> None:
+        await teller.open()
+        await teller.say("one ")
+        await self.go.wait()
+        await teller.say("two")
+        await teller.end()
+
+
+async def refused(answer: "Answer") -> tuple[int, str, str, str]:
+    error = (await answer.json())["error"]
+    return answer.status, error["code"], error["param"], error["klatch"]["resume"]
+
+
+@pytest.mark.parametrize("partitions", [1, 4])
+async def test_a_key_of_another_conversation_is_refused_by_name_at_every_door_and_misleads_nobody(
+    kits: "Kits", partitions: int
+) -> None:
+    async with asyncio.timeout(20), kits.serving(partitions=partitions) as kit:
+        kit.stages.script = Halves()
+        first = await kit.chat(headers=KEY, klatch={"conversation": "c1"})
+        said = await first.part()
+        request = first.headers["x-request-id"]
+        last = said.decode().split("id: ")[-1].split("\n")[0]
+        async with kits.serving(beside=kit, terms=SOON) as other:
+            for door in (kit, other, other):
+                again = await door.chat(headers=KEY, klatch={"conversation": "c2"})
+                link = f"/v1/streams/{request}?conversation=c1"
+                assert await refused(again) == (400, "invalid_request", "klatch.conversation", link)
+                assert again.headers["x-should-retry"] == "false"
+            ways = [
+                await other.chat(headers=KEY, klatch={"conversation": "c1"}),
+                await other.call("GET", f"/v1/streams/{request}?conversation=c2"),
+                await other.call("GET", f"/v1/streams/{request}", headers={"last-event-id": last}),
+            ]
+            assert (await other.call("DELETE", f"/v1/streams/{request}?conversation=c2")).status == 202
+            [cancel] = kit.said(StreamCancel)
+            assert cancel.conversation == "c1"
+            texts = [await way.body() for way in ways]
+            assert [b"one " in text for text in texts] == [True, True, False]
+
+
+async def test_a_repeat_of_what_waits_for_its_turn_waits_with_it(kits: "Kits") -> None:
+    go = asyncio.Event()
+
+    async def script(teller: "Teller") -> None:
+        await go.wait()
+        await teller.open()
+        await teller.say("hi")
+        await teller.end()
+
+    async with asyncio.timeout(20), kits.serving(terms=SOON) as kit, kits.serving(beside=kit, terms=SOON) as other:
+        kit.stages.script = script
+        asking = [asyncio.create_task(door.chat(headers=KEY)) for door in (kit, kit, other)]
+        # Their status lines come once it was looked what their key has named before.
+        answers = await asyncio.gather(*asking)
+        go.set()
+        assert [kit.text_of(await answer.events()) for answer in answers] == ["hi"] * 3
+        # What was read is remembered, and not published again.
+        assert kit.text_of(await (await kit.chat(headers=KEY)).events()) == "hi"
+        assert len(kit.said(ChatRequested, "chat.requests")) == 3
+
+
+async def answered_before(kits: "Kits", kit: "Kit", ago_ms: int) -> str:
+    """A request under the key that was answered, and settled, so long ago."""
+    kits.ago_ms = ago_ms
+    first = await kit.chat(headers=KEY)
+    await first.events()
+    kits.ago_ms = 0
+    request = first.headers["x-request-id"]
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    settled = UsageSettled(request=RequestId(request), tenant=Tenant("acme"), status="completed", usage=usage)
+    await kit.log.append([codec.draft("chat.requests", "acme", settled)])
+    return request
+
+
+async def test_a_key_whose_stream_is_older_than_the_window_is_answered_from_the_log(kits: "Kits") -> None:
+    async with asyncio.timeout(20), kits.serving(partitions=1) as kit:
+        request = await answered_before(kits, kit, 3 * HOUR_MS)
+        async with kits.serving(beside=kit, terms=Terms(doubt_s=0.05, idempotency_window_ms=HOUR_MS)) as other:
+            again = await other.chat(headers=KEY)
+            assert kit.text_of(await again.events()) == "Hello wörld"
+            assert kit.text_of(await (await other.call("GET", f"/v1/streams/{request}")).events()) == "Hello wörld"
+
+
+async def test_a_key_whose_stream_the_log_has_lost_is_told_so(kits: "Kits") -> None:
+    async with asyncio.timeout(20), kits.serving(partitions=1) as kit:
+        await answered_before(kits, kit, 3 * HOUR_MS)
+        place = kit.log.records_of("chat.stream")[0]
+        kit.log.truncate_before(place, (await kit.log.bounds(place))[1])
+        async with kits.serving(beside=kit, terms=SOON) as other:
+            again = await other.chat(headers=KEY)
+            assert (again.status, again.headers["x-should-retry"]) == (410, "false")
+            assert "another key" in (await again.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_who_has_no_turn_to_look_is_not_kept_from_the_first_words_and_waits_on(speaks: bool) -> None:
+    log = MemoryLog({"chat.requests": 1, "chat.stream": 1})
+    runtime = Runtime(Door(log=log, keys={}, terms=Terms(doubt_s=0, append_timeout_s=3600 if speaks else 0)))
+    await runtime.start()
+    await runtime.looking.acquire()
+    scope: dict[str, Any] = {"headers": [], "method": "POST"}
+    call = Call(scope, asyncio.Queue[Any]().get, asyncio.Queue[Any]().put)
+    stream = Stream(Tenant("acme"), RequestId("r"))
+    reader = await runtime.open(stream, Partition("chat.stream", 0))
+    doubting = asyncio.create_task(doubt(runtime, call, stream, reader))
+    if speaks:
+        await log.append([runtime.cancel_draft(stream, Conversation("c"), "enough")])
+    async with asyncio.timeout(5):
+        await doubting
+    # Its client has waited meanwhile: a sign of life is not due any later.
+    assert call.waits_since
+    call.waits_since -= runtime.door.terms.hold_s + 1
+    assert Watch(call, reader, runtime.door.terms, runtime.pulse).comment_due
+    if speaks:
+        assert [type(said) for _, said in await reader.read()] == [StreamCancel]
+    await reader.close()
+    await runtime.close()
+
+
+async def test_looks_pause_for_nine_times_as_long_as_they_took() -> None:
+    looking, loop = asyncio.Lock(), asyncio.get_running_loop()
+    began, looked = loop.time(), asyncio.Event()
+    loop.call_later(0.02, looked.set)
+    async with turn(looking):
+        await looked.wait()
+    async with asyncio.timeout(5), turn(looking):
+        assert loop.time() - began >= 0.19
+
+
+async def test_a_key_is_looked_for_as_long_as_admission_may_know_it(kits: "Kits") -> None:
+    async with asyncio.timeout(20), kits.serving(partitions=1) as kit:
+        await answered_before(kits, kit, LONGEST_MS - HOUR_MS // 2)
+        async with kits.serving(beside=kit) as other:
+            assert kit.text_of(await (await other.chat(headers=KEY)).events()) == "Hello wörld"
+        assert len(kit.said(ChatRequested, "chat.requests")) == 1
+
+
+def test_a_door_does_not_remember_a_stream_for_longer_than_admission_its_key() -> None:
+    recent, stream = Recent(), Stream(Tenant("acme"), RequestId("r"))
+    place = Place(0, 7, 1_000, Conversation("c"))
+    recent.put(stream, place)
+    assert recent.under_key(stream, 1_000 + LONGEST_MS) == recent.get(stream) == place
+    assert recent.under_key(stream, 1_001 + LONGEST_MS) is None
+    assert recent.get(stream) is None
+
+
+async def test_what_is_read_of_the_past_is_as_old_as_it_says() -> None:
+    log = MemoryLog({"chat.requests": 1, "chat.stream": 1}, now_ms=lambda: 5)
+    runtime = Runtime(Door(log=log, keys={}))
+    await runtime.start()
+    stream = Stream(Tenant("acme"), RequestId("r"))
+    opening = StreamAttempt(
+        request=stream.request, tenant=stream.tenant, conversation=Conversation("c"), attempt=1, writer=Writer("w")
+    )
+    await log.append([codec.draft("chat.stream", "c", opening)])
+    reader = await runtime.open(stream, Partition("chat.stream", 0), 0)
+    assert await reader.find() == "c"
+    assert runtime.recent.get(stream) == Place(0, 0, 5, Conversation("c"))
+    await reader.close()
+    await runtime.close()

@@ -1,0 +1,127 @@
+"""An `Idempotency-Key` names one request of its tenant: what to do where it has named another before.
+
+Admission drops in silence whatever repeats an id that it knows. A door that finds the stream publishes nothing; one
+that finds none publishes, and cannot know whether an earlier request of the key waits for its turn, stands in another
+conversation, or is so old that the log has lost its stream. So where a stream stays silent it looks through the
+tenant's requests, as far back as admission remembers. That may be much to read: it is done for one client at a time,
+with pauses, and for nobody longer than a request may take to be accepted; whoever has no turn by then waits on.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+import structlog
+
+from klatch_schemas.errors import InvalidRequest, LogMoved
+from klatch_schemas.events import ChatRequested
+from klatch_schemas.ids import Conversation
+from klatch_schemas.topics import DAY_MS
+from klatch_streams.log import LogError
+from klatch_streams.seen import LONGEST_MS
+from klatch_workers.http.call import Call
+from klatch_workers.http.finding import said_of
+from klatch_workers.http.reader import Reader, Stream
+from klatch_workers.http.runtime import Runtime
+
+log = structlog.get_logger("klatch.http.repeats")
+
+_REST: Final = 9
+"""So many times as long as a look took nobody looks: a door spends a tenth of its time on this at most."""
+
+
+def must_name(call: Call, conversation: Conversation) -> None:
+    """Raise InvalidRequest if the call names another conversation than the request of its key."""
+    named = call.conversation
+    call.place(conversation)
+    if named != conversation:
+        raise InvalidRequest(
+            f"this Idempotency-Key named a request of the conversation {conversation!r} before: "
+            "send the same conversation again, or another key for another request",
+            param="klatch.conversation",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The first request of a key."""
+
+    conversation: Conversation
+    timestamp_ms: int
+    again: bool = False
+    ended: bool = False
+
+
+async def doubt(runtime: Runtime, call: Call, stream: Stream, reader: Reader) -> None:
+    """Wait for the first words of a stream of which `reader` has found nothing yet, and ask why there are none.
+
+    Returns once it is worth while to read on. Raises InvalidRequest if its key names a request of another
+    conversation, LogMoved if what it names is gone.
+    """
+    terms = runtime.door.terms
+    call.waits_since = asyncio.get_running_loop().time()
+    if await _speaks(call, reader, terms.doubt_s):
+        return
+    looking = asyncio.create_task(_look(runtime, stream), name="http-repeats")
+    looking.add_done_callback(lambda _: reader.nudge())
+    try:
+        if await _speaks(call, reader, terms.append_timeout_s) or not looking.done():
+            return
+        asked = looking.result()
+    finally:
+        looking.cancel()
+        await asyncio.wait({looking})
+    if asked and asked.again:
+        log.info("request.repeated", request=call.request, tenant=call.tenant, ended=asked.ended)
+        must_name(call, asked.conversation)
+        await _look_back(runtime, reader, asked)
+
+
+async def _speaks(call: Call, reader: Reader, within_s: float) -> bool:
+    patience = asyncio.get_running_loop().call_later(within_s, reader.nudge)
+    try:
+        return await reader.speaks() or call.gone
+    finally:
+        patience.cancel()
+
+
+async def _look_back(runtime: Runtime, reader: Reader, asked: _Asked) -> None:
+    now, terms = time.time_ns() // 1_000_000, runtime.door.terms
+    if asked.timestamp_ms < now - terms.idempotency_window_ms:
+        since = asked.timestamp_ms - terms.clock_skew_ms
+        if await reader.find_from(await runtime.door.log.offset_at(reader.partition, since)):
+            return
+    # Nothing waits for its turn for a day.
+    if asked.ended or asked.timestamp_ms < now - DAY_MS:
+        raise LogMoved("the log no longer holds the stream that this Idempotency-Key named: ask under another key")
+
+
+async def _look(runtime: Runtime, stream: Stream) -> _Asked | None:
+    since = time.time_ns() // 1_000_000 - LONGEST_MS - runtime.door.terms.clock_skew_ms
+    try:
+        async with turn(runtime.looking), aclosing(said_of(runtime, stream, since)) as facts:
+            asked: _Asked | None = None
+            async for said, timestamp_ms in facts:
+                if not isinstance(said, ChatRequested):
+                    asked = asked and replace(asked, ended=True)
+                else:
+                    asked = replace(asked, again=True) if asked else _Asked(said.conversation, timestamp_ms)
+            return asked
+    except LogError as error:
+        log.warning("repeats.log_failed", request=stream.request, error=str(error))
+        return None
+
+
+@asynccontextmanager
+async def turn(looking: asyncio.Lock) -> AsyncGenerator[None]:
+    """One look at a time, and none for a while after it."""
+    loop = asyncio.get_running_loop()
+    await looking.acquire()
+    began = loop.time()
+    try:
+        yield
+    finally:
+        loop.call_later(_REST * (loop.time() - began), looking.release)
