@@ -4,7 +4,9 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +15,11 @@ from klatch_schemas import codec
 from klatch_schemas.events import Event, StreamAttempt, StreamCancel, StreamDelta, StreamEnd, TrustVerdict
 from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 from klatch_schemas.records import Cause, Partition, Record
-from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, TRUST_VERDICTS
-from klatch_workers.generation.table import ORPHAN_MS, Table, Tracked
+from klatch_schemas.topics import CHAT_ADMITTED, CHAT_REQUESTS, CHAT_STREAM, TRUST_VERDICTS
+from klatch_workers.generation.table import EARLY, ORPHAN_MS, Early, Table, Tracked
 
 STREAM, VERDICTS = Partition(CHAT_STREAM.name, 0), Partition(TRUST_VERDICTS.name, 0)
-SOURCE = Partition(CHAT_REQUESTS.name, 0)
+SOURCE, ADMITTED = Partition(CHAT_REQUESTS.name, 0), Partition(CHAT_ADMITTED.name, 0)
 SOURCE_NAME = f"{CHAT_REQUESTS.name}/0"
 ACME, C1 = Tenant("acme"), Conversation("c1")
 
@@ -37,8 +39,10 @@ class History:
     def low_water(self) -> int:
         return next(number for number in range(len(self.concluded) + 1) if number not in self.concluded)
 
-    def say(self, event: Event, at_ms: int = 1) -> None:
-        record = Record(STREAM, len(self.stream), at_ms, b"c1", codec.encode(event))
+    def say(self, event: Event, at_ms: int = 1, *, caused_by: int | None = None) -> None:
+        """`caused_by` is the request as whose effect it is written."""
+        headers = () if caused_by is None else ((codec.CAUSE, str(Cause(ADMITTED, caused_by, 0)).encode()),)
+        record = Record(STREAM, len(self.stream), at_ms, b"c1", codec.encode(event), headers)
         self.stream.append(record)
         self.table.hear_stream(record)
 
@@ -76,7 +80,8 @@ class History:
             )
         elif tracked.verdict:
             writer = Writer(f"w{number}")
-            self.say(StreamAttempt(request=_id(number), tenant=ACME, conversation=C1, attempt=1, writer=writer))
+            opening = StreamAttempt(request=_id(number), tenant=ACME, conversation=C1, attempt=1, writer=writer)
+            self.say(opening, caused_by=number)
 
     def end(self, number: int) -> None:
         state = self.under_way[number].assembly.state
@@ -89,7 +94,7 @@ class History:
             seq=state.next_seq,
             status="completed",
         )
-        self.say(end)
+        self.say(end, caused_by=number)
 
     def conclude(self, number: int, asked_ms: int = 1) -> None:
         self.table.conclude(self.under_way.pop(number), number, asked_ms)
@@ -100,14 +105,27 @@ class History:
         self.table.commit(low_water, {SOURCE_NAME: (low_water - 1, 0)})
         return self.table.floors()
 
-    def read(self, stream_floor: int, verdict_floor: int) -> Table:
+    def snapshot(self) -> "Snapshot":
+        """What a checkpoint leaves to a successor."""
+        return Snapshot(self.low_water, *self.checkpoint(), self.table.early())
+
+    def read(self, since: "Snapshot") -> Table:
         """A table that read the logs from there on."""
-        table = Table(stream_floor, verdict_floor)
-        for record in self.stream[stream_floor:]:
+        table = Table(since.stream_floor, since.verdict_floor, since.early, {ADMITTED: since.low_water})
+        for record in self.stream[since.stream_floor :]:
             table.hear_stream(record)
-        for record in self.verdicts[verdict_floor:]:
+        for record in self.verdicts[since.verdict_floor :]:
             table.hear_verdict(record)
         return table
+
+
+class Snapshot(NamedTuple):
+    """What a successor begins with."""
+
+    low_water: int
+    stream_floor: int
+    verdict_floor: int
+    early: Sequence[Early] = ()
 
 
 def _id(number: int) -> RequestId:
@@ -124,8 +142,8 @@ STEPS = st.lists(
 )
 
 
-def play(steps: list[tuple[str, int]]) -> tuple[History, list[tuple[int, tuple[int, int]]]]:
-    history, checkpoints, judged = History(), list[tuple[int, tuple[int, int]]](), set[int]()
+def play(steps: list[tuple[str, int]]) -> tuple[History, list[Snapshot]]:
+    history, checkpoints, judged = History(), list[Snapshot](), set[int]()
     for step, number in steps:
         match step:
             case "verdict":
@@ -138,7 +156,7 @@ def play(steps: list[tuple[str, int]]) -> tuple[History, list[tuple[int, tuple[i
             case "on" if number in history.under_way:
                 history.go_on(number)
             case "check":
-                checkpoints.append((history.low_water, history.checkpoint()))
+                checkpoints.append(history.snapshot())
             case _:
                 pass
     return history, checkpoints
@@ -149,9 +167,25 @@ def test_a_successor_knows_from_the_floors_of_any_checkpoint_what_it_would_know_
     steps: list[tuple[str, int]],
 ) -> None:
     history, checkpoints = play(steps)
-    for low_water, floors in checkpoints:
-        for number in range(low_water, 6):
-            assert known(history.read(*floors), number) == known(history.read(0, 0), number), (low_water, floors)
+    for snapshot in checkpoints:
+        successor, from_the_beginning = history.read(snapshot), history.read(Snapshot(0, 0, 0))
+        for number in range(snapshot.low_water, 6):
+            assert known(successor, number) == known(from_the_beginning, number), snapshot
+
+
+def test_a_successor_keeps_nothing_of_the_stream_of_what_was_committed() -> None:
+    """It had all of it in memory until it had caught up, as far back as the floors were held."""
+    history = History()
+    history.verdict(0)
+    history.take()
+    history.take()
+    for _ in range(5):
+        history.go_on(0)
+    snapshot = history.snapshot()
+    assert (snapshot.low_water, snapshot.stream_floor) == (1, 0)
+    assert not history.read(snapshot)._tracked
+    assert not history.read(snapshot)._by_writer
+    assert history.read(Snapshot(0, 0, 0)).of("acme", _id(0)).assembly.standing
 
 
 @given(STEPS)
@@ -197,12 +231,37 @@ def test_a_verdict_that_admission_passed_over_is_forgotten() -> None:
 def test_a_cancel_of_nobody_is_forgotten_once_requests_asked_much_later_are_done() -> None:
     history = History()
     history.cancel(5, at_ms=1)
-    assert history.checkpoint() == (0, 0)
+    assert [one.request for one in history.snapshot().early] == [_id(5)]
     for number, asked_ms in enumerate([ORPHAN_MS, 2 * ORPHAN_MS]):
         history.take()
         history.end(number)
         history.conclude(number, asked_ms)
-        assert history.checkpoint()[0] == (0 if number == 0 else len(history.stream))
+        assert len(history.snapshot().early) == (1 if number == 0 else 0)
+
+
+def test_a_cancel_of_nobody_does_not_hold_the_floors_back() -> None:
+    """It did, for an hour: successors read all that was said since, and had it in memory."""
+    history = History()
+    history.cancel(5)
+    history.cancel(5)
+    history.cancel(4)
+    for number in range(2):
+        history.take()
+        history.end(number)
+        history.conclude(number)
+    snapshot = history.snapshot()
+    assert snapshot.stream_floor == len(history.stream)
+    successor = history.read(snapshot)
+    assert successor.of("acme", _id(5)).assembly.state.status == "cancelled"
+    assert successor.early() == snapshot.early
+
+
+def test_more_cancels_of_nobody_than_a_snapshot_carries_hold_the_floors_back() -> None:
+    history = History()
+    for number in range(10, 10 + EARLY + 2):
+        history.cancel(number)
+    snapshot = history.snapshot()
+    assert (len(snapshot.early), snapshot.stream_floor) == (EARLY, EARLY)
 
 
 def test_what_was_forgotten_may_still_be_taken_and_heard() -> None:

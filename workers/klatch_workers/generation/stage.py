@@ -45,7 +45,7 @@ from klatch_workers.generation.means import Means
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.recover import Archive, was_redriven
 from klatch_workers.generation.request import RequestUnderWay
-from klatch_workers.generation.table import Table, source_of
+from klatch_workers.generation.table import Early, Table, source_of
 from klatch_workers.generation.turns import Conversations, TurnReader
 
 log: Final = structlog.stdlib.get_logger(__name__)
@@ -93,7 +93,8 @@ class GenerationStage:
         conversations = Conversations(turns, self._turns)
         heads = KeptHeads(self.log, turns, conversations, snapshots)
         stream, verdicts = self._beside(CHAT_STREAM, number), self._beside(TRUST_VERDICTS, number)
-        table = Table(position.stream_floor, position.verdict_floor)
+        done = {partition: max(committed, position.applied)}
+        table = Table(position.stream_floor, position.verdict_floor, position.early, done)
         means = Means(
             log=self.log,
             namespace=self.namespace,
@@ -146,6 +147,7 @@ class _Position:
     stream_floor: int
     verdict_floor: int
     seen: Seen
+    early: Sequence[Early] = ()
     applied: int = 0
     """All before this offset of chat.admitted is done: the floors know nothing of it any more."""
 
@@ -154,11 +156,13 @@ class _Position:
         saved = snapshots.saved.get(_POSITION)
         at: Any = saved.parts["at"] if saved else {"stream": 0, "verdicts": 0, "seen": {}}
         seen = {source: (int(offset), int(effect)) for source, (offset, effect) in at["seen"].items()}
-        return cls(at["stream"], at["verdicts"], seen, saved.applied if saved else 0)
+        early = [Early(*cancel) for cancel in at.get("early", ())]
+        return cls(at["stream"], at["verdicts"], seen, early, saved.applied if saved else 0)
 
     def parts(self) -> dict[str, object]:
         seen = {source: list(last) for source, last in self.seen.items()}
-        return {"at": {"stream": self.stream_floor, "verdicts": self.verdict_floor, "seen": seen}}
+        early = [list(cancel) for cancel in self.early]
+        return {"at": {"stream": self.stream_floor, "verdicts": self.verdict_floor, "seen": seen, "early": early}}
 
 
 class _Ends(NamedTuple):
@@ -347,9 +351,9 @@ class GenerationOwner:
             self._durably_seen[source] = last
         table.commit(low_water, self._durably_seen)
         # Both in one step: what is heard from here on is not below the floors, and among the next letters.
-        floors, unreadable, table.unreadable = table.floors(), table.unreadable, []
+        floors, early, unreadable, table.unreadable = table.floors(), table.early(), table.unreadable, []
         await self._bury(unreadable)
-        position = _Position(*floors, dict(self._durably_seen), low_water)
+        position = _Position(*floors, dict(self._durably_seen), early, low_water)
         # It takes the call itself as the word that what the last one was about has been committed.
         committed, self._committed = self._committed, low_water
         await self._heads.forget_aged(committed)

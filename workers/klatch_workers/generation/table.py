@@ -1,22 +1,23 @@
 """What the log says of every request of one partition that is not concluded yet.
 
 Fed by the follower with the partition's `chat.stream` and `trust.verdicts`; requests under way look things up here
-and wait here for what they need to hear. It also knows from where a successor must read the two topics again: the
-floors that the stage's snapshot keeps.
+and wait here for what they need to hear. It also knows what a successor must know: the floors from where it reads the
+two topics again, and the cancels that came before their requests, or for nobody, which do not hold the floors back.
 """
 
 import asyncio
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from types import MappingProxyType
 from typing import NamedTuple
 
 import structlog
 
 from klatch_schemas import codec
-from klatch_schemas.assembly import Assembly, Opened, Said, Spoke
+from klatch_schemas.assembly import Assembly, Opened, Said, Spoke, StreamState
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.events import (
     EmbeddingAdmitted,
@@ -27,7 +28,7 @@ from klatch_schemas.events import (
     StreamRetract,
     TrustVerdict,
 )
-from klatch_schemas.records import Cause, Record
+from klatch_schemas.records import Cause, Partition, Record
 
 log = structlog.get_logger(__name__)
 
@@ -41,8 +42,22 @@ REMEMBERED = 10_000
 """How many concluded requests are remembered, so that what comes late for them is ignored."""
 
 
+EARLY = 256
+"""So many cancels without anything else of their request the snapshot carries; further ones hold the floors back."""
+
 Seen = Mapping[str, tuple[int, int]]
 """By source partition: offset and effect of the last admission."""
+
+
+class Early(NamedTuple):
+    """A cancel of a request of which nothing else was heard."""
+
+    tenant: str
+    request: str
+    offset: int
+    """Of chat.stream."""
+    timestamp_ms: int
+    undo: bool
 
 
 class _Concluded(NamedTuple):
@@ -78,6 +93,12 @@ class Tracked:
     """Whether this owner has met the request itself, on chat.admitted."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def is_early(self) -> bool:
+        """Whether nothing was heard of its stream but cancels."""
+        state = self.assembly.state
+        return state.status == "cancelled" and not (state.attempt or state.settled or self.granted or self.spent)
+
     def tell(self) -> None:
         """Something happened that somebody may wait for."""
         self._news.set()
@@ -92,8 +113,18 @@ class Tracked:
 class Table:
     """The requests of one partition."""
 
-    def __init__(self, stream_position: int = 0, verdict_position: int = 0) -> None:
-        """The positions are those from which the two topics are going to be read."""
+    def __init__(
+        self,
+        stream_position: int = 0,
+        verdict_position: int = 0,
+        early: Iterable[Early] = (),
+        done: Mapping[Partition, int] = MappingProxyType({}),
+    ) -> None:
+        """The positions are those from which the two topics are going to be read, `early` what an earlier owner heard.
+
+        Requests that were admitted below the offset of their partition in `done` are over; what the log says of them
+        again is not kept.
+        """
         self._tracked: dict[tuple[str, str], Tracked] = {}
         self._by_writer: dict[str, Tracked] = {}
         self.stream_position = stream_position
@@ -107,6 +138,11 @@ class Table:
         """When the latest request was asked that is committed."""
         self._passed: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
+        self._done = done
+        for cancel in early:
+            tracked = self.of(cancel.tenant, cancel.request)
+            tracked.assembly.state = StreamState(status="cancelled", undone=cancel.undo)
+            tracked.stream_floor, tracked.last_ms = cancel.offset, cancel.timestamp_ms
 
     # --- fed by the follower
 
@@ -168,8 +204,8 @@ class Table:
             case _:
                 self.unreadable.append((record, f"{said.KIND} does not belong into this topic"))
                 return
-        if (tracked.tenant, tracked.request) in self._concluded:
-            # A late cancel, or a zombie: it must not hold the floors back.
+        if self._is_over(tracked, record):
+            # Of an earlier owner, a late cancel, or a zombie: it must not hold the floors back.
             self._tracked.pop((tracked.tenant, tracked.request), None)
             return
         tracked.records += 1
@@ -186,6 +222,11 @@ class Table:
             self._by_writer.pop(before, None)
             self._by_writer[heard.writer] = tracked
         tracked.tell()
+
+    def _is_over(self, tracked: Tracked, record: Record) -> bool:
+        if not tracked.taken and (cause := _cause_of(record)) and cause.offset < self._done.get(cause.partition, 0):
+            self.forget(tracked.tenant, tracked.request)
+        return (tracked.tenant, tracked.request) in self._concluded
 
     # --- asked by requests under way
 
@@ -266,12 +307,23 @@ class Table:
     def floors(self) -> tuple[int, int]:
         """The first offsets of chat.stream and trust.verdicts that a successor needs."""
         tracked, concluded = self._tracked.values(), self._uncommitted.values()
-        streams = [t.stream_floor for t in tracked if t.stream_floor is not None]
+        early = {(cancel.tenant, cancel.request) for cancel in self.early()}
+        needed = [one for one in tracked if (one.tenant, one.request) not in early]
+        streams = [t.stream_floor for t in needed if t.stream_floor is not None]
         verdicts = [t.verdict_floor for t in tracked if t.verdict_floor is not None]
         return (
             min([self.stream_position, *streams, *(c.stream_floor for c in concluded)]),
             min([self.verdict_position, *verdicts, *(c.verdict_floor for c in concluded)]),
         )
+
+    def early(self) -> list[Early]:
+        """What a successor must be told beside the floors: the first of the cancels of which nothing else is known."""
+        found = [
+            Early(t.tenant, t.request, t.stream_floor, t.last_ms, t.assembly.state.undone)
+            for t in self._tracked.values()
+            if t.is_early and t.stream_floor is not None
+        ]
+        return sorted(found, key=lambda cancel: cancel.offset)[:EARLY]
 
     def forget_concluded(self, before: int) -> None:
         """Drop what an earlier owner concluded: every stream begun before that offset which nobody takes up."""
