@@ -57,6 +57,7 @@ def test_every_kind_of_answer_speaks(members: dict[str, object]) -> None:
         {"content": "", "tool_calls": [], "reasoning_content": None},
         {"annotations": []},
         {"role": "assistant", "thinking": "", "vendor": {}, "more": None, "partial": False},
+        {"role": "assistant", "content": "", "name": "MM", "type": "text", "id": "m1", "index": 3},
     ],
 )
 def test_a_role_or_an_empty_delta_does_not_speak(members: dict[str, object]) -> None:
@@ -161,6 +162,23 @@ def test_a_status_as_code_is_one_before_a_word_was_said(code: str | int, status:
     assert (told.body, told.upstream_request_id, told.retry_after) == (body, "u", None)
     assert told.status == (status or 502)
     assert isinstance(told, RefusedError if status else StreamError)
+    assert isinstance(told_in_a_good_answer(body, spoke=True), StreamError)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"error":{"message":"m","type":"invalid_request_error","code":"context_length_exceeded"}}',
+        b'{"error":{"message":"m"},"code":400}',
+        b'{"error":"m","code":"400"}',
+    ],
+)
+def test_a_request_at_fault_is_told_as_one_before_a_word_was_said(raw: bytes) -> None:
+    """[9, 34] By its type, or by a status beside the error."""
+    body = read_chunk(raw)
+    assert isinstance(body, ErrorBody)
+    told = told_in_a_good_answer(body)
+    assert (type(told), told.status, told.retriable) == (RefusedError, 400, False)
     assert isinstance(told_in_a_good_answer(body, spoke=True), StreamError)
 
 

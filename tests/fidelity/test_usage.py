@@ -104,6 +104,21 @@ async def test_one_clients_odd_option_turns_usage_off_for_nobody(stack: "Stack")
     assert sent == [{"include_usage", "continuous_usage_stats"}, {"include_usage"}, {"include_usage"}]
 
 
+async def test_a_server_that_counts_at_the_end_only_is_asked_for_no_running_total_twice(stack: "Stack") -> None:
+    """[26, 27] An older vLLM."""
+
+    async def script(talk: Talk) -> None:
+        if "continuous_usage_stats" in talk.body.get("stream_options", {}):
+            talk.refuse(400, {"error": {"message": "Unknown parameter: 'stream_options.continuous_usage_stats'."}})
+        else:
+            talk.begin().send(whole("a")).end()
+
+    model = stack.model(script, kind="vllm")
+    for _ in range(3):
+        assert said_in(await (await stack.door.chat(model=model, **ASKING)).events())[-1]["usage"] == usage()
+    assert len(stack.wire.talks[model]) == 4
+
+
 def running(*, last: bool) -> bytes:
     """A reply with a running total on every chunk, as vLLM sends it; `last`: and the usage chunk at its end."""
     sent = b"".join(event(chunk({"content": f"w{n} "}, usage=usage(9, n))) for n in range(1, 6))
@@ -189,9 +204,8 @@ NO_COUNTS: list[dict[str, Any]] = [
     usage(-1, -1),
     usage(5, 2**62),
     usage(5, 2**53 + 1),
-    usage(5, 2, total_tokens=-1),
     usage(5.5, 2),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    usage(5, 2, prompt_tokens_details={"cached_tokens": -1}),
+    {"total_tokens": 7},
 ]
 
 
@@ -204,11 +218,31 @@ async def test_a_usage_that_is_no_count_of_tokens_costs_nobody_a_reply(stack: "S
         events = await answer.events()
         seen = said_in(events)
         assert (seen[1]["choices"][0]["delta"], events[-1].data) == ({"content": "a"}, "[DONE]")
+        assert [one for one in seen if not one["choices"]] == ([seen[-1]] if asked else [])
         settled = await stack.told(answer, UsageSettled)
         assert (settled.status, settled.usage.estimated) == ("completed", True)
         assert 1 <= settled.usage.completion_tokens <= 3
         told = [one["usage"]["completion_tokens"] for one in seen if one["usage"]]
         assert told == ([settled.usage.completion_tokens] if asked else [])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"total_tokens": -1},
+        {"prompt_tokens": 5.0},
+        {"prompt_tokens_details": []},
+        {"prompt_tokens_details": {"cached_tokens": -1}, "completion_tokens_details": {"reasoning_tokens": "some"}},
+    ],
+)
+async def test_an_odd_detail_takes_no_count_away(stack: "Stack", odd: dict[str, Any]) -> None:
+    """[24, 28] PHP writes an empty object as a list."""
+    said = {**usage(5, 2), **odd}
+    answer = await stack.chat(role() + words("a") + finish("stop", usage_chunk(said)), **ASKING)
+    assert said_in(await answer.events())[-1]["usage"] == said
+    settled = (await stack.told(answer, UsageSettled)).usage
+    assert (settled.prompt_tokens, settled.completion_tokens, settled.estimated) == (5, 2, False)
+    assert (settled.cached_tokens, settled.reasoning_tokens) == (0, 0)
 
 
 async def test_the_largest_count_is_one(stack: "Stack") -> None:

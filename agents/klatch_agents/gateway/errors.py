@@ -178,8 +178,11 @@ def told_in_a_good_answer(
     body: ErrorBody, *, upstream_request_id: str | None = None, spoke: bool = False
 ) -> RefusedError | StreamError:
     """The error that an event told, or a 200 that is no stream. Before a word was said, a status as its code is as good
-    as one on the status line: servers that have begun their answer before they looked at the request have no other."""
+    as one on the status line, and so is the type of a request that is at fault: servers that have begun their answer
+    before they looked at the request have no other."""
     status = _status_of(body)
+    if status is None and body.type == "invalid_request_error":
+        status = 400
     if spoke or status is None or not 400 <= status < 600:
         return StreamError(body, upstream_request_id=upstream_request_id, spoke=spoke)
     return RefusedError(status, body, upstream_request_id=upstream_request_id)

@@ -9,7 +9,7 @@ tokens is null. What is no JSON object at all is a ValueError.
 
 import json
 import math
-from typing import Annotated, cast
+from typing import cast
 
 import msgspec
 
@@ -22,6 +22,10 @@ _ABSENT = msgspec.Raw(b"")
 _SAYING_NOTHING = frozenset({b"", b"null", b"[]", b"{}", b'""'})
 _LONGEST_NOTHING = len(b"null")
 _ONLY_CHOICE_0 = (0,)
+_MOST = 2**53
+"""Tokens: what every reader of JSON has as a whole number."""
+_NAMING = frozenset({"role", "name", "id", "type", "index"})
+"""Members of a delta that say nothing."""
 _Members = dict[str, object]
 _List = list[object]
 _REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -91,23 +95,12 @@ class _EmbeddingsWire(msgspec.Struct):
     error: msgspec.Raw = _ABSENT
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: _Count | None = None
-
-
-class _CompletionDetails(msgspec.Struct):
-    reasoning_tokens: _Count | None = None
-
-
 class _UsageWire(msgspec.Struct):
-    prompt_tokens: _Count | None = None
-    completion_tokens: _Count | None = None
-    total_tokens: _Count | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-    completion_tokens_details: _CompletionDetails | None = None
+    prompt_tokens: int | float | None = None
+    completion_tokens: int | float | None = None
+    total_tokens: object = None
+    prompt_tokens_details: object = None
+    completion_tokens_details: object = None
 
 
 _decode = msgspec.json.Decoder(_Wire).decode
@@ -127,14 +120,13 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
         return _read_slowly(data, event)
     if event == b"error" or wire.error or wire.object == "error":
         return read_error(data)
-    usage = None
-    if said:
-        usage = _usage(said)
-        if usage is None and said.startswith(b"{"):
-            data = without_usage(data, said)
+    usage = _usage(said) if said else None
+    uncounted = usage is None and said.startswith(b"{")
+    if uncounted:
+        data = without_usage(data, said)
     choices = wire.choices
     if not choices:
-        return Chunk(data, usage_only=usage is not None, usage=usage)
+        return Chunk(data, usage_only=uncounted or usage is not None, usage=usage)
     if len(choices) == 1 and choices[0].index == 0:
         choice = choices[0]
         return Chunk(
@@ -156,7 +148,6 @@ def read_chunk(data: bytes, event: bytes = b"") -> Chunk | ErrorBody:
 
 
 def _speaks(delta: _Delta) -> bool:
-    """Whether anything but a role is said."""
     return bool(
         delta.content
         or delta.tool_calls
@@ -181,6 +172,8 @@ def read_error(raw: bytes) -> ErrorBody:
     said = outer.get("error") or outer.get("detail") or whole
     error = _object(said)
     code, kind, param = error.get("code"), error.get("type"), error.get("param")
+    if code is None:
+        code = outer.get("code")
     message = error.get("message", said)
     return ErrorBody(
         message=message if isinstance(message, str) else json.dumps(said)[:500],
@@ -214,24 +207,31 @@ def _looked_through(raw: msgspec.Raw) -> bytes:
 
 
 def _usage(raw: bytes) -> Usage | None:
-    """None if it counts nothing, or what is no number of tokens: that is worth no reply."""
+    """None if it counts neither prompt nor completion, or has no number of tokens there: that is worth no reply.
+    Of the rest what is no number is not told."""
     try:
         wire = _decode_usage(raw)
     except msgspec.DecodeError:
         return None
-    if wire.prompt_tokens is None and wire.completion_tokens is None:
+    prompt, completion = _count(wire.prompt_tokens), _count(wire.completion_tokens)
+    if prompt is None or completion is None or (wire.prompt_tokens is None and wire.completion_tokens is None):
         return None
-    prompt, completion = wire.prompt_tokens or 0, wire.completion_tokens or 0
-    cached = wire.prompt_tokens_details and wire.prompt_tokens_details.cached_tokens
-    reasoning = wire.completion_tokens_details and wire.completion_tokens_details.reasoning_tokens
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
-        total_tokens=wire.total_tokens or prompt + completion,
-        cached_tokens=cached or 0,
-        reasoning_tokens=reasoning or 0,
+        total_tokens=_count(wire.total_tokens) or prompt + completion,
+        cached_tokens=_count(_object(wire.prompt_tokens_details).get("cached_tokens")) or 0,
+        reasoning_tokens=_count(_object(wire.completion_tokens_details).get("reasoning_tokens")) or 0,
         raw=raw,
     )
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens, 0 where none is told; None if it cannot be one."""
+    if value is None:
+        return 0
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(cast("float", value)) if whole and 0 <= cast("float", value) <= _MOST else None
 
 
 def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
@@ -252,14 +252,14 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
         data = without_usage(data, said_usage)
     listed = whole.get("choices")
     if not listed or not isinstance(listed, list):
-        return Chunk(data, usage_only=usage is not None, usage=usage)
+        return Chunk(data, usage_only=bool(said_usage), usage=usage)
     speaks = False
     indexes: list[int] = []
     finishes: list[tuple[int, str]] = []
     calls: list[int] = []
     for choice in map(_object, cast("_List", listed)):
         index, delta = _index(choice), _object(choice.get("delta"))
-        speaks = speaks or any(value for member, value in delta.items() if member != "role")
+        speaks = speaks or any(value for member, value in delta.items() if member not in _NAMING)
         indexes.append(index)
         if reason := choice.get("finish_reason"):
             finishes.append((index, str(reason)))

@@ -70,7 +70,7 @@ class OpenAICompatible:
         self._endpoint = endpoint
         self._timeouts = timeouts
         self._http = http.Client(endpoint.current_key, endpoint.dialect.key_headers)
-        self._refuse_stream_options: set[str] = set()  # models; learnt, to fail only once
+        self._taken: dict[str, Options] = {}  # by model, of options that were refused; learnt, to fail only once
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,19 +151,32 @@ class OpenAICompatible:
                 if options == "none" or not _are_stream_options(refused):
                     raise
             else:
-                if options == "none":
-                    self._refuse_stream_options.add(model)
+                if options == "none" or (options == "usage" and not _odd_options(call.body)):
+                    self._taken[model] = options
                 return response
         raise AssertionError("the last of the options is none")
 
     def _options(self, model: str) -> tuple[Options, ...]:
-        return ("none",) if model in self._refuse_stream_options else ("all", "usage", "none")
+        return _FROM[self._taken.get(model, "all")]
 
     async def _expect_events(self, response: aiohttp.ClientResponse) -> None:
         if response.content_type not in ("application/json", "text/html"):
             return  # servers exist that send events as text/plain
         body = await self._http.read(response)
         raise self._http.not_as_asked(response, body, "an event stream")
+
+
+def _odd_options(body: Mapping[str, object]) -> bool:
+    """Whether the caller's own options may be what was refused."""
+    own = body.get("stream_options")
+    return bool(own) and not (isinstance(own, dict) and own.keys() <= {"include_usage"})
+
+
+_FROM: dict[Options, tuple[Options, ...]] = {
+    "all": ("all", "usage", "none"),
+    "usage": ("usage", "none"),
+    "none": ("none",),
+}
 
 
 class _Model(msgspec.Struct):

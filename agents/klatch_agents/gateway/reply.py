@@ -121,6 +121,8 @@ class StreamedReply:
             chunk = self._chunk(item)
             if chunk is None:
                 break
+            if chunk.usage_only and chunk.usage is None:
+                continue  # it counts nothing, and says nothing else
             batch.append(self._note(chunk))
         return batch
 
