@@ -52,7 +52,8 @@ class KafkaLog:
     async def tail(self, *, pause_ms: int | None = None) -> KafkaTail:
         """See `Log.tail`. `pause_ms` instead of the options' for this one."""
         wire = await Wire.open(self._options)
-        self._readers.append(tail := KafkaTail(wire, Fetcher(wire, self._options, pause_ms=pause_ms)))
+        tail = KafkaTail(wire, Fetcher(wire, self._options, pause_ms=pause_ms))
+        self._remember(tail)
         return tail
 
     async def join(self, group: str, topic: str, listener: Listener) -> KafkaMembership:
@@ -64,8 +65,13 @@ class KafkaLog:
             await wire.close()
             raise
         # Nothing is awaited from here on, so the listener hears nothing before the caller has its membership.
-        self._readers.append(member := KafkaMembership(wire, self._options, group, topic, listener))
+        member = KafkaMembership(wire, self._options, group, topic, listener)
+        self._remember(member)
         return member
+
+    def _remember(self, reader: KafkaTail | KafkaMembership) -> None:
+        # A process opens tails for as long as it lives, each with what its client knows of the cluster.
+        self._readers = [*(one for one in self._readers if not one.closed), reader]
 
     async def close(self) -> None:
         """See `Log.close`. Members leave their groups, tails end."""

@@ -3,9 +3,12 @@
 """What only a broker can do to a `KafkaLog`: be away, keep its own time, count heartbeats, answer late."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -48,6 +51,28 @@ async def test_a_topic_with_log_append_time_shows_the_brokers_time(kafka: Cluste
     first, second = await tail.read(10_000)
     assert before <= first.timestamp_ms == second.timestamp_ms <= time.time_ns() // 1_000_000
     await log.close()
+
+
+async def test_a_reader_that_was_closed_is_not_kept(kafka: Cluster) -> None:
+    """A door opens one for each stream that it looks up, and each knows the whole cluster."""
+    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap))
+    tail, member = await log.tail(), await log.join(uuid4().hex, await new_topic(kafka.bootstrap), Nobody())
+    kept: list[weakref.ref[Any]] = [weakref.ref(tail), weakref.ref(member)]
+    await tail.close()
+    await member.close()
+    del tail, member
+    await log.tail()
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
+    await log.close()
+
+
+class Nobody(Listener):
+    """Is told, and does nothing."""
+
+    async def assigned(self, partitions: Sequence[Partition]) -> None: ...
+
+    async def revoked(self, partitions: Sequence[Partition]) -> None: ...
 
 
 async def test_getting_ready_may_take_longer_than_a_session(kafka: Cluster) -> None:

@@ -117,6 +117,11 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc, unused-i
         except kafka.KafkaError as error:
             raise LogError(f"the offsets of {self._group} could not be committed: {error!r}") from error
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has left."""
+        return self._fetcher.closed
+
     async def close(self) -> None:
         """See `Membership.close`. Not to be called by the listener."""
         if self._closing:

@@ -15,6 +15,11 @@ class KafkaTail:
         self._wire = wire
         self._fetcher = fetcher
 
+    @property
+    def closed(self) -> bool:
+        """Whether it reads no more."""
+        return self._fetcher.closed
+
     def follow(self, partition: Partition, offset: int) -> None:
         """See `Tail.follow`. A `read` in progress asks for it at once."""
         self._fetcher.follow(partition, offset)

@@ -11,7 +11,7 @@ from klatch_schemas.ids import Conversation, RequestId, Tenant, Writer
 from klatch_schemas.records import Partition
 from klatch_schemas.topics import HOUR_MS
 from klatch_streams.memory_log import MemoryLog
-from klatch_streams.seen import LONGEST_MS
+from klatch_streams.seen import LONGEST_MS, MEMORY_MS
 from klatch_workers.http.call import Call
 from klatch_workers.http.door import Door, Terms
 from klatch_workers.http.reader import Stream
@@ -128,10 +128,76 @@ async def test_a_key_whose_stream_the_log_has_lost_is_told_so(kits: "Kits") -> N
             assert "another key" in (await again.json())["error"]["message"]
 
 
+def a_call() -> Call:
+    scope: dict[str, Any] = {"headers": [], "method": "POST"}
+    call = Call(scope, asyncio.Queue[Any]().get, asyncio.Queue[Any]().put)
+    call.place(Conversation("c"))
+    return call
+
+
+async def asked_twice_and_answered(log: MemoryLog, stream: Stream) -> None:
+    """What stands in the log of a request that was sent again while it was answered."""
+    named: dict[str, Any] = {
+        "request": stream.request,
+        "tenant": stream.tenant,
+        "conversation": Conversation("c"),
+    }
+    asked = codec.draft("chat.requests", "acme", ChatRequested(**named, body={}))
+    settled = UsageSettled(
+        request=stream.request, tenant=stream.tenant, status="completed", usage=Usage(prompt_tokens=1)
+    )
+    opening = codec.draft("chat.stream", "c", StreamAttempt(**named, attempt=1, writer=Writer("w")))
+    await log.append([asked, asked, opening, codec.draft("chat.requests", "acme", settled)])
+
+
+async def test_what_the_hub_has_not_read_yet_is_not_told_as_lost() -> None:
+    """Whoever obeyed paid for the reply a second time."""
+    log = MemoryLog({"chat.requests": 1, "chat.stream": 1})
+    runtime = Runtime(Door(log=log, keys={}, terms=Terms(doubt_s=0)))
+    await runtime.start()
+    stream = Stream(Tenant("acme"), RequestId("r"))
+    reader = await runtime.open(stream, Partition("chat.stream", 0))
+    await runtime.hub.close()  # as while a broker is away
+    await asked_twice_and_answered(log, stream)
+    doubting = asyncio.create_task(doubt(runtime, a_call(), stream, reader))
+    # Nothing is to happen: it has looked by then, and twice at the hub.
+    await asyncio.wait({doubting}, timeout=1.2)
+    assert not doubting.done()
+    runtime.hub.start()
+    async with asyncio.timeout(5):
+        await doubting
+        assert [type(said) for _, said in await reader.read()] == [StreamAttempt]
+    await reader.close()
+    await runtime.close()
+
+
+async def test_what_admission_may_have_forgotten_says_nothing_of_a_request_that_waits(kits: "Kits") -> None:
+    """A key of more than a day ago was let in anew, and its first word took a while: it was told as lost."""
+    go = asyncio.Event()
+
+    async def script(teller: "Teller") -> None:
+        await go.wait()
+        await teller.open()
+        await teller.say("today's")
+        await teller.end()
+
+    async with asyncio.timeout(20), kits.serving(partitions=1) as kit:
+        await answered_before(kits, kit, MEMORY_MS + HOUR_MS // 2)
+        place = kit.log.records_of("chat.stream")[0]
+        kit.log.truncate_before(place, (await kit.log.bounds(place))[1])
+        kit.stages.tellers.clear()  # it is let in anew
+        kit.stages.script = script
+        async with kits.serving(beside=kit, terms=SOON) as other:
+            # Its status line comes once it was looked.
+            again = await other.chat(headers=KEY)
+            go.set()
+            assert kit.text_of(await again.events()) == "today's"
+
+
 @pytest.mark.parametrize("speaks", [True, False])
 async def test_who_has_no_turn_to_look_is_not_kept_from_the_first_words_and_waits_on(speaks: bool) -> None:
     log = MemoryLog({"chat.requests": 1, "chat.stream": 1})
-    runtime = Runtime(Door(log=log, keys={}, terms=Terms(doubt_s=0, append_timeout_s=3600 if speaks else 0)))
+    runtime = Runtime(Door(log=log, keys={}, terms=Terms(doubt_s=0, hold_s=3600 if speaks else 0)))
     await runtime.start()
     await runtime.looking.acquire()
     scope: dict[str, Any] = {"headers": [], "method": "POST"}

@@ -8,7 +8,6 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from typing import Final
 
 import structlog
 import uvicorn
@@ -25,9 +24,6 @@ from klatch_workers.http.intake import RETRY_AFTER_MS
 from klatch_workers.http.runtime import Runtime
 
 log = structlog.get_logger("klatch.http")
-
-_UNSENT_BYTES: Final = 128 * 1024
-"""How much may wait in the kernel for a client to take it; what is under way to it is not counted."""
 
 Handler = Callable[[Runtime, Call], Awaitable[None]]
 
@@ -195,10 +191,6 @@ def listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            # The kernel takes no more than it can send. It took megabytes at a time, and a slow client looked dead
-            # until a third of them had gone.
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         listening.bind((host, port))
         listening.listen(2048)
     except OSError:

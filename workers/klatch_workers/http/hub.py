@@ -72,6 +72,11 @@ class Hub:
         """The partitions that cost a fetch."""
         return list(self._channels)
 
+    def position(self, partition: Partition) -> int:
+        """Up to where a partition that somebody waits in was read."""
+        channel = self._channels.get(partition)
+        return channel.position if channel else 0
+
     async def register(self, reader: Reader) -> int:
         """See `Registry.register`. Raises LogError."""
         if reader.partition not in self._channels:

@@ -4,7 +4,7 @@ Admission drops in silence whatever repeats an id that it knows. A door that fin
 that finds none publishes, and cannot know whether an earlier request of the key waits for its turn, stands in another
 conversation, or is so old that the log has lost its stream. So where a stream stays silent it looks through the
 tenant's requests, as far back as admission remembers. That may be much to read: it is done for one client at a time,
-with pauses, and for nobody longer than a request may take to be accepted; whoever has no turn by then waits on.
+with pauses, and for nobody longer than a status line may take; whoever has no turn by then waits on.
 """
 
 import asyncio
@@ -19,9 +19,8 @@ import structlog
 from klatch_schemas.errors import InvalidRequest, LogMoved
 from klatch_schemas.events import ChatRequested
 from klatch_schemas.ids import Conversation
-from klatch_schemas.topics import DAY_MS
 from klatch_streams.log import LogError
-from klatch_streams.seen import LONGEST_MS
+from klatch_streams.seen import LONGEST_MS, MEMORY_MS
 from klatch_workers.http.call import Call
 from klatch_workers.http.finding import said_of
 from klatch_workers.http.reader import Reader, Stream
@@ -29,6 +28,7 @@ from klatch_workers.http.runtime import Runtime
 
 log = structlog.get_logger("klatch.http.repeats")
 
+_MOMENT_S: Final = 0.5
 _REST: Final = 9
 """So many times as long as a look took nobody looks: a door spends a tenth of its time on this at most."""
 
@@ -68,16 +68,18 @@ async def doubt(runtime: Runtime, call: Call, stream: Stream, reader: Reader) ->
     looking = asyncio.create_task(_look(runtime, stream), name="http-repeats")
     looking.add_done_callback(lambda _: reader.nudge())
     try:
-        if await _speaks(call, reader, terms.append_timeout_s) or not looking.done():
+        # No longer than anybody waits for a status line.
+        if await _speaks(call, reader, max(0.0, terms.hold_s - terms.doubt_s)) or not looking.done():
             return
         asked = looking.result()
     finally:
         looking.cancel()
         await asyncio.wait({looking})
-    if asked and asked.again:
+    # Admission may have forgotten what is older than a day, and let the key in anew.
+    if asked and asked.again and asked.timestamp_ms >= _now_ms() - MEMORY_MS:
         log.info("request.repeated", request=call.request, tenant=call.tenant, ended=asked.ended)
         must_name(call, asked.conversation)
-        await _look_back(runtime, reader, asked)
+        await _look_back(runtime, call, reader, asked)
 
 
 async def _speaks(call: Call, reader: Reader, within_s: float) -> bool:
@@ -88,19 +90,27 @@ async def _speaks(call: Call, reader: Reader, within_s: float) -> bool:
         patience.cancel()
 
 
-async def _look_back(runtime: Runtime, reader: Reader, asked: _Asked) -> None:
-    now, terms = time.time_ns() // 1_000_000, runtime.door.terms
-    if asked.timestamp_ms < now - terms.idempotency_window_ms:
+async def _look_back(runtime: Runtime, call: Call, reader: Reader, asked: _Asked) -> None:
+    terms, stream_log = runtime.door.terms, runtime.door.log
+    if asked.timestamp_ms < _now_ms() - terms.idempotency_window_ms:
         since = asked.timestamp_ms - terms.clock_skew_ms
-        if await reader.find_from(await runtime.door.log.offset_at(reader.partition, since)):
+        if await reader.find_from(await stream_log.offset_at(reader.partition, since)):
             return
-    # Nothing waits for its turn for a day.
-    if asked.ended or asked.timestamp_ms < now - DAY_MS:
-        raise LogMoved("the log no longer holds the stream that this Idempotency-Key named: ask under another key")
+    if not asked.ended:
+        return  # it waits for its turn
+    _, end = await stream_log.bounds(reader.partition)
+    while not await _speaks(call, reader, _MOMENT_S):
+        # What the hub has not read yet may be its stream.
+        if runtime.hub.position(reader.partition) >= end:
+            raise LogMoved("the log no longer holds the stream that this Idempotency-Key named: ask under another key")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 async def _look(runtime: Runtime, stream: Stream) -> _Asked | None:
-    since = time.time_ns() // 1_000_000 - LONGEST_MS - runtime.door.terms.clock_skew_ms
+    since = _now_ms() - LONGEST_MS - runtime.door.terms.clock_skew_ms
     try:
         async with turn(runtime.looking), aclosing(said_of(runtime, stream, since)) as facts:
             asked: _Asked | None = None
