@@ -166,24 +166,37 @@ async def change_tenants(
 
     What others change at the same time stays; a change is made again of that.
     """
-    now, written, open_ = dict[Tenant, TenantConfigured](), set[Tenant](), list(changes)
+    now, written, open_ = dict[Tenant, TenantConfigured](), set[Tenant](), set(changes)
+    refused, done = set[Tenant](), set[Tenant]()
     while open_:
         standing = await Standing.read(log, namespace)
         # After the ledger, so that whoever reads other prices finds that it was written.
         prices = await read_prices(log, namespace)
-        said = [_priced(changes[tenant](standing.get(tenant)), prices) for tenant in open_]
+        made = {tenant: _made(change, standing.get(tenant), done=tenant in done) for tenant, change in changes.items()}
+        said = [_priced(one, prices) for tenant, one in made.items() if tenant in open_]
         _refuse_taken(said, standing.values())
         places = dict[Tenant, int]()
         for tenant in said:
             now[tenant.tenant] = tenant
-            # Who is not done writes the limits too, even if the ledger says them by now: of two who write at once, the
+            # Who was refused writes the limits too, even if the ledger says them by now: of two who write at once, the
             # last in the ledger need not be the last in the tenant's own log.
-            if again or tenant.tenant in written or not standing.says(tenant):
+            if again or tenant.tenant in refused or not standing.says(tenant):
                 places[tenant.tenant] = await _place(log, namespace, standing, tenant, by)
         written.update(places)
-        refused = (await Standing.read(log, namespace)).refused if places else set[int]()
-        open_ = [tenant for tenant, place in places.items() if place in refused]
+        vain = (await Standing.read(log, namespace)).refused if places else set[int]()
+        refused = {tenant for tenant, place in places.items() if place in vain}
+        done |= open_ - refused
+        # Whoever changed the routes meanwhile may have found nothing to do: these prices were not in the ledger yet.
+        prices, again = await read_prices(log, namespace), False
+        open_ = refused | {tenant for tenant, stands in now.items() if _priced(stands, prices) != stands}
     return now, [tenant for tenant in changes if tenant in written]
+
+
+def _made(
+    change: Callable[[TenantConfigured | None], TenantConfigured], held: TenantConfigured | None, *, done: bool
+) -> TenantConfigured:
+    """Of what is done, only prices are still open: what others make of it stays."""
+    return held if held and done else change(held)
 
 
 async def _place(log: Log, namespace: Namespace, standing: Standing, tenant: TenantConfigured, by: str) -> int:
