@@ -70,11 +70,6 @@ class Ledger(Generic[E]):
         """Every event that stands."""
         return self._held.values()
 
-    @property
-    def position(self) -> int:
-        """Up to which offset its topic was read."""
-        return self._position
-
     def __len__(self) -> int:
         return len(self._held)
 

@@ -1,7 +1,8 @@
 """Quotas as operators set and read them, on a log."""
 
 import asyncio
-from collections.abc import Sequence
+import random
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -112,6 +113,81 @@ async def test_changes_made_at_once_are_all_kept_and_none_brings_a_key_back(log:
     for said in (held, in_force):
         assert said.limits == Limits(tokens_per_day=1_000, requests_per_minute=5, cost_micros_per_month=6)
         assert said.weight == 2.0
+
+
+async def new_prices(log: MemoryLog) -> None:
+    await write_prices(log, SPACE, by="models")
+
+
+async def the_same_limit(log: MemoryLog) -> None:
+    await set_quota(log, SPACE, ACME, Change(limits={"tokens_per_day": 900}), by="bob")
+
+
+async def another_limit(log: MemoryLog) -> None:
+    await set_quota(log, SPACE, ACME, Change(limits={"requests_per_minute": 9}), by="bob")
+
+
+@pytest.mark.parametrize(
+    ("other", "more"), [(new_prices, {}), (the_same_limit, {}), (another_limit, {"requests_per_minute": 9})]
+)
+async def test_what_is_set_is_in_force_whoever_writes_between_its_limits_and_its_ledger(
+    other: Callable[[MemoryLog], Awaitable[object]], more: dict[str, int]
+) -> None:
+    left = -1
+
+    async def writing(_: Sequence[Draft]) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            await other(busy)
+
+    busy = MemoryLog({topic.name: 1 for topic in TOPICS}, appending=writing)
+    money = Limits(tokens_per_day=1_000, cost_micros_per_day=10)
+    await write_tenants(busy, SPACE, [tenant_configured(ACME, [KEY], money)], by="test")
+    await publish(busy, MODELS, "small", route(0.7), SPACE)
+    left = 2
+    said = await set_quota(busy, SPACE, ACME, Change(limits={"tokens_per_day": 500}), by="ann")
+    assert left < 0
+    assert said.limits == money.model_copy(update={"tokens_per_day": 500, **more})
+    async with await LedgerTopic[TenantConfigured].open(busy, TENANTS, SPACE, TenantConfigured) as ledger:
+        held = ledger.get(ACME)
+    in_force = (await read_quota(busy, SPACE, ACME, 0)).rules.settings
+    assert held
+    assert (held.limits, held.prices) == (in_force.limits, in_force.prices)
+    assert in_force.limits == said.limits
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_changes_of_many_at_once_are_all_kept_and_in_force(seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - no secret
+
+    async def dawdling(drafts: Sequence[Draft]) -> None:
+        for _ in range(chance.randrange(40) * len(drafts)):
+            await asyncio.sleep(0)
+
+    busy = MemoryLog({topic.name: 1 for topic in TOPICS}, appending=dawdling)
+    await write_tenants(busy, SPACE, [tenant_configured(ACME, [KEY], Limits())], by="test")
+    names = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrent_requests", "tokens_per_month")
+    changes = [Change(limits={name: 5}) for name in names]
+    await asyncio.gather(*(set_quota(busy, SPACE, ACME, change, by="ann") for change in changes))
+    async with await LedgerTopic[TenantConfigured].open(busy, TENANTS, SPACE, TenantConfigured) as ledger:
+        held = ledger.get(ACME)
+    assert held
+    assert held.limits == Limits.model_validate(dict.fromkeys(names, 5))
+    assert (await read_quota(busy, SPACE, ACME, 0)).rules.settings.limits == held.limits
+    # Of those who write at once, one is done with every turn.
+    assert len(settings(busy)) <= 1 + 5 + 4 + 3 + 2 + 1
+
+
+async def test_what_somebody_wrote_who_died_of_it_is_written_over(log: MemoryLog) -> None:
+    of_nothing = codec.draft(TENANTS.name, ACME, tenant_configured(ACME, [KEY], Limits(tokens_per_day=7)))
+    await log.append([of_nothing._replace(headers=[("name", b"x"), ("made-of", b"nothing")])])
+    await set_quota(log, SPACE, ACME, Change(limits={"tokens_per_day": 1_000}), by="ann")
+    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, SPACE, TenantConfigured) as ledger:
+        held = ledger.get(ACME)
+    assert held
+    assert held.limits.tokens_per_day == settings(log)[-1].limits.tokens_per_day == 1_000
+    assert len(settings(log)) == 2
 
 
 async def test_who_has_no_limits_is_excepted_from_those_of_everybody(log: MemoryLog) -> None:

@@ -4,25 +4,26 @@ Where a tenant stands is admission's own ledger, made again: its snapshot, and w
 folded by the decider. So it is as true as a decision made now would be.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from klatch_schemas import codec
 from klatch_schemas.codec import Delta, Unreadable
 from klatch_schemas.events import LimitRule, Limits, TenantConfigured
 from klatch_schemas.ids import Tenant
-from klatch_schemas.records import Partition, Record, partition_of
-from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, TENANTS, Namespace
+from klatch_schemas.records import Partition, partition_of
+from klatch_schemas.topics import ADMISSION_STATE, CHAT_REQUESTS, Namespace
 from klatch_streams.admission import Admission, advanced
 from klatch_streams.catch_up import catch_up
 from klatch_streams.kernel import Input
-from klatch_streams.ledger import Ledger as LedgerTopic
 from klatch_streams.log import Log
 from klatch_streams.quota.ledger import Ledger
 from klatch_streams.quota.rules import DIMENSIONS, names_of, patterns
 from klatch_streams.snapshots import look
 from klatch_workers.nearest import did_you_mean
-from klatch_workers.tenants import limits_money, write_tenants
+from klatch_workers.standing import Standing
+from klatch_workers.tenants import change_tenants, limits_money
 
 
 class UnknownTenant(LookupError):
@@ -81,9 +82,15 @@ async def set_quota(
     Changes that are made at the same time are all kept.
     Raises UnknownTenant, ValidationError, LogError.
     """
-    held, position = await _held(log, namespace, tenant)
-    [changed], _ = await _write(log, namespace, [held], position, change.of, by, again=again)
-    return changed
+    await _known(log, namespace, tenant)
+
+    def made_of(held: TenantConfigured | None) -> TenantConfigured:
+        if held is None:
+            raise UnknownTenant(tenant, ())
+        return change.of(held)
+
+    now, _ = await change_tenants(log, namespace, {tenant: made_of}, by, again=again)
+    return now[tenant]
 
 
 async def write_prices(log: Log, namespace: Namespace, by: str) -> list[Tenant]:
@@ -91,74 +98,20 @@ async def write_prices(log: Log, namespace: Namespace, by: str) -> list[Tenant]:
 
     What is changed of them at the same time is kept. Raises LogError.
     """
-    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
-        held, position = [tenant for tenant in ledger.values() if limits_money(tenant)], ledger.position
-    _, written = await _write(log, namespace, held, position, lambda tenant: tenant, by)
+    held = [tenant for tenant in (await Standing.read(log, namespace)).values() if limits_money(tenant)]
+    changes = {one.tenant: partial(_itself, one) for one in held}
+    _, written = await change_tenants(log, namespace, changes, by)
     return sorted(written)
 
 
-async def _write(
-    log: Log,
-    namespace: Namespace,
-    held: Sequence[TenantConfigured],
-    position: int,
-    change: Callable[[TenantConfigured], TenantConfigured],
-    by: str,
-    *,
-    again: bool = False,
-) -> tuple[list[TenantConfigured], set[Tenant]]:
-    """Change tenants, read up to `position`; returns them as they are now, and whose record was written."""
-    since, written = dict.fromkeys((tenant.tenant for tenant in held), position), set[Tenant]()
-    now, stale = dict[Tenant, TenantConfigured](), held
-    while stale:
-        changed = {tenant.tenant: change(tenant) for tenant in stale}
-        now |= changed
-        written.update(await write_tenants(log, namespace, list(changed.values()), by, again=again))
-        # What somebody else said since a tenant was read stays, and this change is made of that.
-        stale, since = await _overwritten(log, namespace, changed, since)
-    return list(now.values()), written
+def _itself(read: TenantConfigured, held: TenantConfigured | None) -> TenantConfigured:
+    return held or read
 
 
-async def _held(log: Log, namespace: Namespace, tenant: Tenant) -> tuple[TenantConfigured, int]:
-    """What the ledger holds of a tenant, and up to where it was read."""
-    async with await LedgerTopic[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
-        held = ledger.get(tenant)
-        if held is None:
-            raise UnknownTenant(tenant, sorted(one.tenant for one in ledger.values()))
-        return held, ledger.position
-
-
-async def _overwritten(
-    log: Log, namespace: Namespace, written: Mapping[Tenant, TenantConfigured], since: Mapping[Tenant, int]
-) -> tuple[list[TenantConfigured], dict[Tenant, int]]:
-    """What was said of tenants from `since` on, before what was written over it; and where to look from next time."""
-    topic = Partition(namespace.of(TENANTS), 0)
-    _, end = await log.bounds(topic)
-    between, places = dict[Tenant, TenantConfigured](), dict[Tenant, int]()
-    tail = await log.tail()
-    try:
-        async for records in catch_up(tail, topic, min(since[tenant] for tenant in written), end):
-            for record in records:
-                said = _configured(record)
-                ours = written.get(said.tenant) if said else None
-                if not (said and ours) or said.tenant in places or record.offset < since[said.tenant]:
-                    continue
-                if said.model_copy(update={"prices": ours.prices}) == ours:
-                    places[said.tenant] = record.offset + 1
-                else:
-                    between[said.tenant] = said
-    finally:
-        await tail.close()
-    # Of a tenant without a place nothing was written: the ledger says so already.
-    return [said for tenant, said in between.items() if tenant in places], places
-
-
-def _configured(record: Record) -> TenantConfigured | None:
-    try:
-        said = codec.decode_as(TenantConfigured, record.value)
-    except Unreadable:
-        return None
-    return said if record.key == said.tenant.encode() else None
+async def _known(log: Log, namespace: Namespace, tenant: Tenant) -> None:
+    standing = await Standing.read(log, namespace)
+    if standing.get(tenant) is None:
+        raise UnknownTenant(tenant, sorted(one.tenant for one in standing.values()))
 
 
 async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int) -> Ledger:
@@ -185,7 +138,7 @@ async def read_quota(log: Log, namespace: Namespace, tenant: Tenant, now_ms: int
     finally:
         await tail.close()
     if not known:
-        await _held(log, namespace, tenant)
+        await _known(log, namespace, tenant)
     return advanced(state, now_ms)
 
 

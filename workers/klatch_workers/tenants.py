@@ -21,7 +21,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -41,8 +41,9 @@ from klatch_schemas.events import (
 )
 from klatch_schemas.ids import Tenant, TenantField
 from klatch_schemas.topics import CHAT_REQUESTS, MODELS, TENANTS, Namespace
-from klatch_streams.ledger import Ledger, publish
+from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log
+from klatch_workers.standing import Standing
 
 _HASHED: Final = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
 _ONE: Final = "a key speaks for one tenant, so give each its own"
@@ -143,23 +144,73 @@ async def write_tenants(
     its way through a tenant's own log. Tenants of `keep` keep the limits that they have. Those whose money is limited
     get the prices of the routes that stand now. Raises KeyTaken before anything is written, and LogError.
     """
-    changed: list[Tenant] = []
-    prices = await read_prices(log, namespace)
-    async with await Ledger[TenantConfigured].open(log, TENANTS, namespace, TenantConfigured) as ledger:
-        _refuse_taken(tenants, ledger.values())
-        for said in tenants:
-            held = ledger.get(said.tenant)
-            tenant = said.model_copy(update=_limits_of(held)) if held and said.tenant in keep else said
-            tenant = tenant.model_copy(update={"prices": prices if limits_money(tenant) else {}})
-            if held == tenant and not again:
-                continue
-            # Decisions have one order: the limits in force are those in the tenant's own log. They come first, so
-            # that a crash between the two is mended by writing again.
-            limits = QuotaLimitSet.model_validate({"tenant": tenant.tenant, "by": by, **_limits_of(tenant)})
-            await log.append([draft(namespace.of(CHAT_REQUESTS), tenant.tenant, limits)])
-            await publish(log, TENANTS, tenant.tenant, tenant, namespace)
-            changed.append(tenant.tenant)
-    return changed
+
+    def of(said: TenantConfigured) -> Callable[[TenantConfigured | None], TenantConfigured]:
+        kept = said.tenant in keep
+        return lambda held: said.model_copy(update=_limits_of(held)) if held and kept else said
+
+    changes = {said.tenant: of(said) for said in tenants}
+    _, written = await change_tenants(log, namespace, changes, by, again=again)
+    return written
+
+
+async def change_tenants(
+    log: Log,
+    namespace: Namespace,
+    changes: Mapping[Tenant, Callable[[TenantConfigured | None], TenantConfigured]],
+    by: str,
+    *,
+    again: bool = False,
+) -> tuple[dict[Tenant, TenantConfigured], list[Tenant]]:
+    """As `write_tenants`, by what is to be made of a tenant that stands, or of None; returns also what was made.
+
+    What others change at the same time stays; a change is made again of that.
+    """
+    now, written, open_ = dict[Tenant, TenantConfigured](), set[Tenant](), set(changes)
+    refused, done = set[Tenant](), set[Tenant]()
+    while open_:
+        standing = await Standing.read(log, namespace)
+        # After the ledger, so that whoever reads other prices finds that it was written.
+        prices = await read_prices(log, namespace)
+        made = {tenant: _made(change, standing.get(tenant), done=tenant in done) for tenant, change in changes.items()}
+        said = [_priced(one, prices) for tenant, one in made.items() if tenant in open_]
+        _refuse_taken(said, standing.values())
+        places = dict[Tenant, int]()
+        for tenant in said:
+            now[tenant.tenant] = tenant
+            # Who was refused writes the limits too, even if the ledger says them by now: of two who write at once, the
+            # last in the ledger need not be the last in the tenant's own log.
+            if again or tenant.tenant in refused or not standing.says(tenant):
+                places[tenant.tenant] = await _place(log, namespace, standing, tenant, by)
+        written.update(places)
+        vain = (await Standing.read(log, namespace)).refused if places else set[int]()
+        refused = {tenant for tenant, place in places.items() if place in vain}
+        done |= open_ - refused
+        # Whoever changed the routes meanwhile may have found nothing to do: these prices were not in the ledger yet.
+        prices, again = await read_prices(log, namespace), False
+        open_ = refused | {tenant for tenant, stands in now.items() if _priced(stands, prices) != stands}
+    return now, [tenant for tenant in changes if tenant in written]
+
+
+def _made(
+    change: Callable[[TenantConfigured | None], TenantConfigured], held: TenantConfigured | None, *, done: bool
+) -> TenantConfigured:
+    """Of what is done, only prices are still open: what others make of it stays."""
+    return held if held and done else change(held)
+
+
+async def _place(log: Log, namespace: Namespace, standing: Standing, tenant: TenantConfigured, by: str) -> int:
+    # Decisions have one order: the limits in force are those in the tenant's own log. They come first, so that a
+    # crash between the two is mended by writing again.
+    limits = QuotaLimitSet.model_validate({"tenant": tenant.tenant, "by": by, **_limits_of(tenant)})
+    await log.append([draft(namespace.of(CHAT_REQUESTS), tenant.tenant, limits)])
+    record = draft(namespace.of(TENANTS), tenant.tenant, tenant)
+    [(_, place)] = await log.append([record._replace(headers=[*record.headers, *standing.headers(tenant.tenant)])])
+    return place
+
+
+def _priced(tenant: TenantConfigured, prices: Mapping[str, TokenPrice]) -> TenantConfigured:
+    return tenant.model_copy(update={"prices": prices if limits_money(tenant) else {}})
 
 
 async def read_prices(log: Log, namespace: Namespace) -> dict[str, TokenPrice]:
