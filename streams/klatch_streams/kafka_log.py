@@ -75,7 +75,7 @@ class KafkaLog:
 
     async def close(self) -> None:
         """See `Log.close`. Members leave their groups, tails end."""
-        for reader in self._readers:
-            await reader.close()
+        while self._readers:
+            await self._readers.pop().close()
         await self._producer.close()
         await self._wire.close()

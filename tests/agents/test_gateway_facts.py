@@ -182,6 +182,38 @@ def test_a_request_at_fault_is_told_as_one_before_a_word_was_said(raw: bytes) ->
     assert isinstance(told_in_a_good_answer(body, spoke=True), StreamError)
 
 
+@pytest.mark.parametrize(
+    ("code", "status"), [("invalid_api_key", 401), ("model_not_found", 404), ("insufficient_quota", 429)]
+)
+def test_a_server_at_fault_is_told_as_one_whatever_the_type_of_its_error(code: str, status: int) -> None:
+    """[9, 34] OpenAI says `invalid_request_error` of its own keys, too: another deployment may have a better one."""
+    told = told_in_a_good_answer(ErrorBody("m", type="invalid_request_error", code=code))
+    assert (type(told), told.status) == (RefusedError, status)
+
+
+@pytest.mark.parametrize("code", ["rate_limit_exceeded", "server_error"])
+def test_a_server_in_trouble_is_asked_again_whatever_the_type_of_its_error(code: str) -> None:
+    """[34]"""
+    told = told_in_a_good_answer(ErrorBody("m", type="invalid_request_error", code=code))
+    assert (type(told), told.retriable) == (StreamError, True)
+
+
+@pytest.mark.parametrize("code", [b"0", b"200", b"null"])
+def test_a_number_beside_an_error_that_is_no_status_says_nothing(code: bytes) -> None:
+    """[34]"""
+    body = read_chunk(b'{"error":{"message":"m"},"code":%b}' % code)
+    assert isinstance(body, ErrorBody)
+    assert body.code is None
+
+
+@pytest.mark.parametrize(("beside", "dropped"), [("", True), (',"citations":["x"]', False), (',"id":"c"', True)])
+def test_a_usage_that_counts_nothing_takes_nothing_else_with_it(beside: str, dropped: bool) -> None:
+    """[24]"""
+    read = read_chunk(b'{"choices":[],"usage":{"total_tokens":9}%b}' % beside.encode())
+    assert isinstance(read, Chunk)
+    assert (read.usage, read.usage_only) == (None, dropped)
+
+
 def test_a_null_error_is_no_error() -> None:
     assert isinstance(chunk(choices=[], error=None), Chunk)
 

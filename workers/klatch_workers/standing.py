@@ -86,6 +86,7 @@ class Standing:
             self._overwritten.add(key)
             return
         name = record.header(_NAME) or b"@%d" % record.offset
-        self._names.add(name)
+        # Its base too, which compaction may have taken: what else was made of that does not count either.
+        self._names |= {name, base} if base else {name}
         self._counts[key] = _Counting(name, said)
         self._overwritten.discard(key)

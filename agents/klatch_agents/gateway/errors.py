@@ -181,8 +181,8 @@ def told_in_a_good_answer(
     as one on the status line, and so is the type of a request that is at fault: servers that have begun their answer
     before they looked at the request have no other."""
     status = _status_of(body)
-    if status is None and body.type == "invalid_request_error":
-        status = 400
+    if status is None and body.type == "invalid_request_error" and not _is_servers_fault(body):
+        status = _STATUS_OF_NAME.get(str(body.code), 400)
     if spoke or status is None or not 400 <= status < 600:
         return StreamError(body, upstream_request_id=upstream_request_id, spoke=spoke)
     return RefusedError(status, body, upstream_request_id=upstream_request_id)
@@ -196,6 +196,8 @@ class MalformedError(BrokenReplyError):
 
 
 _STATUS = re.compile("[0-9]{3}")
+_STATUS_OF_NAME = {"invalid_api_key": 401, "model_not_found": 404, "insufficient_quota": 429}
+"""OpenAI's codes of the same type that are no fault of the request."""
 _RETRIABLE = frozenset({408, 409, 425, 429})
 _SERVERS_FAULTS = frozenset(
     {"server_error", "api_error", "internal_error", "internal_server_error", "internalservererror"}

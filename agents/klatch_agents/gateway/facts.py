@@ -86,6 +86,9 @@ class _Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     prompt_token_ids: "list[int] | None" = None
 
 
+_NAMED = frozenset(_Wire.__struct_fields__)
+
+
 class _UsageOf(msgspec.Struct):
     usage: msgspec.Raw
 
@@ -172,7 +175,7 @@ def read_error(raw: bytes) -> ErrorBody:
     said = outer.get("error") or outer.get("detail") or whole
     error = _object(said)
     code, kind, param = error.get("code"), error.get("type"), error.get("param")
-    if code is None:
+    if code is None and _is_telling(outer.get("code")):
         code = outer.get("code")
     message = error.get("message", said)
     return ErrorBody(
@@ -182,6 +185,11 @@ def read_error(raw: bytes) -> ErrorBody:
         code=code if isinstance(code, str | int) else None,
         extra={k: v for k, v in error.items() if k not in _ERROR_MEMBERS},
     )
+
+
+def _is_telling(code: object) -> bool:
+    """Whether what stands beside an error is a name, or a status of one; some say 0 or 200 there."""
+    return isinstance(code, str) or (isinstance(code, int) and 400 <= code < 600)
 
 
 def are_embeddings(answer: bytes) -> bool:
@@ -252,7 +260,8 @@ def _read_slowly(data: bytes, event: bytes) -> Chunk | ErrorBody:
         data = without_usage(data, said_usage)
     listed = whole.get("choices")
     if not listed or not isinstance(listed, list):
-        return Chunk(data, usage_only=bool(said_usage), usage=usage)
+        # One that counts nothing is nobody's, unless the chunk says something else.
+        return Chunk(data, usage_only=usage is not None or (bool(said_usage) and whole.keys() <= _NAMED), usage=usage)
     speaks = False
     indexes: list[int] = []
     finishes: list[tuple[int, str]] = []

@@ -14,11 +14,12 @@ class KafkaTail:
     def __init__(self, wire: Wire, fetcher: Fetcher) -> None:
         self._wire = wire
         self._fetcher = fetcher
+        self._closed = False
 
     @property
     def closed(self) -> bool:
-        """Whether it reads no more."""
-        return self._fetcher.closed
+        """Whether nothing of it is left."""
+        return self._closed
 
     def follow(self, partition: Partition, offset: int) -> None:
         """See `Tail.follow`. A `read` in progress asks for it at once."""
@@ -43,3 +44,4 @@ class KafkaTail:
         """See `Tail.close`."""
         await self._fetcher.close()
         await self._wire.close()
+        self._closed = True

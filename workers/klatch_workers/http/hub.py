@@ -74,8 +74,9 @@ class Hub:
 
     def position(self, partition: Partition) -> int:
         """Up to where a partition that somebody waits in was read."""
-        channel = self._channels.get(partition)
-        return channel.position if channel else 0
+        channel, tail = self._channels.get(partition), self._tail
+        # The tail gets past markers of transactions, which are no records.
+        return max(channel.position if channel else 0, (tail.position(partition) if tail else None) or 0)
 
     async def register(self, reader: Reader) -> int:
         """See `Registry.register`. Raises LogError."""

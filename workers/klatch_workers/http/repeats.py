@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Final
 
 import structlog
@@ -99,9 +100,12 @@ async def _look_back(runtime: Runtime, call: Call, reader: Reader, asked: _Asked
     if not asked.ended:
         return  # it waits for its turn
     _, end = await stream_log.bounds(reader.partition)
-    while not await _speaks(call, reader, _MOMENT_S):
-        # What the hub has not read yet may be its stream.
-        if runtime.hub.position(reader.partition) >= end:
+    for _ in range(max(1, ceil(terms.hold_s / _MOMENT_S))):
+        # What the hub has not read yet may be its stream; what it had read before is heard by now.
+        had_read = runtime.hub.position(reader.partition)
+        if await _speaks(call, reader, _MOMENT_S):
+            return
+        if had_read >= end:
             raise LogMoved("the log no longer holds the stream that this Idempotency-Key named: ask under another key")
 
 
