@@ -54,7 +54,8 @@ async def dropped(log: KafkaLog) -> None:
     held = log._producer._producer._message_accumulator
     assert held._pending_batches or any(held._batches.values()), "it gave up at once"
     async with asyncio.timeout(60):
-        while held._pending_batches or any(held._batches.values()):  # noqa: ASYNC110 - it tells nobody
+        while held._pending_batches or any(held._batches.values()):  # noqa: ASYNC110 - see below
+            # aiokafka tells nobody that it has dropped a batch.
             await asyncio.sleep(0.1)
 
 
