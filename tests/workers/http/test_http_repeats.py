@@ -1,6 +1,7 @@
 """A key that has named a request before, at doors that do not remember it: nobody waits for what does not come."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,6 +42,18 @@ class Halves:
         await teller.end()
 
 
+def later(go: asyncio.Event, text: str) -> Callable[["Teller"], Awaitable[None]]:
+    """A script that says all of its reply, once it may."""
+
+    async def script(teller: "Teller") -> None:
+        await go.wait()
+        await teller.open()
+        await teller.say(text)
+        await teller.end()
+
+    return script
+
+
 async def refused(answer: "Answer") -> tuple[int, str, str, str]:
     error = (await answer.json())["error"]
     return answer.status, error["code"], error["param"], error["klatch"]["resume"]
@@ -76,15 +89,8 @@ async def test_a_key_of_another_conversation_is_refused_by_name_at_every_door_an
 
 async def test_a_repeat_of_what_waits_for_its_turn_waits_with_it(kits: "Kits") -> None:
     go = asyncio.Event()
-
-    async def script(teller: "Teller") -> None:
-        await go.wait()
-        await teller.open()
-        await teller.say("hi")
-        await teller.end()
-
     async with asyncio.timeout(20), kits.serving(terms=SOON) as kit, kits.serving(beside=kit, terms=SOON) as other:
-        kit.stages.script = script
+        kit.stages.script = later(go, "hi")
         asking = [asyncio.create_task(door.chat(headers=KEY)) for door in (kit, kit, other)]
         # Their status lines come once it was looked what their key has named before.
         answers = await asyncio.gather(*asking)
@@ -174,19 +180,12 @@ async def test_what_the_hub_has_not_read_yet_is_not_told_as_lost() -> None:
 async def test_what_admission_may_have_forgotten_says_nothing_of_a_request_that_waits(kits: "Kits") -> None:
     """A key of more than a day ago was let in anew, and its first word took a while: it was told as lost."""
     go = asyncio.Event()
-
-    async def script(teller: "Teller") -> None:
-        await go.wait()
-        await teller.open()
-        await teller.say("today's")
-        await teller.end()
-
     async with asyncio.timeout(20), kits.serving(partitions=1) as kit:
         await answered_before(kits, kit, MEMORY_MS + HOUR_MS // 2)
         place = kit.log.records_of("chat.stream")[0]
         kit.log.truncate_before(place, (await kit.log.bounds(place))[1])
         kit.stages.tellers.clear()  # it is let in anew
-        kit.stages.script = script
+        kit.stages.script = later(go, "today's")
         async with kits.serving(beside=kit, terms=SOON) as other:
             # Its status line comes once it was looked.
             again = await other.chat(headers=KEY)
@@ -200,8 +199,7 @@ async def test_who_has_no_turn_to_look_is_not_kept_from_the_first_words_and_wait
     runtime = Runtime(Door(log=log, keys={}, terms=Terms(doubt_s=0, hold_s=3600 if speaks else 0)))
     await runtime.start()
     await runtime.looking.acquire()
-    scope: dict[str, Any] = {"headers": [], "method": "POST"}
-    call = Call(scope, asyncio.Queue[Any]().get, asyncio.Queue[Any]().put)
+    call = a_call()
     stream = Stream(Tenant("acme"), RequestId("r"))
     reader = await runtime.open(stream, Partition("chat.stream", 0))
     doubting = asyncio.create_task(doubt(runtime, call, stream, reader))

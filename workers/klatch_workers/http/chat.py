@@ -5,7 +5,6 @@ place is known before the request is published, so that no record can be missed 
 """
 
 import asyncio
-import time
 from typing import Final
 
 import structlog
@@ -18,6 +17,7 @@ from klatch_schemas.records import Draft, Partition
 from klatch_streams.log import LogError
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import Call, Disconnected
+from klatch_workers.http.clock import now_ms
 from klatch_workers.http.envelope import Asked, asked_in, read_json
 from klatch_workers.http.reader import Reader, Stream
 from klatch_workers.http.recent import Place
@@ -66,7 +66,7 @@ def _name(runtime: Runtime, call: Call, asked: Asked) -> Stream:
 
 async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *, large: bool) -> Reader:
     """A reader of the stream: of the one that exists already under this key, else of the one that is asked for."""
-    if call.keyed and (place := runtime.recent.under_key(stream, _now_ms())):
+    if call.keyed and (place := runtime.recent.under_key(stream, now_ms())):
         call.accepted = True
         must_name(call, place.conversation)
         partition = Partition(runtime.stream_topic, place.number)
@@ -84,7 +84,7 @@ async def _attach(runtime: Runtime, call: Call, stream: Stream, asked: Asked, *,
             must_name(call, named)
         elif not call.keyed:
             # One with a key may stand elsewhere: `Runtime.open` sees to it that it is remembered once it was read here.
-            runtime.recent.put(stream, Place(partition.number, reader.position, _now_ms(), call.conversation))
+            runtime.recent.put(stream, Place(partition.number, reader.position, now_ms(), call.conversation))
     except BaseException:
         await reader.close()
         raise
@@ -100,11 +100,7 @@ async def _opened(runtime: Runtime, call: Call, stream: Stream, partition: Parti
 
 async def _window_start(runtime: Runtime, partition: Partition) -> int:
     async with runtime.intake.turn(partition):
-        return await runtime.door.log.offset_at(partition, _now_ms() - runtime.door.terms.idempotency_window_ms)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+        return await runtime.door.log.offset_at(partition, now_ms() - runtime.door.terms.idempotency_window_ms)
 
 
 async def _publish(runtime: Runtime, call: Call, asked: Asked, *, large: bool) -> None:

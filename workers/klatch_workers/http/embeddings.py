@@ -36,6 +36,7 @@ from klatch_streams.log import LogError
 from klatch_workers.generation.conclude import cost_micros
 from klatch_workers.http.auth import tenant_of
 from klatch_workers.http.call import DEPLOYMENT, Call, Disconnected, header_value
+from klatch_workers.http.clock import now_ms
 from klatch_workers.http.door import Embeddings, TextEmbedder
 from klatch_workers.http.envelope import DeadlineFields, checked, read_json, without_klatch
 from klatch_workers.http.errors import error_of_end
@@ -80,9 +81,9 @@ async def embeddings(runtime: Runtime, call: Call) -> None:
     terms = runtime.door.terms
     body = await read_json(await call.body(terms.max_body_bytes), terms.off_loop_bytes)
     asked = checked(_Asked, body)
-    now_ms = time.time_ns() // 1_000_000
-    until_ms = _until(asked.klatch, now_ms)
-    event = _event(call, asked, min(until_ms, now_ms + int(terms.admission_timeout_s * 1_000)))
+    now = now_ms()
+    until_ms = _until(asked.klatch, now)
+    event = _event(call, asked, min(until_ms, now + int(terms.admission_timeout_s * 1_000)))
     admitted = await _admitted(runtime, call, event, until_ms)
     began, making = time.monotonic(), _Making(call, event.tokens)
     model_call = ModelCall(
@@ -103,10 +104,10 @@ async def embeddings(runtime: Runtime, call: Call) -> None:
         await _settle(runtime, event, making.paid, int((time.monotonic() - began) * 1_000))
 
 
-def _until(fields: EmbeddingFields, now_ms: int) -> int:
-    deadline_ms = fields.deadline(now_ms)
+def _until(fields: EmbeddingFields, now: int) -> int:
+    deadline_ms = fields.deadline(now)
     # None outlasts its reservation.
-    return now_ms + HOLD_MS if deadline_ms is None else min(deadline_ms, now_ms + HOLD_MS)
+    return now + HOLD_MS if deadline_ms is None else min(deadline_ms, now + HOLD_MS)
 
 
 class _Making:

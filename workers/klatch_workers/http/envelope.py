@@ -5,7 +5,6 @@ misspelt one is an error that names it. Of the rest only what klatch itself acts
 """
 
 import asyncio
-import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -16,6 +15,7 @@ from klatch_schemas.codec import Unreadable
 from klatch_schemas.errors import InvalidRequest
 from klatch_schemas.events import ChatRequested, Deadline, MemoryPolicy, PromptReference, RequestContext
 from klatch_schemas.ids import Conversation, ConversationField, NameField, PersonField, RequestId, Tenant
+from klatch_workers.http.clock import now_ms
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -124,7 +124,7 @@ class Asked(BaseModel):
             memory=ours.policy,
             skills=ours.skills,
             priority=ours.priority,
-            deadline_ms=ours.deadline(time.time_ns() // 1_000_000),
+            deadline_ms=ours.deadline(now_ms()),
             if_busy=ours.if_busy,
             on_crash=ours.on_crash,
             context=context,

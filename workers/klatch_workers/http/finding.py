@@ -6,7 +6,6 @@ Every stream begins with a request there, and one partition of requests is far l
 """
 
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from klatch_schemas.events import ChatRequested, UsageSettled
 from klatch_schemas.ids import Conversation
 from klatch_schemas.records import Partition, Record, partition_of
 from klatch_schemas.topics import DAY_MS
+from klatch_workers.http.clock import now_ms
 from klatch_workers.http.reader import Reader, Stream
 from klatch_workers.http.request_ids import OWN_CONVERSATION, birth_of
 from klatch_workers.http.runtime import Runtime
@@ -89,18 +89,14 @@ async def _guesses(runtime: Runtime, stream: Stream, hints: Hints) -> AsyncItera
 
 def _since(runtime: Runtime, stream: Stream) -> int:
     """From when on its records may stand, as its id says; of one that says nothing likely, what the window allows."""
-    birth, now = birth_of(stream.request), _now_ms()
+    birth, now = birth_of(stream.request), now_ms()
     if birth and now - DAY_MS <= birth.milliseconds <= now:
         return birth.milliseconds - runtime.door.terms.clock_skew_ms
     return _oldest(runtime)
 
 
 def _oldest(runtime: Runtime) -> int:
-    return _now_ms() - runtime.door.terms.idempotency_window_ms
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+    return now_ms() - runtime.door.terms.idempotency_window_ms
 
 
 async def _look(runtime: Runtime, stream: Stream, partition: Partition, start: int) -> Found | None:

@@ -7,7 +7,6 @@ the log has lost what comes next by then, it says so (`LogMoved`); and also if i
 
 import asyncio
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -19,6 +18,7 @@ from klatch_schemas.events import EmbeddingAdmitted, StreamAttempt, StreamCancel
 from klatch_schemas.ids import Conversation, RequestId, Tenant
 from klatch_schemas.records import Partition, Record
 from klatch_streams.log import Log, OffsetGone, Tail
+from klatch_workers.http.clock import now_ms
 
 Spoken = Delta | StreamAttempt | StreamEnd | StreamCancel | StreamRetract | EmbeddingAdmitted
 """What doors read of `chat.stream`."""
@@ -239,7 +239,7 @@ class Reader:
                 heard, self._buffer, self._room = self._buffer, [], self._buffer_bytes
                 if not self.conversation:
                     for offset, said in heard:
-                        self._note(offset, said, time.time_ns() // 1_000_000)
+                        self._note(offset, said, now_ms())
                 return heard
             elif self._left_at is not None:
                 # Registering comes first: whatever is written while the past is read is in the buffer then.

@@ -8,7 +8,6 @@ with pauses, and for nobody longer than a status line may take; whoever has no t
 """
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from klatch_schemas.ids import Conversation
 from klatch_streams.log import LogError
 from klatch_streams.seen import LONGEST_MS, MEMORY_MS
 from klatch_workers.http.call import Call
+from klatch_workers.http.clock import now_ms
 from klatch_workers.http.finding import said_of
 from klatch_workers.http.reader import Reader, Stream
 from klatch_workers.http.runtime import Runtime
@@ -77,7 +77,7 @@ async def doubt(runtime: Runtime, call: Call, stream: Stream, reader: Reader) ->
         looking.cancel()
         await asyncio.wait({looking})
     # Admission may have forgotten what is older than a day, and let the key in anew.
-    if asked and asked.again and asked.timestamp_ms >= _now_ms() - MEMORY_MS:
+    if asked and asked.again and asked.timestamp_ms >= now_ms() - MEMORY_MS:
         log.info("request.repeated", request=call.request, tenant=call.tenant, ended=asked.ended)
         must_name(call, asked.conversation)
         await _look_back(runtime, call, reader, asked)
@@ -93,7 +93,7 @@ async def _speaks(call: Call, reader: Reader, within_s: float) -> bool:
 
 async def _look_back(runtime: Runtime, call: Call, reader: Reader, asked: _Asked) -> None:
     terms, stream_log = runtime.door.terms, runtime.door.log
-    if asked.timestamp_ms < _now_ms() - terms.idempotency_window_ms:
+    if asked.timestamp_ms < now_ms() - terms.idempotency_window_ms:
         since = asked.timestamp_ms - terms.clock_skew_ms
         if await reader.find_from(await stream_log.offset_at(reader.partition, since)):
             return
@@ -109,12 +109,8 @@ async def _look_back(runtime: Runtime, call: Call, reader: Reader, asked: _Asked
             raise LogMoved("the log no longer holds the stream that this Idempotency-Key named: ask under another key")
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 async def _look(runtime: Runtime, stream: Stream) -> _Asked | None:
-    since = _now_ms() - LONGEST_MS - runtime.door.terms.clock_skew_ms
+    since = now_ms() - LONGEST_MS - runtime.door.terms.clock_skew_ms
     try:
         async with turn(runtime.looking), aclosing(said_of(runtime, stream, since)) as facts:
             asked: _Asked | None = None

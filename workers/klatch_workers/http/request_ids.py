@@ -6,12 +6,12 @@ Ids that others made are as good; their bits are only a first place to look.
 """
 
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 from klatch_schemas.ids import RequestId
+from klatch_workers.http.clock import now_ms
 
 OWN_CONVERSATION: Final = 0xFFF
 MAX_PARTITIONS: Final = OWN_CONVERSATION
@@ -19,8 +19,7 @@ MAX_PARTITIONS: Final = OWN_CONVERSATION
 
 def new_request_id(partition: int = OWN_CONVERSATION) -> RequestId:
     """A fresh id for a request whose stream stands in `partition`."""
-    milliseconds = time.time_ns() // 1_000_000
-    bits = milliseconds << 80 | 7 << 76 | partition << 64 | 2 << 62 | secrets.randbits(62)
+    bits = now_ms() << 80 | 7 << 76 | partition << 64 | 2 << 62 | secrets.randbits(62)
     return RequestId(str(UUID(int=bits)))
 
 
