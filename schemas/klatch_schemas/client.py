@@ -248,7 +248,7 @@ async def _read(
 ) -> AsyncIterator[Shown]:
     if after is not None:
         check_place(after, live_from, param="after")
-    reader, beginning = ReplyReader(after), Beginning[Said]()
+    reader, beginning, records = ReplyReader(after), Beginning[Said](), _Records(stream)
     caught_up = live = False
     while True:
         caught_up = caught_up or await consumer.position(place) >= live_from
@@ -260,7 +260,7 @@ async def _read(
                 yield shown
             if reader.state.status is not None:
                 return
-        for offset, said in beginning.sift(await _heard(consumer, place, stream)):
+        for offset, said in beginning.sift(await _heard(consumer, place, records)):
             heard = reader.hear(offset, said)
             for shown in shown_of([heard] if heard else []):
                 yield shown
@@ -268,29 +268,42 @@ async def _read(
                 return
 
 
-async def _heard(consumer: AIOKafkaConsumer, place: TopicPartition, stream: Stream) -> list[tuple[int, Said]]:
+async def _heard(consumer: AIOKafkaConsumer, place: TopicPartition, records: "_Records") -> list[tuple[int, Said]]:
     try:
         batches = await consumer.getmany(place, timeout_ms=1000)
     except OffsetOutOfRangeError as error:
         raise LogMoved(_OPENING_GONE) from error
-    said = [(record.offset, _said_in(record.value, stream)) for record in batches.get(place, ())]
+    said = [(record.offset, records.said_in(record.value)) for record in batches.get(place, ())]
     return [(offset, one) for offset, one in said if one is not None]
 
 
-def _said_in(value: bytes | None, stream: Stream) -> Said | None:
-    try:
-        said = codec.decode(value)
-    except Unreadable:
-        return None
-    match said:
-        case codec.Delta(request=request) if request == stream.request:
-            return said
-        case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract() if (
-            said.request == stream.request and said.tenant == stream.tenant
-        ):
-            return said
-        case _:
+class _Records:
+    """Tells which records of a partition are of one stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._others = set[str]()
+        """Who writes another tenant's stream under the same id: a delta names its writer and no tenant."""
+
+    def said_in(self, value: bytes | None) -> Said | None:
+        """What a record says, if it is of the stream."""
+        try:
+            said = codec.decode(value)
+        except Unreadable:
             return None
+        match said:
+            case codec.Delta():
+                return said if said.request == self._stream.request and said.writer not in self._others else None
+            case StreamAttempt() | StreamEnd() | StreamCancel() | StreamRetract() if (
+                said.request == self._stream.request
+            ):
+                if said.tenant == self._stream.tenant:
+                    return said
+                if isinstance(said, StreamAttempt):
+                    self._others.add(said.writer)
+                return None
+            case _:
+                return None
 
 
 def shown_of(heard: Sequence[Standing | Ended]) -> Iterator[Shown]:
