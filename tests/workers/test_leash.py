@@ -86,20 +86,20 @@ async def test_output_exit_code_and_environment_are_the_programs_own() -> None:
 
 
 async def test_a_program_held_by_a_pipe_takes_its_watcher_with_it() -> None:
-    code = "import sys; print('bye')"
-    process = await asyncio.to_thread(asyncio.run, _run_with_watcher(code))
-    assert process == (b"bye\n", 0)
-    watchers = [p for p in psutil.process_iter(["cmdline"]) if code in (p.info["cmdline"] or [])]
-    assert watchers
-    async with asyncio.timeout(5):
-        for watcher in watchers:
-            await gone(watcher)
+    watcher, said = await asyncio.to_thread(asyncio.run, _run_with_watcher("print('up', flush=True); print(input())"))
+    assert said == (b"bye\n", 0)
+    async with asyncio.timeout(30):
+        await gone(watcher)
 
 
-async def _run_with_watcher(code: str) -> tuple[bytes, int | None]:
-    process = await leash.spawn([sys.executable, "-c", code], stdout=PIPE)
-    out, _ = await process.communicate()
-    return out, process.returncode
+async def _run_with_watcher(code: str) -> tuple[psutil.Process, tuple[bytes, int | None]]:
+    """The watcher is looked for before the program is told to end: it may be gone as soon as the program is."""
+    process = await leash.spawn([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE)
+    assert process.stdout is not None
+    await process.stdout.readline()
+    [watcher] = psutil.Process(process.pid).children()
+    out, _ = await process.communicate(b"bye\n")
+    return watcher, (out, process.returncode)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
