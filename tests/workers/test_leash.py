@@ -65,7 +65,7 @@ async def test_the_program_ends_with_its_holder(thread: str, end: signal.Signals
     assert sleeper.is_running()
     process.send_signal(end)
     await process.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await gone(sleeper)
 
 
