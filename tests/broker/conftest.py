@@ -65,23 +65,25 @@ async def refused(*options: str, **environment: str) -> tuple[int | None, str]:
 
 def running(pids: Collection[int]) -> set[int]:
     """Those of `pids` that still do something; a zombie is only waiting to be counted."""
-    found = {pid: psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)}
-    return {pid for pid, process in found.items() if process.status() != psutil.STATUS_ZOMBIE}
+    return {pid for pid in pids if _runs(pid)}
 
 
-async def outlived(pids: Collection[int], seconds: float = 10) -> set[int]:
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it may end while it is looked at
+        return False
+
+
+async def outlived(pids: Collection[int], seconds: float = 30) -> set[int]:
     """Those of `pids` that still run after `seconds`; returns as soon as all have ended."""
-    found = [psutil.Process(pid) for pid in running(pids)]
-    return await asyncio.to_thread(_outlived, found, seconds)
+    return await asyncio.to_thread(_outlived, pids, seconds)
 
 
-def _outlived(found: list[psutil.Process], seconds: float) -> set[int]:
-    # A zombie that nobody has counted yet would be waited for in vain: look again and again, each wait a short one.
+def _outlived(pids: Collection[int], seconds: float) -> set[int]:
     until = time.monotonic() + seconds
-    left = running([process.pid for process in found])
-    while left and time.monotonic() < until:
-        psutil.wait_procs([process for process in found if process.pid in left], timeout=0.1)
-        left = running(left)
+    while (left := running(pids)) and time.monotonic() < until:
+        time.sleep(0.05)  # most are no children of ours: nothing tells of their end
     return left
 
 
