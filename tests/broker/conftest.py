@@ -25,13 +25,12 @@ import psutil
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from tests.broker.story import Story, of_request, read
 
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas import codec
-from klatch_schemas.chunks import Reply
 from klatch_schemas.client import Client
-from klatch_schemas.codec import Delta, Unreadable
-from klatch_schemas.events import ChatAdmitted, Event, StreamEnd, TurnFinished, UsageSettled
+from klatch_schemas.codec import Delta
+from klatch_schemas.events import Event, StreamEnd, TurnFinished, UsageSettled
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, Namespace, Topic
 from klatch_streams.kafka.options import KafkaOptions
@@ -260,12 +259,12 @@ class Stack:
         finally:
             await tail.close()
 
-    async def story(self, request: str) -> "Story":
+    async def story(self, request: str) -> Story:
         """All that the log tells of a request, once its usage is settled."""
         [story] = await self.stories([request])
         return story
 
-    async def stories(self, requests: Collection[str]) -> list["Story"]:
+    async def stories(self, requests: Collection[str]) -> list[Story]:
         """All that the log tells of requests, once the usage of all is settled."""
         left = set(requests)
 
@@ -275,66 +274,35 @@ class Stack:
             return not left
 
         await self.until(CHAT_REQUESTS, settled)
+        stories = await self._stories(requests)
+        # What is written beside a settlement may come into its own topic after it.
+        late = {story.request for story in stories if story.leaves_a_turn and not story.told}
+        if not late:
+            return stories
+        await self._until_remembered(late)
         return await self._stories(requests)
 
-    async def story_of_end(self, request: str) -> "Story":
+    async def _until_remembered(self, left: set[str]) -> None:
+
+        def told(event: Event | Delta) -> bool:
+            if isinstance(event, TurnFinished):
+                left.discard(event.request)
+            return not left
+
+        await self.until(CHAT_TURNS, told)
+
+    async def story_of_end(self, request: str) -> Story:
         """The same once its stream has ended: a refused request settles nothing."""
         await self.until(CHAT_STREAM, lambda event: isinstance(event, StreamEnd) and event.request == request)
         [story] = await self._stories([request])
         return story
 
-    async def _stories(self, requests: Collection[str]) -> list["Story"]:
+    async def _stories(self, requests: Collection[str]) -> list[Story]:
         told = [await self.records(topic) for topic in _TOLD]
-        return [Story(request, *[_of(request, records) for records in told]) for request in requests]
+        return [Story(request, *[of_request(request, records) for records in told]) for request in requests]
 
 
 _TOLD = (CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS)
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """A request as the log tells of it."""
-
-    request: str
-    requests: list[tuple[Record, Event | Delta]]
-    stream: list[tuple[Record, Event | Delta]]
-    turns: list[tuple[Record, Event | Delta]]
-
-    @property
-    def ends(self) -> list[StreamEnd]:
-        return [event for _, event in self.stream if isinstance(event, StreamEnd)]
-
-    @property
-    def settlements(self) -> set[bytes | None]:
-        """Event ids of the settlements: one that was written twice is one."""
-        return {record.header(codec.EVENT_ID) for record, event in self.requests if isinstance(event, UsageSettled)}
-
-    @property
-    def told(self) -> list[TurnFinished]:
-        """The finished turns; one that was written twice is one."""
-        turns = {record.header(codec.EVENT_ID): event for record, event in self.turns}
-        return [turn for turn in turns.values() if isinstance(turn, TurnFinished)]
-
-    def said_by(self, attempt: int) -> str:
-        """What an attempt said, whether it counts or not."""
-        reply = Reply()
-        for _, event in self.stream:
-            if isinstance(event, Delta) and event.attempt == attempt:
-                reply.add(codec.loads(bytes(event.chunk)))
-        return str(reply.messages()[0]["content"]) if reply.messages() else ""
-
-
-def read(record: Record) -> Event | Delta | None:
-    try:
-        return codec.decode(record.value)
-    except Unreadable:
-        return None
-
-
-def _of(request: str, records: list[Record]) -> list[tuple[Record, Event | Delta]]:
-    told = [(record, event) for record in records if (event := read(record))]
-    named = [(record, event, event.request if isinstance(event, ChatAdmitted) else event) for record, event in told]
-    return [(record, event) for record, event, about in named if getattr(about, "request", None) == request]
 
 
 @asynccontextmanager
