@@ -127,11 +127,15 @@ class Up:
             wanted = {"event": event, **facts}.items()
             return next((line for line in self.lines[after:] if wanted <= line.items()), None)
 
-        async with asyncio.timeout(seconds), self._news:
-            await self._news.wait_for(lambda: found() or self.process.returncode is not None)
+        await self.until(lambda: found() is not None, seconds)
         line = found()
         assert line, f"no {event!r}; stderr: {self.data.with_suffix('.stderr').read_text()}"
         return line
+
+    async def until(self, told: Callable[[], bool], seconds: float = 120) -> None:
+        """Return once it has said what there is to say, or has ended."""
+        async with asyncio.timeout(seconds), self._news:
+            await self._news.wait_for(lambda: told() or self.process.returncode is not None)
 
     async def kill(self, name: str) -> None:
         """SIGKILL a child; returns when `up` says that it serves again."""
@@ -198,11 +202,11 @@ class Stack:
 
     @asynccontextmanager
     async def ask(
-        self, model: str, text: str = "hi", *, tenant: str = "acme", stream: bool = True, **klatch: Any
+        self, model: str, text: str = "hi", *, tenant: str = "acme", stream: bool = True, user: str = "", **klatch: Any
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """A chat completion as bare HTTP; `klatch` are klatch's own fields."""
         said = {"role": "user", "content": text}
-        body = {"model": model, "messages": [said], "stream": stream, "klatch": klatch}
+        body = {"model": model, "messages": [said], "stream": stream, "user": user, "klatch": klatch}
         async with self.session(tenant) as session, session.post("/v1/chat/completions", json=body) as answer:
             yield answer
 
