@@ -40,6 +40,23 @@ async def test_the_openai_client_streams_from_it(client: AsyncOpenAI) -> None:
     assert text == USER["content"]
 
 
+async def test_what_is_held_breaks_off_when_it_is_released_and_later_calls_of_its_user_are_not_held(
+    upstream: Upstream, client: AsyncOpenAI
+) -> None:
+    for wanted in ("open", "fault"):
+        stream = await client.chat.completions.create(
+            model="fake?tokens=2&fault=no-finish&fault_after=2&held=1", messages=[USER], stream=True, user="ann"
+        )
+        chunks = [await anext(stream) for _ in range(3)]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "The quick "
+        await upstream.changed(lambda wanted=wanted: upstream.calls[-1].outcome == wanted)
+        upstream.release("bob")
+        assert upstream.calls[-1].outcome == wanted
+        upstream.release("ann")
+        assert [chunk async for chunk in stream] == []
+        assert upstream.calls[-1].outcome == "fault"
+
+
 async def test_the_openai_client_folds_tool_calls_of_it(client: AsyncOpenAI) -> None:
     async with client.chat.completions.stream(model="fake?tool_calls=2", messages=[USER]) as stream:
         streamed = (await stream.get_final_completion()).choices[0]
