@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -36,6 +35,7 @@ from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, Namesp
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_workers import leash
+from klatch_workers.up.everything import free_address
 
 KEYS = {name: f"key-of-{name}-{uuid4().hex}" for name in ("acme", "zeta", "slow", "changed")}
 TENANTS = "".join(f'[tenants.{name}]\nkeys = ["{key}"]\n' for name, key in KEYS.items())
@@ -45,12 +45,6 @@ LIMITS = "[tenants.slow.limits]\nrequests_per_minute = 1\n"
 def plain_environment(**more: str) -> dict[str, str]:
     """Ours without klatch's settings."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("KLATCH_")}, **more}
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 async def refused(*options: str, **environment: str) -> tuple[int | None, str]:
