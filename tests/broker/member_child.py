@@ -1,6 +1,7 @@
 """A member of a consumer group until it is killed.
 
-`python member_child.py BOOTSTRAP GROUP TOPIC SESSION_MS REBALANCE_MS [INSTANCE]`. It says `joining`, and `assigned` each time that it is.
+`python member_child.py BOOTSTRAP GROUP TOPIC SESSION_MS REBALANCE_MS [INSTANCE]`.
+It says `joining`, and `assigned` each time that it is.
 """
 
 import asyncio

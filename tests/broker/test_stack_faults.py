@@ -24,7 +24,8 @@ from klatch_schemas.records import partition_of
 from klatch_schemas.topics import CHAT_STREAM
 
 if TYPE_CHECKING:
-    from tests.broker.conftest import Stack, Story
+    from tests.broker.conftest import Stack
+    from tests.broker.story import Story
 
 pytestmark = pytest.mark.broker
 
