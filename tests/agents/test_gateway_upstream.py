@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 
 import aiohttp
 import pytest
@@ -38,6 +39,26 @@ async def test_the_openai_client_streams_from_it(client: AsyncOpenAI) -> None:
     )
     text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
     assert text == USER["content"]
+
+
+async def test_what_is_held_breaks_off_when_it_is_released_and_later_calls_of_its_user_are_not_held(
+    upstream: Upstream, client: AsyncOpenAI
+) -> None:
+    def is_at(outcome: str) -> bool:
+        return upstream.calls[-1].outcome == outcome
+
+    for wanted in ("open", "fault"):
+        stream = await client.chat.completions.create(
+            model="fake?tokens=2&fault=no-finish&fault_after=2&held=1", messages=[USER], stream=True, user="ann"
+        )
+        chunks = [await anext(stream) for _ in range(3)]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "The quick "
+        await upstream.changed(partial(is_at, wanted))
+        upstream.release("bob")
+        assert is_at(wanted)
+        upstream.release("ann")
+        assert [chunk async for chunk in stream] == []
+        assert is_at("fault")
 
 
 async def test_the_openai_client_folds_tool_calls_of_it(client: AsyncOpenAI) -> None:

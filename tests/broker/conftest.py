@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -25,18 +24,18 @@ import psutil
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from tests.broker.story import Story, of_request, read
 
 from klatch_agents.testing.upstream import Upstream
-from klatch_schemas import codec
-from klatch_schemas.chunks import Reply
 from klatch_schemas.client import Client
-from klatch_schemas.codec import Delta, Unreadable
-from klatch_schemas.events import ChatAdmitted, Event, StreamEnd, TurnFinished, UsageSettled
+from klatch_schemas.codec import Delta
+from klatch_schemas.events import Event, StreamEnd, TurnFinished, UsageSettled
 from klatch_schemas.records import Partition, Record
 from klatch_schemas.topics import CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS, Namespace, Topic
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.kafka_log import KafkaLog
 from klatch_workers import leash
+from klatch_workers.up.everything import free_address
 
 KEYS = {name: f"key-of-{name}-{uuid4().hex}" for name in ("acme", "zeta", "slow", "changed")}
 TENANTS = "".join(f'[tenants.{name}]\nkeys = ["{key}"]\n' for name, key in KEYS.items())
@@ -46,12 +45,6 @@ LIMITS = "[tenants.slow.limits]\nrequests_per_minute = 1\n"
 def plain_environment(**more: str) -> dict[str, str]:
     """Ours without klatch's settings."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("KLATCH_")}, **more}
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 async def refused(*options: str, **environment: str) -> tuple[int | None, str]:
@@ -65,23 +58,25 @@ async def refused(*options: str, **environment: str) -> tuple[int | None, str]:
 
 def running(pids: Collection[int]) -> set[int]:
     """Those of `pids` that still do something; a zombie is only waiting to be counted."""
-    found = {pid: psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)}
-    return {pid for pid, process in found.items() if process.status() != psutil.STATUS_ZOMBIE}
+    return {pid for pid in pids if _runs(pid)}
 
 
-async def outlived(pids: Collection[int], seconds: float = 10) -> set[int]:
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it may end while it is looked at
+        return False
+
+
+async def outlived(pids: Collection[int], seconds: float = 30) -> set[int]:
     """Those of `pids` that still run after `seconds`; returns as soon as all have ended."""
-    found = [psutil.Process(pid) for pid in running(pids)]
-    return await asyncio.to_thread(_outlived, found, seconds)
+    return await asyncio.to_thread(_outlived, pids, seconds)
 
 
-def _outlived(found: list[psutil.Process], seconds: float) -> set[int]:
-    # A zombie that nobody has counted yet would be waited for in vain: look again and again, each wait a short one.
+def _outlived(pids: Collection[int], seconds: float) -> set[int]:
     until = time.monotonic() + seconds
-    left = running([process.pid for process in found])
-    while left and time.monotonic() < until:
-        psutil.wait_procs([process for process in found if process.pid in left], timeout=0.1)
-        left = running(left)
+    while (left := running(pids)) and time.monotonic() < until:
+        time.sleep(0.05)  # most are no children of ours: nothing tells of their end
     return left
 
 
@@ -126,11 +121,15 @@ class Up:
             wanted = {"event": event, **facts}.items()
             return next((line for line in self.lines[after:] if wanted <= line.items()), None)
 
-        async with asyncio.timeout(seconds), self._news:
-            await self._news.wait_for(lambda: found() or self.process.returncode is not None)
+        await self.until(lambda: found() is not None, seconds)
         line = found()
         assert line, f"no {event!r}; stderr: {self.data.with_suffix('.stderr').read_text()}"
         return line
+
+    async def until(self, told: Callable[[], bool], seconds: float = 120) -> None:
+        """Return once it has said what there is to say, or has ended."""
+        async with asyncio.timeout(seconds), self._news:
+            await self._news.wait_for(lambda: told() or self.process.returncode is not None)
 
     async def kill(self, name: str) -> None:
         """SIGKILL a child; returns when `up` says that it serves again."""
@@ -197,11 +196,11 @@ class Stack:
 
     @asynccontextmanager
     async def ask(
-        self, model: str, text: str = "hi", *, tenant: str = "acme", stream: bool = True, **klatch: Any
+        self, model: str, text: str = "hi", *, tenant: str = "acme", stream: bool = True, user: str = "", **klatch: Any
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """A chat completion as bare HTTP; `klatch` are klatch's own fields."""
         said = {"role": "user", "content": text}
-        body = {"model": model, "messages": [said], "stream": stream, "klatch": klatch}
+        body = {"model": model, "messages": [said], "stream": stream, "user": user, "klatch": klatch}
         async with self.session(tenant) as session, session.post("/v1/chat/completions", json=body) as answer:
             yield answer
 
@@ -258,12 +257,12 @@ class Stack:
         finally:
             await tail.close()
 
-    async def story(self, request: str) -> "Story":
+    async def story(self, request: str) -> Story:
         """All that the log tells of a request, once its usage is settled."""
         [story] = await self.stories([request])
         return story
 
-    async def stories(self, requests: Collection[str]) -> list["Story"]:
+    async def stories(self, requests: Collection[str]) -> list[Story]:
         """All that the log tells of requests, once the usage of all is settled."""
         left = set(requests)
 
@@ -273,66 +272,35 @@ class Stack:
             return not left
 
         await self.until(CHAT_REQUESTS, settled)
+        stories = await self._stories(requests)
+        # What is written beside a settlement may come into its own topic after it.
+        late = {story.request for story in stories if story.leaves_a_turn and not story.told}
+        if not late:
+            return stories
+        await self._until_remembered(late)
         return await self._stories(requests)
 
-    async def story_of_end(self, request: str) -> "Story":
+    async def _until_remembered(self, left: set[str]) -> None:
+
+        def told(event: Event | Delta) -> bool:
+            if isinstance(event, TurnFinished):
+                left.discard(event.request)
+            return not left
+
+        await self.until(CHAT_TURNS, told)
+
+    async def story_of_end(self, request: str) -> Story:
         """The same once its stream has ended: a refused request settles nothing."""
         await self.until(CHAT_STREAM, lambda event: isinstance(event, StreamEnd) and event.request == request)
         [story] = await self._stories([request])
         return story
 
-    async def _stories(self, requests: Collection[str]) -> list["Story"]:
+    async def _stories(self, requests: Collection[str]) -> list[Story]:
         told = [await self.records(topic) for topic in _TOLD]
-        return [Story(request, *[_of(request, records) for records in told]) for request in requests]
+        return [Story(request, *[of_request(request, records) for records in told]) for request in requests]
 
 
 _TOLD = (CHAT_REQUESTS, CHAT_STREAM, CHAT_TURNS)
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """A request as the log tells of it."""
-
-    request: str
-    requests: list[tuple[Record, Event | Delta]]
-    stream: list[tuple[Record, Event | Delta]]
-    turns: list[tuple[Record, Event | Delta]]
-
-    @property
-    def ends(self) -> list[StreamEnd]:
-        return [event for _, event in self.stream if isinstance(event, StreamEnd)]
-
-    @property
-    def settlements(self) -> set[bytes | None]:
-        """Event ids of the settlements: one that was written twice is one."""
-        return {record.header(codec.EVENT_ID) for record, event in self.requests if isinstance(event, UsageSettled)}
-
-    @property
-    def told(self) -> list[TurnFinished]:
-        """The finished turns; one that was written twice is one."""
-        turns = {record.header(codec.EVENT_ID): event for record, event in self.turns}
-        return [turn for turn in turns.values() if isinstance(turn, TurnFinished)]
-
-    def said_by(self, attempt: int) -> str:
-        """What an attempt said, whether it counts or not."""
-        reply = Reply()
-        for _, event in self.stream:
-            if isinstance(event, Delta) and event.attempt == attempt:
-                reply.add(codec.loads(bytes(event.chunk)))
-        return str(reply.messages()[0]["content"]) if reply.messages() else ""
-
-
-def read(record: Record) -> Event | Delta | None:
-    try:
-        return codec.decode(record.value)
-    except Unreadable:
-        return None
-
-
-def _of(request: str, records: list[Record]) -> list[tuple[Record, Event | Delta]]:
-    told = [(record, event) for record in records if (event := read(record))]
-    named = [(record, event, event.request if isinstance(event, ChatAdmitted) else event) for record, event in told]
-    return [(record, event) for record, event, about in named if getattr(about, "request", None) == request]
 
 
 @asynccontextmanager

@@ -31,7 +31,7 @@ _numbers = count()
 
 async def ask(log: KafkaLog, namespace: Namespace, name: str, model: str, partitions: int) -> Stream:
     """A request that is admitted and allowed, in a conversation of its own; `name` is also what its user says."""
-    body = {"model": model, "messages": [{"role": "user", "content": name}]}
+    body = {"model": model, "messages": [{"role": "user", "content": name}], "user": name}
     request = ChatRequested(request=name, tenant=TENANT, conversation=name, body=body)
     verdict = TrustVerdict(
         request=name, tenant=TENANT, conversation=name, stage="input", decision="allow", policy="test"

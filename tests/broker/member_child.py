@@ -1,5 +1,6 @@
-"""A member of a consumer group until killed: `python member_child.py BOOTSTRAP GROUP TOPIC [INSTANCE]`.
+"""A member of a consumer group until it is killed.
 
+`python member_child.py BOOTSTRAP GROUP TOPIC SESSION_MS REBALANCE_MS [INSTANCE]`.
 It says `joining`, and `assigned` each time that it is.
 """
 
@@ -25,8 +26,11 @@ class Telling:
     async def revoked(self, partitions: Sequence[Partition]) -> None: ...
 
 
-async def main(bootstrap: str, group: str, topic: str, instance: str | None = None) -> None:
-    log = await KafkaLog.open(KafkaOptions(bootstrap, instance_id=instance))
+async def main(
+    bootstrap: str, group: str, topic: str, session_ms: str, rebalance_ms: str, instance: str | None = None
+) -> None:
+    options = KafkaOptions(bootstrap, instance_id=instance, session_ms=int(session_ms), rebalance_ms=int(rebalance_ms))
+    log = await KafkaLog.open(options)
     say("joining")
     member = await log.join(group, topic, Telling())
     while True:

@@ -6,13 +6,13 @@ from uuid import uuid4
 
 import aiohttp
 import pytest
-from tests.broker.conftest import free_address
 
 from klatch_schemas.topics import Namespace
 from klatch_streams.kafka.options import KafkaOptions
 from klatch_streams.topic_admin import Partitions, create_topics
 from klatch_workers.kafka import Cluster
 from klatch_workers.settings import Settings
+from klatch_workers.up.everything import free_address
 from klatch_workers.wiring import run_stage
 
 pytestmark = pytest.mark.broker

@@ -60,12 +60,13 @@ class Child:
 
     @classmethod
     @asynccontextmanager
-    async def started(cls, bootstrap: str, namespace: Namespace) -> "AsyncGenerator[Child, None]":
+    async def started(
+        cls, bootstrap: str, namespace: Namespace, *, commits_every_s: float = 0.2
+    ) -> "AsyncGenerator[Child, None]":
         """A child that is killed at the end, if it lives."""
         script = Path(__file__).with_name("admission_child.py")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, script, bootstrap, namespace.prefix, stdout=DEVNULL, stderr=PIPE
-        )
+        arguments = (bootstrap, namespace.prefix, str(commits_every_s))
+        process = await asyncio.create_subprocess_exec(sys.executable, script, *arguments, stdout=DEVNULL, stderr=PIPE)
         try:
             yield cls(process)
         finally:
@@ -148,7 +149,7 @@ async def everything(log: Log, topic: str) -> list[Record]:
 async def all_decided(log: Log, namespace: Namespace) -> None:
     """Wait until every effect stands in the log."""
     wanted, _ = await replayed(log, namespace)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not {cause_of(record) for record in await effects_in(log, namespace)} >= wanted.keys():  # noqa: ASYNC110
             # The log tells nobody that it grew; the time-out above bounds this.
             await asyncio.sleep(0.2)
@@ -156,6 +157,19 @@ async def all_decided(log: Log, namespace: Namespace) -> None:
 
 async def effects_in(log: Log, namespace: Namespace) -> list[Record]:
     return [record for topic in (CHAT_ADMITTED, CHAT_STREAM) for record in await everything(log, namespace.of(topic))]
+
+
+async def an_effect(log: Log, namespace: Namespace) -> None:
+    """Return once there is one more."""
+    tail = await log.tail()
+    for topic in (CHAT_ADMITTED, CHAT_STREAM):
+        for number in range(PARTITIONS):
+            place = Partition(namespace.of(topic), number)
+            tail.follow(place, (await log.bounds(place))[1])
+    async with asyncio.timeout(60):
+        while not await tail.read(1_000):
+            pass
+    await tail.close()
 
 
 async def states(log: Log, namespace: Namespace) -> dict[str, object]:
@@ -225,6 +239,10 @@ async def keep_killing(bootstrap: str, namespace: Namespace, log: Log) -> int:
                     if kill_at == "ready":
                         # Somewhere between two commits, with records on their way.
                         await asyncio.sleep(random.uniform(0.5, 1.2))  # noqa: S311 - not a secret
+            async with Child.started(bootstrap, namespace, commits_every_s=600) as child:
+                await child.says("ready")
+                # This one is killed between an effect and its commit, however slow the machine is.
+                await an_effect(log, namespace)
         finally:
             producing.stopped.set()
     async with Child.started(bootstrap, namespace) as child:

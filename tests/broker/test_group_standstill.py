@@ -24,8 +24,10 @@ from klatch_workers.kafka import Cluster
 pytestmark = pytest.mark.broker
 
 SESSION_S = KafkaOptions("").session_ms / 1000
-LOADED_S = 5.0
+LOADED_S = 30.0
 """What a machine under load may add."""
+LONG_S = 60.0
+"""Of a session or a rebalance that is not to be waited for: told apart from a machine under load."""
 
 
 async def new_topic(bootstrap: str) -> str:
@@ -57,12 +59,15 @@ async def says(process: Process, what: str) -> None:
             assert line, f"it ended before it was {what}"
 
 
-@pytest.mark.parametrize(("instance", "within_s"), [("one", LOADED_S), (None, 2 * SESSION_S + LOADED_S)])
+@pytest.mark.parametrize(
+    ("instance", "session_s", "within_s"), [("one", LONG_S, LOADED_S), (None, SESSION_S, 2 * SESSION_S + LOADED_S)]
+)
 async def test_members_killed_one_after_the_other_while_they_join_hold_their_successor_up_no_longer_than_sessions(
-    kafka: Cluster, instance: str | None, within_s: float
+    kafka: Cluster, instance: str | None, session_s: float, within_s: float
 ) -> None:
     topic = await new_topic(kafka.bootstrap)
-    member = (kafka.bootstrap, f"of-{topic}", topic, *([instance] if instance else []))
+    times = (f"{session_s * 1000:.0f}", f"{LONG_S * 1000:.0f}")
+    member = (kafka.bootstrap, f"of-{topic}", topic, *times, *([instance] if instance else []))
     async with member_process(*member) as first:
         await says(first, "assigned")
     for _ in range(2):
@@ -139,7 +144,8 @@ async def test_a_member_that_does_not_let_go_holds_its_group_up_for_the_rebalanc
 async def test_a_member_that_leaves_while_it_joins_is_gone_at_once_and_holds_nobody_up(kafka: Cluster) -> None:
     topic = await new_topic(kafka.bootstrap)
     group = f"of-{topic}"
-    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap))
+    long_ms = int(LONG_S * 1000)
+    log = await KafkaLog.open(KafkaOptions(kafka.bootstrap, session_ms=long_ms, rebalance_ms=long_ms))
     first, second = Listening(), Listening()
     first.may_let_go.clear()
     owner = await log.join(group, topic, first)

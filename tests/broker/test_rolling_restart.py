@@ -1,13 +1,14 @@
 """Two generation processes are restarted in turn under load: what is finished stays, what is not goes on elsewhere.
 
 The test trusts the log and the model server's own record of its calls. It turns red where processes drain for 0.05 s
-instead of 2. Processes come back under new names in the group, or as `klatch up` starts them, under their old ones.
+instead of 8. Processes come back under new names in the group, or as `klatch up` starts them, under their old ones.
 """
 # pyright: basic
 
 import asyncio
 from collections import defaultdict
 from contextlib import AsyncExitStack
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ from klatch_agents.testing.upstream import Call, Upstream
 from klatch_schemas import codec
 from klatch_schemas.assembly import Assembly
 from klatch_schemas.events import StreamAttempt, StreamEnd
-from klatch_schemas.records import Partition
+from klatch_schemas.records import Partition, partition_of
 from klatch_schemas.topics import CHAT_STREAM, Namespace
 from klatch_streams.kafka_log import KafkaLog, KafkaOptions
 from klatch_streams.topic_admin import Partitions, create_topics
@@ -27,11 +28,11 @@ from klatch_workers.kafka import Cluster
 pytestmark = pytest.mark.broker
 
 PARTITIONS = 4
-DRAIN_S = 2.0
+DRAIN_S = 8.0
 SHORT = "fake?reply=unique&tokens=10&rate=20"
 """Half a second of text: it can be finished while its worker drains."""
-LONG = "fake?reply=unique&tokens=28&rate=4"
-"""Seven seconds: it cannot."""
+LONG = "fake?reply=unique&tokens=28&rate=20&held=1"
+"""It cannot: the model does not come to the end before it is released, once all are restarted."""
 
 
 class Told:
@@ -79,22 +80,27 @@ class Load:
         self.asked = list[str]()
         self._log, self._namespace = log, namespace
 
-    async def one(self, kind: str) -> str:
-        name = f"{kind}-{len(self.asked)}"
-        model = {"short": SHORT, "long": LONG}[kind]
+    async def long(self, partition: int) -> str:
+        """Ask for a long reply in this partition."""
+        names = (f"long-{len(self.asked)}-{salt}" for salt in count())
+        return await self._ask(
+            next(name for name in names if partition_of(name.encode(), PARTITIONS) == partition), LONG
+        )
+
+    async def _ask(self, name: str, model: str) -> str:
         self.asked.append(name)
         await ask(self._log, self._namespace, name, model, PARTITIONS)
         return name
 
     async def go_on(self) -> None:
         while True:
-            await self.one("short")
+            await self._ask(f"short-{len(self.asked)}", SHORT)
             await asyncio.sleep(0.125)  # the load's own pace
 
 
 async def reached(upstream: Upstream, name: str) -> None:
     """Return once the model speaks to this request."""
-    await upstream.changed(lambda: any(user_of(call) == name and call.outcome == "open" for call in upstream.calls), 30)
+    await upstream.changed(lambda: any(user_of(call) == name and call.outcome == "open" for call in upstream.calls), 60)
 
 
 def user_of(call: Call) -> str:
@@ -120,12 +126,16 @@ async def test_two_processes_restarted_in_turn_finish_redo_nothing_and_hand_over
 
         workers = await asyncio.gather(start(0), start(1))
         following, asking = asyncio.create_task(told.follow()), asyncio.create_task(load.go_on())
-        took = list[float]()
+        took, rounds = list[float](), list[list[str]]()
         try:
             for number, worker in enumerate(workers):
-                await asyncio.gather(*[reached(upstream, await load.one("long")) for _ in range(4)])
+                # Whoever is stopped has one of these: there is one in each partition.
+                rounds.append([await load.long(partition) for partition in range(PARTITIONS)])
+                await asyncio.gather(*[reached(upstream, name) for name in rounds[-1]])
                 took.append(await worker.stop())
                 await start(2 + number)
+            for name in rounds[0] + rounds[1]:
+                upstream.release(name)
             asking.cancel()
             await told.until_ended(set(load.asked))
         finally:
@@ -134,12 +144,12 @@ async def test_two_processes_restarted_in_turn_finish_redo_nothing_and_hand_over
             ended = await asyncio.gather(following, asking, return_exceptions=True)
         assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
 
-    # Drained within `drain_s`; what it takes to end a process on a machine under load comes on top.
-    assert all(seconds < DRAIN_S + 5 for seconds in took), took
+    # Drained within `drain_s`, not until the model's silence was too long, a minute; what it takes to end a process on
+    # a machine under load comes on top.
+    assert all(seconds < DRAIN_S + 30 for seconds in took), took
     calls = defaultdict[str, list[Call]](list)
     for call in upstream.calls:
         calls[user_of(call)].append(call)
-    superseded = 0
     for request in load.asked:
         state, said = told.folds[request].state, told.text_of(request)
         assert (state.status, len(told.ends[request])) == ("completed", 1), request
@@ -151,7 +161,7 @@ async def test_two_processes_restarted_in_turn_finish_redo_nothing_and_hand_over
         assert said == "".join(f"<<{last.id}:{n}>>" for n in range(tokens)), request
         if request.startswith("short"):
             assert not given_up, "half a second of work was not finished in the time to drain"
-        superseded += told.openings[request] > 1
-    assert superseded > 0, "nothing was under way that could not be finished: the run proves nothing"
+    for longs in rounds:
+        assert any(told.openings[request] > 1 for request in longs), "nothing was handed over: the run proves nothing"
     assert len(load.asked) > 40
     await log.close()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import aiohttp
@@ -153,7 +153,7 @@ async def test_the_same_conversation_and_person_of_two_tenants_have_two_pasts(st
     assert story
 
 
-async def _told(stack: "Stack", tenant: str, text: str, klatch: Mapping[str, object]) -> RequestId:
+async def _told(stack: "Stack", tenant: str, text: str, klatch: Mapping[str, Any]) -> RequestId:
     async with stack.ask("fake?text=Noted.", text, tenant=tenant, stream=False, **klatch) as answer:
         assert answer.status == 200
         assert answer.headers["x-klatch-conversation"] == Conversation(str(klatch["conversation"]))

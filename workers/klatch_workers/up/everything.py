@@ -10,11 +10,13 @@ import asyncio
 import fcntl
 import json
 import os
+import random
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,6 +31,7 @@ from klatch_streams.ledger import Ledger, publish
 from klatch_streams.topic_admin import Partitions, create_topics
 from klatch_workers.books import prompt_key
 from klatch_workers.kafka import Cluster, Fetched
+from klatch_workers.kafka.folder import is_free
 from klatch_workers.models_file import read_models, write_models
 from klatch_workers.settings import PREFIX, Settings, host_port
 from klatch_workers.tenants import read_tenants, tenant_configured, write_tenants
@@ -192,7 +195,7 @@ async def keep_broker(running: Everything, say: Say) -> None:
 
 def _complete(settings: Settings, wanted: Wanted, keys: Keys) -> Settings:
     """The settings with everything that was left open filled in."""
-    memory, views, model = (free_address() for _ in range(3))
+    memory, views, model = _free_addresses(3)
     update: dict[str, Any] = {
         "kafka": wanted.kafka or "",
         "memory": memory,
@@ -318,8 +321,20 @@ def _see_whether_free(listen: str) -> None:
             ) from error
 
 
+# Where systems take none from for outgoing connections, or for who listens at any port: it takes a stage seconds until
+# it has its own. Nor does our Kafka (`kafka/folder.py`).
+_PORTS: Final = range(14_000, 20_000)
+
+
 def free_address() -> str:
     """`127.0.0.1` with a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return _free_addresses(1)[0]
+
+
+def _free_addresses(count: int) -> list[str]:
+    """So many that differ. Raises AlreadyUp."""
+    free = (port for port in random.sample(_PORTS, len(_PORTS)) if is_free(port))
+    found = [f"127.0.0.1:{port}" for port in islice(free, count)]
+    if len(found) < count:
+        raise AlreadyUp(f"there are no {count} free ports between {_PORTS[0]} and {_PORTS[-1]} on 127.0.0.1")
+    return found

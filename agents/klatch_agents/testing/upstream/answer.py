@@ -6,6 +6,7 @@ Completions and its streaming chunks, Azure's "content streaming" page, and vLLM
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, cast
@@ -22,7 +23,7 @@ _ARGUMENTS = '{"city": "Zürich", "note": "a \\"quoted\\" one \U0001f600", "days
 
 
 class Frame(NamedTuple):
-    """Bytes of a body, due so many seconds after the status line."""
+    """Bytes of a body, due so many seconds after the status line; infinitely many: once they are released."""
 
     due: float
     data: bytes
@@ -87,7 +88,7 @@ class Answer:
             spoken += 1
             due = script.first_delay + (step / script.rate if script.rate else 0.0)
             yield Frame(due, self._event(self._chunk(index, self._deltas[index][step], step + 1)))
-        yield Frame(due, b"".join(self._closing(spoken)))
+        yield Frame(math.inf if script.held else due, b"".join(self._closing(spoken)))
         if script.end_delay:
             yield Frame(due + script.end_delay, b"")
 

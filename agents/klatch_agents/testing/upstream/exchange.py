@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -38,6 +39,7 @@ class Exchange:
         self.call = call
         self._connection = connection
         self._notify = notify
+        self._stream: _Stream | None = None
         self._ids = {"x-request-id": f"req_{call.id}"}
         connection.on_lost = lambda: self._close("left")
 
@@ -69,9 +71,14 @@ class Exchange:
 
     def stream(self, wheel: Wheel, frames: Iterable[Frame], script: Script) -> None:
         self._connection.begin_events(self._ids)
-        streamed = _Stream(self, self._connection, wheel, frames, script)
+        streamed = self._stream = _Stream(self, self._connection, wheel, frames, script)
         self._connection.on_writable = streamed.step
         streamed.step()
+
+    def release(self) -> None:
+        """Write what is held, once all before it was due."""
+        if self._stream:
+            self._stream.release()
 
     def finish_stream(self, fault: str) -> None:
         """Ends the body as the script says; a stall just never does."""
@@ -113,6 +120,12 @@ class _Stream:
         self._next = next(self._frames, None)
         self._began = asyncio.get_running_loop().time()
         self._armed = False
+        self._released = False
+
+    def release(self) -> None:
+        """Hold nothing from now on."""
+        self._released = True
+        self.step()
 
     def step(self) -> None:
         """Writes all that is due, then waits for the next, or for a slow reader."""
@@ -121,7 +134,10 @@ class _Stream:
             if self._next is None:
                 self._exchange.finish_stream(self._script.fault)
                 return
-            if self._next.due > elapsed:
+            if self._next.due == math.inf:
+                if not self._released:
+                    return
+            elif self._next.due > elapsed:
                 self._arm(self._began + self._next.due)
                 return
             self._write(self._next.data)

@@ -33,6 +33,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A comment every so often during `first_delay`; 0 is none."""
     end_delay: float = 0.0
     """Between the last event and the end of the body."""
+    held: bool = False
+    """What follows the last token of a stream, or breaks it off, waits for `Upstream.release` of its `user`."""
 
     reasoning: int = 0
     """So many tokens of `reasoning_content` before the answer."""

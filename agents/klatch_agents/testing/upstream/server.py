@@ -43,6 +43,8 @@ class Upstream:
         """What calls must bring; empty: nothing."""
         self._ids = count()
         self._failed: Counter[str] = Counter()
+        self._held: dict[str, list[Exchange]] = {}
+        self._released: set[str] = set()
         self._open_ones: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._wheel = Wheel()
@@ -84,6 +86,12 @@ class Upstream:
                 finally:
                     self._waiting.discard(future)
 
+    def release(self, user: str) -> None:
+        """Lets go of what is held of calls of this `user`, and holds nothing of its later ones."""
+        self._released.add(user)
+        for exchange in self._held.pop(user, []):
+            exchange.release()
+
     # -- routes ---------------------------------------------------------------------------------
 
     def _serve(self, connection: Connection, request: Request) -> None:
@@ -124,6 +132,8 @@ class Upstream:
         self.calls.append(call)
         exchange = Exchange(call, connection, self._notify)
         self._notify()
+        if script.held:
+            self._held.setdefault(str(body.get("user", "")), []).append(exchange)
         answer = partial(self._answer, exchange, model, script)
         if script.header_delay:
             self._wheel.at(asyncio.get_running_loop().time() + script.header_delay, answer)
@@ -138,6 +148,8 @@ class Upstream:
             self._failed[user] += 1
             if self._failed[user] > script.fails:
                 script = msgspec.structs.replace(script, status=0, fault="")
+        if script.held and str(body.get("user", "")) in self._released:
+            script = msgspec.structs.replace(script, held=False)
         return model, script
 
     def _answer(self, exchange: Exchange, model: str, script: Script) -> None:
