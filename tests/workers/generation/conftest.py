@@ -44,6 +44,7 @@ from klatch_streams.ledger import Ledger
 from klatch_streams.log import Log
 from klatch_streams.memory_log import MemoryLog
 from klatch_streams.runner import Runner, RunnerSettings
+from klatch_streams.stalls import Stalls
 from klatch_workers.books import RouteBook
 from klatch_workers.generation.prepare import Preparer
 from klatch_workers.generation.stage import GenerationStage
@@ -78,6 +79,8 @@ class Generation:
     """What stands between workers and their router."""
     wall: Callable[[], float] = time.time
     """By which places at a deployment are shared."""
+    steady: Callable[[], float] = time.monotonic
+    """By which workers notice that they were stopped."""
     _written: int = 0
 
     def settings(self) -> Settings:
@@ -200,6 +203,7 @@ class Worker:
             max_in_flight=self._generation.max_in_flight,
             prices=RouteBook(self.routes).prices,
         )
+        self.stage.stalls = Stalls(clock=self._generation.steady)
         self.runner = Runner(log, self.stage, "klatch.generation", self._settings)
         self._task = asyncio.create_task(self.runner.run())
         ready = asyncio.create_task(self.runner.ready.wait())

@@ -203,7 +203,8 @@ async def test_a_count_that_the_client_is_shown_is_the_whole_answers(continuing:
 
 
 async def test_a_successor_continues_what_a_dead_owner_left(continuing: Generation) -> None:
-    request = await continuing.admit("fake?reply=unique&tokens=8&rate=40", on_crash="continue")
+    await heal(continuing.upstream, after=1)
+    request = await continuing.admit(BREAKS.format("stall"), on_crash="continue")
     async with continuing.worker(drain_s=0.0):
         await continuing.assembled(request, lambda one: len(one.standing) > 3)
     async with continuing.worker():

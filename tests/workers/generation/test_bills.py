@@ -77,7 +77,8 @@ async def test_who_waited_for_a_place_in_vain_has_asked_nobody(generation: Any, 
     async with generation.worker():
         first = await generation.admit("m")
         await generation.upstream.changed(lambda: bool(generation.upstream.calls))
-        deadline_ms = int(time.time() * 1000) + 300 if ends == "expired" else None
+        # Far enough for its attempt to begin before.
+        deadline_ms = int(time.time() * 1000) + 4_000 if ends == "expired" else None
         waits = await generation.admit("m", conversation="c2", deadline_ms=deadline_ms)
         await generation.assembled(waits, lambda assembly: assembly.state.attempt)
         if ends == "cancelled":

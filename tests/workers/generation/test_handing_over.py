@@ -140,8 +140,10 @@ async def test_what_a_shutdown_cannot_wait_for_is_superseded_by_the_next_owner(
     generation: Generation, continues: Continues
 ) -> None:
     generation.continues = continues
+    generation.upstream.instead = lambda number: "fake?reply=unique&tokens=60" if number else None
     async with generation.worker(drain_s=0.2):
-        running = await generation.admit("fake?reply=unique&tokens=60&rate=60", on_crash="continue")
+        model = "fake?reply=unique&tokens=60&fault=stall&fault_after=4"
+        running = await generation.admit(model, on_crash="continue")
         await generation.assembled(running, lambda one: len(one.standing) > 3)
     await generation.upstream.changed(lambda: generation.upstream.calls[0].outcome == "left")
     async with generation.worker():

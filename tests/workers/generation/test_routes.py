@@ -20,8 +20,8 @@ from klatch_streams.ledger import publish
 from klatch_workers.generation.conclude import cost_micros, reply_of
 
 PRICES = Prices(prompt=2.5, completion=10)
-WITHIN_S = 3.0
-"""A second, and two for a machine that is busy with other tests."""
+WITHIN_S = 30.0
+"""A second, and the rest for a machine that is busy with other tests."""
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class Turnstile:
 
     async def until_came(self, count: int) -> None:
         """Until so many wait for a place, or have one."""
-        async with self._coming, asyncio.timeout(20):
+        async with self._coming, asyncio.timeout(30):
             await self._coming.wait_for(lambda: self._came >= count)
 
     @asynccontextmanager
@@ -154,7 +154,7 @@ SLOW = "fake?reply=unique&tokens=1000&rate=20"
 
 async def outcome(generation: Generation, request: ChatRequested) -> str:
     """How it ended, which is to be soon."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         return (await generation.settled(request)).status
 
 

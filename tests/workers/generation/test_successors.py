@@ -36,7 +36,7 @@ async def test_a_deadline_that_passed_while_nobody_owned_the_request_ends_it(gen
     await generation.write_verdict(request)
     await leave_open(generation, request)
     await generation.write_admission(request)
-    async with generation.worker(), asyncio.timeout(5):
+    async with generation.worker(), asyncio.timeout(30):
         assert (await generation.ended(request)).state.status == "expired"
     assert not generation.upstream.calls
 
@@ -46,7 +46,7 @@ async def test_a_prompt_that_is_gone_by_the_time_of_the_successor_fails_the_requ
     await generation.write_verdict(request)
     await leave_open(generation, request)
     await generation.write_admission(request)
-    async with generation.worker(), asyncio.timeout(5):
+    async with generation.worker(), asyncio.timeout(30):
         assert (await generation.ended(request)).state.status == "failed"
 
 
