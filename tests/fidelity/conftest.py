@@ -129,11 +129,21 @@ class Stack:
 
     async def all_told(self, answer: Answer, kind: type[E], least: int) -> list[E]:
         """The events of this kind, once there are so many."""
-        request, topic = answer.headers["x-request-id"], _TOPICS[kind]
+        return await self.all_about(answer.headers["x-request-id"], kind, least)
+
+    async def all_about(self, request: str, kind: type[E], least: int) -> list[E]:
+        """The events of this kind about a request, once there are so many."""
+        topic = _TOPICS[kind]
         async with asyncio.timeout(20):
             while len(found := self._said(kind, topic, request)) < least:
                 await self.log.changed.wait(lambda: bool(self._said(kind, topic, request)), 200)
         return found
+
+    def asking_for(self, model: str) -> str:
+        """The id of the request that was admitted for a model."""
+        admitted = [codec.decode_as(ChatAdmitted, record.value) for record in self.log.records(CHAT_ADMITTED.name)]
+        [request] = [one.request.request for one in admitted if one.request.body["model"] == model]
+        return request
 
     def _said(self, kind: type[E], topic: Topic, request: str) -> list[E]:
         said = [codec.decode(record.value) for record in self.log.records(topic.name)]
