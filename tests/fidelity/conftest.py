@@ -45,7 +45,8 @@ from klatch_workers.settings import Settings
 E = TypeVar("E", bound=Event)
 
 PARTITIONS = 4
-PATIENCE = RouteTimeouts(connect_s=5, first_token_s=5, idle_s=1.5)
+PATIENCE = RouteTimeouts(connect_s=60, first_token_s=60, idle_s=60)
+"""Longer than any pause of a busy machine; a test that waits for an end of it brings a shorter one."""
 KEY = "sk-of-the-model-server"
 """What the keys file holds under the name `vendor`."""
 IMPATIENT = Terms(hold_s=0.1, keepalive_s=0.1, write_timeout_s=1.0)
