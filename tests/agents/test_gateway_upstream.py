@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -16,7 +17,8 @@ import pytest
 from openai import APIError, APIStatusError, AsyncOpenAI
 from openai.types.chat import ChatCompletionUserMessageParam
 
-from klatch_agents.testing.upstream import Upstream
+from klatch_agents.testing.upstream import Script, Upstream
+from klatch_agents.testing.upstream.answer import Answer
 
 USER: ChatCompletionUserMessageParam = {"role": "user", "content": "Grüezi, wie goht's?"}
 
@@ -142,13 +144,19 @@ async def test_embeddings_are_the_same_for_the_same_text_in_floats_and_base64(cl
     assert packed.data[0].embedding == pytest.approx(floats.data[0].embedding)
 
 
-async def test_a_reply_keeps_its_pace(client: AsyncOpenAI) -> None:
-    loop = asyncio.get_running_loop()
-    started = loop.time()
+async def test_a_reply_keeps_its_pace(client: AsyncOpenAI, upstream: Upstream) -> None:
     stream = await client.chat.completions.create(model="fake?tokens=11&rate=50", messages=[USER], stream=True)
-    times = [loop.time() - started async for chunk in stream if chunk.choices[0].delta.content]
-    assert 0.2 <= times[-1] < 2
-    assert times[-1] - times[0] >= 0.19, "ten gaps of 20 ms"
+    times = [time.time() async for chunk in stream if chunk.choices[0].delta.content]
+    early = [number for number, at in enumerate(times) if at < upstream.calls[0].started + number / 50]
+    assert (len(times), early) == (11, []), "no token comes before it is due"
+
+
+def test_every_token_is_due_at_its_time() -> None:
+    """So that none is late but by as much as the machine is."""
+    answer = Answer("c0", "fake", {"stream": True}, Script(tokens=11, rate=50, first_delay=0.5))
+    opening, *tokens, closing = [frame.due for frame in answer.frames()]
+    assert tokens == [0.5 + number / 50 for number in range(11)]
+    assert (opening, closing) == (0.5, tokens[-1])
 
 
 async def test_the_record_tells_a_client_who_left_from_one_who_stayed(client: AsyncOpenAI, upstream: Upstream) -> None:

@@ -130,9 +130,10 @@ async def kafka_world(kafka: Cluster) -> AsyncIterator[World]:
             kafka.bootstrap,
             # As MemoryLog's, and as these topics are made: not from the table.
             max_record_bytes=1_000_000,
-            fetch_wait_ms=4_000,
+            fetch_wait_ms=35_000,
+            patience_s=120,
             heartbeat_ms=100,
-            session_ms=6_000,
+            session_ms=30_000,
             rebalance_ms=20_000,
         )
     )

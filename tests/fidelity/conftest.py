@@ -45,7 +45,8 @@ from klatch_workers.settings import Settings
 E = TypeVar("E", bound=Event)
 
 PARTITIONS = 4
-PATIENCE = RouteTimeouts(connect_s=5, first_token_s=5, idle_s=1.5)
+PATIENCE = RouteTimeouts(connect_s=60, first_token_s=60, idle_s=60)
+"""Longer than any pause of a busy machine; a test that waits for an end of it brings a shorter one."""
 KEY = "sk-of-the-model-server"
 """What the keys file holds under the name `vendor`."""
 IMPATIENT = Terms(hold_s=0.1, keepalive_s=0.1, write_timeout_s=1.0)
@@ -129,11 +130,21 @@ class Stack:
 
     async def all_told(self, answer: Answer, kind: type[E], least: int) -> list[E]:
         """The events of this kind, once there are so many."""
-        request, topic = answer.headers["x-request-id"], _TOPICS[kind]
+        return await self.all_about(answer.headers["x-request-id"], kind, least)
+
+    async def all_about(self, request: str, kind: type[E], least: int) -> list[E]:
+        """The events of this kind about a request, once there are so many."""
+        topic = _TOPICS[kind]
         async with asyncio.timeout(20):
             while len(found := self._said(kind, topic, request)) < least:
                 await self.log.changed.wait(lambda: bool(self._said(kind, topic, request)), 200)
         return found
+
+    def asking_for(self, model: str) -> str:
+        """The id of the request that was admitted for a model."""
+        admitted = [codec.decode_as(ChatAdmitted, record.value) for record in self.log.records(CHAT_ADMITTED.name)]
+        [request] = [one.request.request for one in admitted if one.request.body["model"] == model]
+        return request
 
     def _said(self, kind: type[E], topic: Topic, request: str) -> list[E]:
         said = [codec.decode(record.value) for record in self.log.records(topic.name)]

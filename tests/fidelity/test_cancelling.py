@@ -56,14 +56,14 @@ async def test_a_client_that_hangs_up_ends_the_tries(stack: "Stack") -> None:
     """[40] While klatch waits before it asks a failing model server again, or another one."""
 
     async def script(talk: Talk) -> None:
-        talk.refuse(503, {"error": {"message": "busy"}}, {"retry-after-ms": "300"})
+        talk.refuse(503, {"error": {"message": "busy"}}, {"retry-after-ms": "9000"})
 
     model = stack.model(script)
     asking = asyncio.create_task(stack.door.chat(model=model))
     await stack.wire.talk(model)
     await hung_up(stack, asking)
-    await asyncio.sleep(1.2)  # longer than it would have waited: what was asked for, and 0.4 s at most
-    assert len(stack.wire.talks[model]) == 1
+    [settled] = await stack.all_about(stack.asking_for(model), UsageSettled, 1)
+    assert (settled.status, len(stack.wire.talks[model])) == ("cancelled", 1)
 
 
 async def test_a_cancelled_request_gives_back_its_place_once(stack: "Stack") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
-from tests.fidelity.conftest import PATIENCE, deltas, finishes, is_cut, said_in, text_of, until_left
+from tests.fidelity.conftest import deltas, finishes, is_cut, said_in, text_of, until_left
 from tests.fidelity.wire import DONE, Script, Talk, event, finish, role, sends, whole, words
 
 from klatch_schemas.events import RouteTimeouts, StreamEnd
@@ -205,7 +205,7 @@ async def test_silence_in_mid_stream_ends_it_and_hangs_up(stack: "Stack") -> Non
     async def script(talk: Talk) -> None:
         talk.begin().send(HALF)
 
-    model = stack.model(script)
+    model = stack.model(script, RouteTimeouts(idle_s=0.5))
     answer = await stack.door.chat(model=model)
     assert is_cut(await answer.events())["code"] == "model_stalled"
     await until_left(await stack.wire.talk(model))
@@ -235,16 +235,18 @@ async def test_a_model_that_never_says_a_word_is_a_status(stack: "Stack", script
 
 async def test_a_stream_may_last_longer_than_any_silence_may(stack: "Stack") -> None:
     """[37] No limit on the whole: only on the time between two events."""
+    patience = RouteTimeouts(idle_s=3)  # the model server is in this process, which pauses as a whole
 
     async def script(talk: Talk) -> None:
         talk.begin().send(role())
-        until = asyncio.get_running_loop().time() + PATIENCE.idle_s * 1.3
+        until = asyncio.get_running_loop().time() + patience.idle_s * 1.3
         while asyncio.get_running_loop().time() < until:
             talk.send(words("x"))
             await asyncio.sleep(0.1)  # the pace of this model
         talk.send(finish()).end()
 
-    assert finishes(await stack.stream(script)) == [(0, "stop")]
+    answer = await stack.door.chat(model=stack.model(script, patience))
+    assert finishes(await answer.events()) == [(0, "stop")]
 
 
 async def test_a_call_is_not_repeated_once_something_was_said(stack: "Stack") -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.fidelity.conftest import is_cut, said_in, until_left
 from tests.fidelity.wire import DONE, Talk, chunk, event, finish, role, sends, usage, usage_chunk, whole, words
 
-from klatch_schemas.events import UsageSettled
+from klatch_schemas.events import RouteTimeouts, UsageSettled
 
 if TYPE_CHECKING:
     from tests.fidelity.conftest import Stack
@@ -49,7 +49,8 @@ async def test_a_stream_without_a_usage_chunk_is_counted_by_klatch(stack: "Stack
         elif how == "error":
             talk.send(event({"error": {"message": "the engine died", "code": 500}})).end()
 
-    answer = await stack.chat(script)
+    patience = RouteTimeouts(idle_s=0.5) if how == "stall" else None
+    answer = await stack.door.chat(model=stack.model(script, patience))
     if how == "cancelled":
         await answer.part()
         await answer.close()

@@ -30,22 +30,6 @@ def draft(partition: int, value: bytes = b"v") -> Draft:
     return Draft("t", b"k", value, partition=partition)
 
 
-async def test_what_comes_within_a_beat_leaves_in_one_append_a_partition_all_at_the_same_time() -> None:
-    log = Watched()
-    batches = Batches(log, Beat(0.2))
-    for partition in (0, 1):
-        # Each has left at a time of its own; from the next beat on they leave together.
-        await asyncio.sleep(partition * 0.07)
-        await batches.write(draft(partition)).durable()
-    log.appends.clear()
-    written = [batches.write(draft(partition, b"%d" % number)) for number in range(5) for partition in (0, 1)]
-    offsets = [await one.durable() for one in written]
-    assert offsets == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert [len(drafts) for _, drafts in log.appends] == [5, 5]
-    (first, _), (second, _) = log.appends
-    assert second - first < 0.05
-
-
 async def test_an_urgent_record_leaves_at_once_and_takes_along_what_waits() -> None:
     log = Watched()
     batches = Batches(log, Beat(3600))

