@@ -1,7 +1,8 @@
 """What an operator changes by the command line is in force in running workers within a second, without a restart.
 
 Clients ask all the while; how long it took counts from the change's own record in the log to the first answer that
-shows it, the whole of a request included. A machine that is busy with other tests gets some seconds more.
+shows it, the whole of a request included, and is printed. A machine that is busy with other tests gets 15 seconds:
+what needed a restart would never be in force.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.broker
 
-WITHIN_S = 5.0
+WITHIN_S = 15.0
 ALIAS = "fake?text=by-default"
 
 
