@@ -14,6 +14,7 @@ from klatch_agents.testing.upstream import Upstream
 from klatch_workers.bench import admission, fairness, render
 from klatch_workers.bench.budgets import budgets
 from klatch_workers.bench.client import Gaps, Reply, ReplyFailed, Target
+from klatch_workers.bench.load import Seen, crowd
 from klatch_workers.bench.peer import Peer, PeerFailed
 from klatch_workers.bench.profile import table
 from klatch_workers.bench.report import BROKER, DIRECT, KLATCH, PEER, RELAY, Report, quantiles
@@ -158,6 +159,13 @@ async def test_the_client_reads_a_reply_to_its_end() -> None:
         reply = await (await Target("fake", upstream.url).ask("fake?tokens=30")).whole()
     assert reply.chunks == 32  # the opening, 30 tokens, the closing
     assert reply.first_token_ms > 0
+
+
+async def test_a_crowd_asks_once_each_however_late_it_begins() -> None:
+    seen = Seen()
+    async with Upstream() as upstream:
+        await crowd(Target("fake", upstream.url), "fake?tokens=3", 2, 0.0, dict[str, int], seen)
+    assert (seen.replies, len(seen.first_token_ms), seen.chunks) == (2, 2, 10)
 
 
 @pytest.mark.parametrize("script", ["status=500", "fault=drop", "fault=error-event", "fault=no-done"])

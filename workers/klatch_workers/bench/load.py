@@ -37,22 +37,27 @@ async def one(target: Target, model: str) -> float:
 
 
 async def crowd(target: Target, model: str, concurrent: int, seconds: float, pids: Pids, seen: Seen) -> None:
-    """Keep `concurrent` replies under way for `seconds`, each followed by the next; until the last has ended."""
+    """Keep `concurrent` replies under way for `seconds`, each followed by the next; until the last has ended.
+
+    Each asks once at least, so that there is something to tell of, however late it begins.
+    """
     loop = asyncio.get_running_loop()
     began, before = loop.time(), cpu_s(pids())
 
     async def ask_again_and_again(place: int) -> None:
         # Not all at once: people do not press Enter together.
         await asyncio.sleep(seconds / 2 * place / concurrent)
-        while loop.time() - began < seconds:
+        asking = True
+        while asking:
             reply = await (await target.ask(model)).whole()
             seen.first_token_ms.append(reply.first_token_ms)
             seen.chunks += reply.chunks
             seen.replies += 1
+            asking = loop.time() - began < seconds
 
-    async with asyncio.TaskGroup() as asking:
+    async with asyncio.TaskGroup() as group:
         for place in range(concurrent):
-            asking.create_task(ask_again_and_again(place))
+            group.create_task(ask_again_and_again(place))
     seen.seconds += loop.time() - began
     seen.add_cpu(spent(before, cpu_s(pids())))
 
