@@ -142,8 +142,9 @@ class Stack:
 
     def asking_for(self, model: str) -> str:
         """The id of the request that was admitted for a model."""
-        admitted = [codec.decode_as(ChatAdmitted, record.value) for record in self.log.records(CHAT_ADMITTED.name)]
-        [request] = [one.request.request for one in admitted if one.request.body["model"] == model]
+        said = [codec.decode(record.value) for record in self.log.records(CHAT_ADMITTED.name)]
+        admitted = [one.request for one in said if isinstance(one, ChatAdmitted)]
+        [request] = [one.request for one in admitted if one.body["model"] == model]
         return request
 
     def _said(self, kind: type[E], topic: Topic, request: str) -> list[E]:
