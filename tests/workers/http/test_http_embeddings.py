@@ -205,9 +205,10 @@ async def test_who_hangs_up_ends_the_call_and_pays_for_what_a_server_was_asked(
 @pytest.mark.parametrize(("asks", "tokens"), [(True, 4), (False, 0)])
 async def test_a_deadline_ends_the_call_wherever_it_waits(kits: "Kits", asks: bool, tokens: int) -> None:
     server = Silent(asks=asks)
+    klatch = {"klatch": {"timeout_ms": 4_000}}  # far enough for the server to be asked before
     async with kits.serving(embeddings=server) as kit:
         with pytest.raises(openai.InternalServerError) as error:
-            await kit.client().embeddings.create(model="m", input="hello", extra_body={"klatch": {"timeout_ms": 100}})
+            await kit.client().embeddings.create(model="m", input="hello", extra_body=klatch)
         settled: UsageSettled = await kit.until_said(UsageSettled, "chat.requests")
     assert (error.value.status_code, error.value.code) == (504, "deadline_exceeded")
     assert server.left.is_set()
@@ -239,7 +240,7 @@ async def test_a_deadline_that_passes_before_admission_answers_is_one(kits: "Kit
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_their_id_names_no_stream_and_a_door_says_so_at_once(kits: "Kits", method: str) -> None:
-    async with kits.serving(embeddings=Server()) as kit, asyncio.timeout(5):
+    async with kits.serving(embeddings=Server()) as kit, asyncio.timeout(30):
         made = await kit.call("POST", "/v1/embeddings", {"model": "m", "input": "x"})
         answer = await kit.call(method, f"/v1/streams/{made.headers['x-request-id']}")
         error = (await answer.json())["error"]
