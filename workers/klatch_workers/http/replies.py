@@ -125,6 +125,8 @@ class EventStream(_Answer):
         self._event_start = b"id: %d-" % reader.partition.number
         self._deployment = ""
         """The last that the client was told of, or will be by the header."""
+        self._first_deployment = ""
+        """The first that the client is told of, by the header: what is shown at once may be of several."""
 
     async def _take(self, heard: Sequence[Heard]) -> bool:
         parts, ended, error = self._events(heard)
@@ -175,6 +177,7 @@ class EventStream(_Answer):
             if self._call.started or self._deployment:
                 chunk = _told_by(said.deployment, chunk)
             self._deployment = said.deployment
+        self._first_deployment = self._first_deployment or self._deployment
         return b"%b%d\ndata: %b\n\n" % (self._event_start, said.offset, chunk)
 
     def _closing(self, end: StreamEnd | None) -> list[bytes]:
@@ -190,7 +193,7 @@ class EventStream(_Answer):
     async def _write(self, parts: list[bytes], *, more: bool) -> None:
         self._watch.wrote_at = self._pulse.now
         if not self._call.started:
-            told = self._deployment
+            told = self._first_deployment or self._deployment
             await self._call.start_events([(DEPLOYMENT, header_value(told))] if told else None)
         await self._call.write(parts[0] if len(parts) == 1 else b"".join(parts), more=more)
 
