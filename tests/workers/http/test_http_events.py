@@ -4,12 +4,13 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.workers.http.conftest import Sse, sse
 
 from klatch_schemas.events import ChatRequested, StreamCancel
 from klatch_workers.http.door import Terms
 
 if TYPE_CHECKING:
-    from tests.workers.http.conftest import Kit, Kits, Teller
+    from tests.workers.http.conftest import Answer, Kit, Kits, Script, Teller
 
 FAST = Terms(hold_s=0.5, keepalive_s=0.5)
 
@@ -137,17 +138,30 @@ async def test_a_restart_before_any_text_is_silent(kit: "Kit") -> None:
     assert [event.json["choices"][0]["delta"] for event in events[:-1]] == [{"content": "whole"}]
 
 
-async def _restarted(teller: "Teller") -> None:
-    await teller.open(1)
-    await teller.say("half")
-    await teller.open(2)
-    await teller.say("whole")
-    await teller.end()
+def _restarted(shown: asyncio.Event) -> "Script":
+    """A script that begins again once its first text was shown."""
+
+    async def script(teller: "Teller") -> None:
+        await teller.open(1)
+        await teller.say("half")
+        await shown.wait()
+        await teller.open(2)
+        await teller.say("whole")
+        await teller.end()
+
+    return script
+
+
+async def _after_the_first(answer: "Answer", shown: asyncio.Event) -> list[Sse]:
+    """The events of a stream that says more once its first text is `shown`."""
+    first = sse(await answer.part())
+    shown.set()
+    return first + await answer.events()
 
 
 async def test_a_restart_after_text_is_an_error_with_a_link_that_reads_the_new_text_trap_38(kit: "Kit") -> None:
-    kit.stages.script = _restarted
-    *heard, last = await (await kit.chat()).events()
+    kit.stages.script = _restarted(shown := asyncio.Event())
+    *heard, last = await _after_the_first(await kit.chat(), shown)
     assert [event.json["choices"][0]["delta"]["content"] for event in heard] == ["half"]
     error = last.json["error"]
     assert (error["code"], error["type"]) == ("superseded", "server_error")
@@ -157,21 +171,25 @@ async def test_a_restart_after_text_is_an_error_with_a_link_that_reads_the_new_t
 
 
 async def test_a_restart_does_not_trouble_a_reply_in_one_piece(kit: "Kit") -> None:
-    kit.stages.script = _restarted
+    kit.stages.script = _restarted(shown := asyncio.Event())
+    shown.set()
     answer = await kit.chat(stream=False)
     assert (await answer.json())["choices"][0]["message"]["content"] == "whole"
 
 
 async def test_lost_deltas_are_an_error_and_never_spliced_text(kit: "Kit") -> None:
+    shown = asyncio.Event()
+
     async def script(teller: "Teller") -> None:
         await teller.open()
         await teller.say("a")
+        await shown.wait()
         teller.seq += 1
         await teller.say("c")
         await teller.end()
 
     kit.stages.script = script
-    *heard, last = await (await kit.chat()).events()
+    *heard, last = await _after_the_first(await kit.chat(), shown)
     assert [event.json["choices"][0]["delta"]["content"] for event in heard] == ["a"]
     assert last.json["error"]["code"] == "stream_broken"
     assert (await kit.chat(stream=False)).status == 502
