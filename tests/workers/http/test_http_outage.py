@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.workers.http.steady import steady
 
 from klatch_schemas.errors import Unavailable
 from klatch_schemas.events import ChatRequested, StreamCancel
@@ -50,6 +51,7 @@ async def test_a_door_that_cannot_begin_says_why_to_who_may_try_again(
 
 @pytest.mark.parametrize("followed", [True, False], ids=["a partition that is read", "one that must be asked for"])
 @pytest.mark.parametrize("keyed", [True, False])
+@steady
 async def test_while_the_log_is_silent_requests_are_refused_and_none_stands(
     kits: "Kits", followed: bool, keyed: bool
 ) -> None:
@@ -106,6 +108,7 @@ async def test_a_door_that_ends_while_the_log_is_silent_refuses_whoever_waits_fo
         await refused(await trying)
 
 
+@steady
 async def test_a_partition_that_is_silent_holds_up_nobody_in_another(kits: "Kits") -> None:
     down = asyncio.Event()
 
@@ -122,6 +125,7 @@ async def test_a_partition_that_is_silent_holds_up_nobody_in_another(kits: "Kits
         assert await text(kit, await kit.chat()) == "Hello wörld"
 
 
+@steady
 async def test_a_stream_whose_log_falls_silent_goes_on_when_it_answers_again(kits: "Kits") -> None:
     again = asyncio.Event()
 
@@ -153,6 +157,7 @@ async def test_a_stream_whose_log_falls_silent_goes_on_when_it_answers_again(kit
         assert b'"error"' not in body
 
 
+@steady
 async def test_what_may_stand_is_no_success_and_is_found_under_its_key(kits: "Kits") -> None:
     async with kits.serving(BRIEF) as kit:
         kit.log.fail_next_append(stands=True, topic="chat.requests")
@@ -162,6 +167,7 @@ async def test_what_may_stand_is_no_success_and_is_found_under_its_key(kits: "Ki
         assert len({asked.request for asked in kit.said(ChatRequested, "chat.requests")}) == 1
 
 
+@steady
 async def test_a_client_that_leaves_while_the_log_is_silent_is_cancelled_or_given_up(kits: "Kits") -> None:
     async def script(teller: "Teller") -> None:
         await teller.open()
