@@ -104,11 +104,11 @@ def is_formatted(log_dir: Path, node: int, cluster_id: str) -> bool:
 def _ports(old: Layout | None, options: Options) -> tuple[Ports, ...]:
     if options.port is not None:
         clients = range(options.port, options.port + options.nodes)
-        controllers = _old_controllers(old) or _free(options.nodes, clients)
+        controllers = _old_controllers(old) or free_ports(options.nodes, clients)
         return tuple(Ports(*pair) for pair in zip(clients, controllers, strict=True))
     if old is not None and (options.keep_ports or _all_free(old)):
         return old.ports
-    free = _free(2 * options.nodes, ())
+    free = free_ports(2 * options.nodes)
     return tuple(Ports(*pair) for pair in zip(free[::2], free[1::2], strict=True))
 
 
@@ -126,14 +126,15 @@ def _all_free(old: Layout) -> bool:
 _CANDIDATES = range(20_000, 32_000)
 
 
-def _free(count: int, taken: Collection[int]) -> list[int]:
+def free_ports(count: int, taken: Collection[int] = (), among: range = _CANDIDATES) -> list[int]:
+    """So many that differ and were free a moment ago. Raises DataFolderError."""
     chosen: list[int] = []
-    for port in random.sample(_CANDIDATES, len(_CANDIDATES)):
+    for port in random.sample(among, len(among)):
         if port not in taken and is_free(port):
             chosen.append(port)
         if len(chosen) == count:
             return chosen
-    raise DataFolderError(f"there are no {count} free ports between 20000 and 32000 on {HOST}")
+    raise DataFolderError(f"there are no {count} free ports between {among.start} and {among.stop} on {HOST}")
 
 
 def is_free(port: int) -> bool:

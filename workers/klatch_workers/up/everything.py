@@ -10,13 +10,11 @@ import asyncio
 import fcntl
 import json
 import os
-import random
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -31,7 +29,7 @@ from klatch_streams.ledger import Ledger, publish
 from klatch_streams.topic_admin import Partitions, create_topics
 from klatch_workers.books import prompt_key
 from klatch_workers.kafka import Cluster, Fetched
-from klatch_workers.kafka.folder import is_free
+from klatch_workers.kafka.folder import free_ports
 from klatch_workers.models_file import read_models, write_models
 from klatch_workers.settings import PREFIX, Settings, host_port
 from klatch_workers.tenants import read_tenants, tenant_configured, write_tenants
@@ -332,9 +330,5 @@ def free_address() -> str:
 
 
 def _free_addresses(count: int) -> list[str]:
-    """So many that differ. Raises AlreadyUp."""
-    free = (port for port in random.sample(_PORTS, len(_PORTS)) if is_free(port))
-    found = [f"127.0.0.1:{port}" for port in islice(free, count)]
-    if len(found) < count:
-        raise AlreadyUp(f"there are no {count} free ports between {_PORTS[0]} and {_PORTS[-1]} on 127.0.0.1")
-    return found
+    """So many that differ. Raises DataFolderError."""
+    return [f"127.0.0.1:{port}" for port in free_ports(count, among=_PORTS)]
